@@ -1,0 +1,117 @@
+"""What the tests share: the small world, built once a session, and two ways to run the script on it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+# Before torch and the Hugging Face libraries are imported.
+os.environ.update(
+    {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "offline",
+    }
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from small_world import build_pipeline, draw_pairs  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_diffusion_mapo_sdxl.py"
+
+torch.set_num_threads(1)
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[SCRIPT.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The script as a module."""
+    return sys.modules.get(SCRIPT.stem) or load_script()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with `pipeline` and `pairs` (48 drawn pairs in three shards)."""
+    folder = tmp_path_factory.mktemp("world")
+    build_pipeline(folder / "pipeline")
+    draw_pairs(folder / "pairs")
+    return folder
+
+
+@pytest.fixture
+def flags(world, tmp_path):
+    """Flags of a short run: LoRA on the small world, every step logged, all output in `tmp_path / "out"`."""
+    return {
+        "pretrained_model_name_or_path": world / "pipeline",
+        "dataset_name": world / "pairs",
+        "cache_dir": world / "cache",
+        "output_dir": tmp_path / "out",
+        "resolution": 64,
+        "rank": 4,
+        "learning_rate": 1e-3,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+
+
+def command_line(flags):
+    """`{"name": value}` as a command line: True is a bare switch, None is left out, lists are spread."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def run(script, flags):
+    """The script's `main` in this process, from a clean state of accelerate; returns the output folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script.main(script.parse_args(command_line(flags)))
+    return Path(flags["output_dir"])
+
+
+def launch(flags, processes=1, env=None, timeout=300):
+    """The script through its real launcher, in processes of its own; returns the CompletedProcess (text output)."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    return subprocess.run(
+        [*launcher, str(SCRIPT), *command_line(flags)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def scalars(output_dir):
+    """What was logged to TensorBoard: {name: {step: value}}."""
+    logged = {}
+    for file in sorted(Path(output_dir).glob("logs/**/events*")):
+        events = EventAccumulator(str(file)).Reload()
+        for name in events.Tags()["scalars"]:
+            logged.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+    return logged

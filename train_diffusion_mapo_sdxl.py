@@ -1,0 +1,1469 @@
+#!/usr/bin/env python
+# coding=utf-8
+# Copyright 2026 The MaPO SDXL contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+#
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "diffusers>=0.35",
+#     "transformers>=4.51",
+#     "accelerate>=1.10",
+#     "datasets>=5.2",
+#     "peft>=0.17",
+#     "bitsandbytes>=0.48",
+#     "tensorboard",
+# ]
+# ///
+"""Align Stable Diffusion XL with MaPO, preference optimization without a reference model (arXiv 2406.06424).
+
+LoRA, on one 24 GB GPU:
+
+    accelerate launch train_diffusion_mapo_sdxl.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+        --dataset_name mapo-t2i/pick-style-cartoon --beta_mapo 64 --rank 16 --learning_rate 1e-5 \
+        --train_batch_size 1 --gradient_accumulation_steps 16 --max_train_steps 1000 --gradient_checkpointing \
+        --use_8bit_adam --mixed_precision bf16 --num_validation_pairs 64 --run_validation --output_dir mapo-lora
+
+The whole UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation = 128 pairs a step):
+
+    accelerate launch --config_file launch_configs/multi_gpu.yaml --num_processes 4 train_diffusion_mapo_sdxl.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+        --dataset_name mapo-t2i/pick-style-cartoon --beta_mapo 64 --learning_rate 1e-7 --lr_scheduler cosine \
+        --train_batch_size 4 --gradient_accumulation_steps 8 --max_train_steps 2000 --gradient_checkpointing \
+        --use_8bit_adam --mixed_precision fp16 --output_dir mapo-full
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import accelerate
+import datasets
+import diffusers
+import fsspec
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import check_min_version, convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm.auto import tqdm
+
+
+check_min_version("0.35.0")
+
+logger = get_logger(__name__)
+
+DEFAULT_BETA = {"mapo": 8.0, "mapo_v1": 0.1}
+LORA_TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
+VALIDATION_PROMPTS = [
+    "a lighthouse on a cliff at dusk",
+    "portrait of an old sailor with a pipe",
+    "a red fox asleep in the snow",
+    "a bowl of ramen on a wooden table",
+]
+# Rows are judged against --max_bad_rows once this many were read, so that one early bad row stops nothing.
+ROWS_BEFORE_JUDGEMENT = 100
+# Flags of the scripts that users come from, with what to write here instead.
+FOREIGN_FLAGS = {
+    "--enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own attention is memory-efficient",
+    "--local_rank": "leave it out, the launcher passes it by environment",
+    "--sft_training": "write --beta_mapo inf",
+    "--mapo_training": "leave it out, MaPO is what this script trains",
+    "--train_unet": "leave it out, the UNet is trained whole unless --rank is given",
+    "--dpo_training": "there is no reference model here; use diffusers' train_diffusion_dpo_sdxl.py",
+    "--beta_dpo": "write --beta_mapo",
+    "--train_data_dir": "write --dataset_name FOLDER",
+    "--validation_prompt": "write --validation_prompts",
+    "True": "switches take no value, write --flag or --no-flag",
+    "False": "switches take no value, write --flag or --no-flag",
+}
+
+
+CAPTION_TYPES = ("string", "large_string")
+IMAGE_TYPES = ("binary", "large_binary", "PIL.Image.Image")
+LABEL_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
+
+
+class TrainingError(Exception):
+    """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
+
+
+# Arguments ----------------------------------------------------------------------------------------------------------
+
+
+def bounded(text, kind, low, high=sys.float_info.max):
+    """Parse a number in [low, high] for argparse."""
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from error
+    if not low <= value <= high:
+        limits = f"at least {low}" if high > 1e300 else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {limits}")
+    return value
+
+
+COUNT = partial(bounded, kind=int, low=1)
+COUNT_OR_ZERO = partial(bounded, kind=int, low=0)
+FRACTION = partial(bounded, kind=float, low=0, high=1)
+NOT_NEGATIVE = partial(bounded, kind=float, low=0)
+POSITIVE = partial(bounded, kind=float, low=sys.float_info.min)
+POSITIVE_OR_INF = partial(bounded, kind=float, low=sys.float_info.min, high=math.inf)
+
+
+def add_model_arguments(group):
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
+    group.add_argument("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    group.add_argument("--revision", help="Revision of the pretrained model on the hub.")
+    group.add_argument("--variant", help="Variant of the pretrained weights, e.g. fp16.")
+    group.add_argument("--cache_dir", help="Where downloaded models and data sets are kept.")
+    group.add_argument(
+        "--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank (alpha = rank). None: the whole UNet."
+    )
+
+
+def add_data_arguments(group):
+    group.add_argument("--dataset_name", required=True, help="Pairs: hub id or local folder that `datasets` reads.")
+    group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    group.add_argument("--dataset_split_name", help="Split to train on. None: the only split, else `train`.")
+    group.add_argument(
+        "--streaming", action="store_true", help="Read shards as they are needed instead of preparing the data set."
+    )
+    group.add_argument(
+        "--shuffle_buffer_size",
+        type=COUNT,
+        default=256,
+        help="With --streaming: pairs mixed at a time; twice as many are held in memory, encoded.",
+    )
+    group.add_argument("--max_train_samples", type=COUNT, help="Use only this many rows of the data set.")
+    group.add_argument("--caption_column", default="caption", help="Column of the prompts.")
+    group.add_argument("--image_0_column", default="jpg_0", help="Column of the first images.")
+    group.add_argument("--image_1_column", default="jpg_1", help="Column of the second images.")
+    group.add_argument("--label_0_column", default="label_0", help="Column of the first images' labels.")
+    group.add_argument("--label_1_column", default="label_1", help="Column of the second images' labels.")
+    group.add_argument("--chosen_column", help="Column of the chosen images, for pairs in order (no labels).")
+    group.add_argument("--rejected_column", help="Column of the rejected images, for pairs in order (no labels).")
+    group.add_argument(
+        "--remove_ties",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Drop pairs of equal labels; kept ones are ordered at random at each visit.",
+    )
+    group.add_argument("--label_noise_prob", type=FRACTION, default=0.0, help="Probability of swapping a pair.")
+    group.add_argument(
+        "--max_bad_rows", type=FRACTION, default=0.01, help="Stop when more than this share of the rows is unusable."
+    )
+    group.add_argument("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
+    group.add_argument("--random_crop", action="store_true", help="Crop at random instead of at the centre.")
+    group.add_argument("--no_hflip", action="store_true", help="Never mirror the images.")
+    group.add_argument("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that decode images.")
+    group.add_argument(
+        "--vae_encode_batch_size", type=COUNT, default=8, help="Images that pass through the VAE at a time."
+    )
+
+
+def add_objective_arguments(group):
+    group.add_argument(
+        "--loss_type", choices=["mapo", "mapo_v1"], default="mapo", help="Published objective or first release's."
+    )
+    group.add_argument(
+        "--beta_mapo",
+        type=POSITIVE_OR_INF,
+        help="Temperature of the score; `inf` is supervised fine-tuning on the chosen images. None: 8, the paper's "
+        "value for general preference alignment, or 0.1 for mapo_v1.",
+    )
+    group.add_argument("--snr_value", type=POSITIVE, default=0.5, help="Scale of the errors in mapo_v1.")
+
+
+def add_training_arguments(group):
+    group.add_argument("--seed", type=COUNT_OR_ZERO, help="Seed of every random choice. None: drawn and reported.")
+    group.add_argument("--train_batch_size", type=COUNT, default=4, help="Pairs per process and micro-step.")
+    group.add_argument("--num_train_epochs", type=COUNT, default=1, help="Visits of the data set.")
+    group.add_argument("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
+    group.add_argument("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimizer step.")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="Save memory, recompute activations.")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="Precision of the computation and of the frozen weights; trained weights stay float32. "
+        "None: what accelerate is configured with.",
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="Let float32 products run in TF32.")
+
+
+def add_optimizer_arguments(group):
+    group.add_argument(
+        "--learning_rate",
+        type=POSITIVE,
+        default=1e-5,
+        help="Learning rate. The 5e-4 that other scripts default to destroys a fully trained SDXL: the MaPO authors' "
+        "commands pass 1e-5, the paper used 1e-7.",
+    )
+    group.add_argument(
+        "--scale_lr", action="store_true", help="Multiply the learning rate by the pairs of an optimizer step."
+    )
+    group.add_argument(
+        "--lr_scheduler",
+        choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
+        default="constant",
+    )
+    group.add_argument("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
+    group.add_argument("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
+    group.add_argument("--adam_beta1", type=FRACTION, default=0.9, help="Adam's beta1.")
+    group.add_argument("--adam_beta2", type=FRACTION, default=0.999, help="Adam's beta2.")
+    group.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay.")
+    group.add_argument("--adam_epsilon", type=POSITIVE, default=1e-8, help="Adam's epsilon.")
+    group.add_argument("--max_grad_norm", type=POSITIVE, default=1.0, help="Gradients are clipped to this norm.")
+
+
+def add_output_arguments(group):
+    group.add_argument("--output_dir", default="mapo", help="Folder of all that is written.")
+    group.add_argument("--checkpointing_steps", type=COUNT, default=500, help="Optimizer steps between checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=COUNT, help="Newest checkpoints to keep.")
+    group.add_argument("--resume_from_checkpoint", help="`latest`, a checkpoint's path, or its name in output_dir.")
+    group.add_argument("--logging_dir", default="logs", help="Folder of the trackers' files, in output_dir.")
+    group.add_argument(
+        "--logging_steps",
+        type=COUNT,
+        default=10,
+        help="Optimizer steps between two log lines; only such a step waits for the device.",
+    )
+    group.add_argument("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard")
+    group.add_argument("--tracker_name", default="mapo", help="Project name in the trackers.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload output_dir when all is saved.")
+    group.add_argument("--hub_model_id", help="Repository to upload to. None: the name of output_dir.")
+    group.add_argument("--hub_token", help="Token for the upload. None: the one of `hf auth login`.")
+
+
+def add_validation_arguments(group):
+    group.add_argument("--run_validation", action="store_true", help="Draw images of base and aligned model.")
+    group.add_argument("--validation_steps", type=COUNT, default=200, help="Optimizer steps between validations.")
+    group.add_argument("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts to draw.")
+    group.add_argument("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of a drawn image.")
+    group.add_argument("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance of the drawn images.")
+    group.add_argument("--validation_split", help="Split whose pairs are held out for the eval_ metrics.")
+    group.add_argument(
+        "--num_validation_pairs",
+        type=COUNT,
+        help="Pairs of --validation_split to use, or without it the number of first pairs to keep out of training.",
+    )
+
+
+def parse_args(input_args=None):
+    """Parse the command line (or `input_args`), refusing contradictory flags in one sentence."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="accelerate launch train_diffusion_mapo_sdxl.py --pretrained_model_name_or_path MODEL "
+        "--dataset_name PAIRS [flags, see --help]",
+        allow_abbrev=False,
+    )
+    add_model_arguments(parser.add_argument_group("model"))
+    add_data_arguments(parser.add_argument_group("pairs"))
+    add_objective_arguments(parser.add_argument_group("objective"))
+    add_training_arguments(parser.add_argument_group("training"))
+    add_optimizer_arguments(parser.add_argument_group("optimizer"))
+    add_output_arguments(parser.add_argument_group("output"))
+    add_validation_arguments(parser.add_argument_group("validation"))
+    args, unknown = parser.parse_known_args(input_args)
+    for flag in unknown:
+        name = flag.partition("=")[0]
+        parser.error(f"unknown argument {name}: {FOREIGN_FLAGS.get(name, 'see --help for those there are')}")
+    if args.beta_mapo is None:
+        args.beta_mapo = DEFAULT_BETA[args.loss_type]
+    problem = find_contradiction(args)
+    if problem is not None:
+        parser.error(problem)
+    return args
+
+
+def find_contradiction(args):
+    """Return the first rule that these arguments break, as a sentence that names the flag, or None."""
+    rules = [
+        (args.resolution % 8 != 0, "--resolution must be a multiple of 8, the VAE's reduction"),
+        (
+            args.streaming and args.max_train_steps is None,
+            "--streaming needs --max_train_steps, since a stream does not know its length",
+        ),
+        (
+            (args.chosen_column is None) != (args.rejected_column is None),
+            "--chosen_column and --rejected_column go together",
+        ),
+        (
+            args.loss_type == "mapo_v1" and math.isinf(args.beta_mapo),
+            "--beta_mapo inf is the SFT limit of --loss_type mapo; mapo_v1 has no such limit",
+        ),
+        (
+            args.max_train_samples is not None and (args.num_validation_pairs or 0) >= args.max_train_samples,
+            "--num_validation_pairs leaves nothing of --max_train_samples to train on",
+        ),
+        (
+            args.streaming and args.validation_split is not None and args.num_validation_pairs is None,
+            "--streaming with --validation_split needs --num_validation_pairs, the pairs to hold in memory",
+        ),
+        (
+            args.report_to in ("wandb", "all") and args.hub_token is not None,
+            "--report_to wandb would send --hub_token to the tracker; log in with `hf auth login` instead",
+        ),
+        (
+            args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None,
+            "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes",
+        ),
+        (args.rank is not None and importlib.util.find_spec("peft") is None, "--rank needs peft: pip install peft"),
+        (
+            args.report_to in ("tensorboard", "wandb") and importlib.util.find_spec(args.report_to) is None,
+            f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none",
+        ),
+    ]
+    return next((sentence for broken, sentence in rules if broken), None)
+
+
+# Objective ----------------------------------------------------------------------------------------------------------
+
+
+def log_phi(errors):
+    """
+    Logarithm of the score phi(l) = l / (exp(l) - 1) (eq. 11 at beta = 1), exact from l = 0 to where exp overflows.
+
+    Args:
+        errors: `(pairs,)` float64 tensor, not negative.
+    """
+    small = errors < 1e-2
+    series = -errors / 2 - errors**2 / 24 + errors**4 / 2880
+    # The dead branch must not see 0: a NaN gradient there survives torch.where.
+    away = torch.where(small, 1.0, errors)
+    return torch.where(small, series, away.log() - away - (-torch.expm1(-away)).log())
+
+
+def preference_metrics(chosen_errors, rejected_errors, margin):
+    return {
+        "chosen_mse": chosen_errors.detach().mean(),
+        "rejected_mse": rejected_errors.detach().mean(),
+        "margin": margin.detach().mean(),
+        "accuracy": (chosen_errors < rejected_errors).double().mean(),
+    }
+
+
+def mapo_loss(chosen_errors, rejected_errors, beta):
+    """
+    The published MaPO objective (arXiv 2406.06424v2, eqs. 9 to 11).
+
+        L = l_w - 1/beta * log sigmoid(phi_beta(l_w) - phi_beta(l_l)),   phi_beta(l) = (l / (exp(l) - 1)) ** beta
+
+    Args:
+        chosen_errors, rejected_errors: `(pairs,)` mean squared errors l_w and l_l of the denoiser.
+        beta: temperature of the score; `inf` is supervised fine-tuning on the chosen images.
+
+    Returns:
+        The scalar loss, in the errors' dtype, and a dict of detached scalars. Computed in float64: at beta = 1024 a
+        float32 rounding of log phi would be multiplied by as much.
+    """
+    chosen, rejected = chosen_errors.double(), rejected_errors.double()
+    if math.isinf(beta):
+        # 0 x keeps a rejected error that is not finite visible.
+        loss = chosen_errors.mean() + 0 * rejected_errors.mean()
+        return loss, preference_metrics(chosen, rejected, torch.zeros_like(chosen))
+    margin = (beta * log_phi(chosen)).exp() - (beta * log_phi(rejected)).exp()
+    loss = (chosen - F.logsigmoid(margin) / beta).mean()
+    return loss.to(chosen_errors.dtype), preference_metrics(chosen, rejected, margin)
+
+
+def mapo_v1_loss(chosen_errors, rejected_errors, beta, snr_value, num_train_timesteps):
+    """
+    The objective of MaPO's first release (arXiv 2406.06424v1), which the published weights were trained with.
+
+        L = l_w - beta * log sigmoid(T * (phi(s * l_w) - phi(s * l_l))),   phi(l) = l / (exp(l) - 1)
+
+    Args:
+        chosen_errors, rejected_errors: `(pairs,)` mean squared errors l_w and l_l of the denoiser.
+        beta: weight of the margin term.
+        snr_value: the constant s.
+        num_train_timesteps: T, the length of the noise schedule.
+
+    Returns:
+        As `mapo_loss`; the margin in the metrics is without the factor T.
+    """
+    chosen, rejected = chosen_errors.double(), rejected_errors.double()
+    margin = log_phi(snr_value * chosen).exp() - log_phi(snr_value * rejected).exp()
+    loss = (chosen - beta * F.logsigmoid(num_train_timesteps * margin)).mean()
+    return loss.to(chosen_errors.dtype), preference_metrics(chosen, rejected, margin)
+
+
+def preference_loss(args, noise_scheduler):
+    """The objective that the arguments pick, as a function of the two errors alone."""
+    if args.loss_type == "mapo":
+        return partial(mapo_loss, beta=args.beta_mapo)
+    return partial(
+        mapo_v1_loss,
+        beta=args.beta_mapo,
+        snr_value=args.snr_value,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+    )
+
+
+# Pairs --------------------------------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """
+    One visit of one pair. `epoch` counts from 1; epoch 0 is the held-out evaluation. Only a streamed visit has a
+    `shard`, brings its `record`, and knows the `cursor` from which the stream goes on behind it.
+    """
+
+    epoch: int
+    row: int
+    shard: int | None = None
+    record: dict | None = None
+    cursor: dict | None = None
+
+    def __str__(self):
+        return f"row {self.row}" if self.shard is None else f"row {self.row} of shard {self.shard}"
+
+
+class UnusableRow(Exception):
+    """Why a row cannot be trained on."""
+
+
+def pair_columns(args):
+    """Names of the caption column, of the two image columns, and of the two label columns (if any)."""
+    if args.chosen_column is not None:
+        return args.caption_column, (args.chosen_column, args.rejected_column), ()
+    return args.caption_column, (args.image_0_column, args.image_1_column), (args.label_0_column, args.label_1_column)
+
+
+def pick_split(args):
+    names = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
+    wanted = args.dataset_split_name or (names[0] if len(names) == 1 else "train")
+    for flag, split in [("--dataset_split_name", wanted), ("--validation_split", args.validation_split)]:
+        if split is not None and split not in names:
+            raise TrainingError(f"{flag}: {args.dataset_name} has no split {split!r}, but {', '.join(names)}.")
+    return wanted
+
+
+def check_columns(args, dataset):
+    """Every column must be there and hold what pairs are made of."""
+    caption, images, labels = pair_columns(args)
+    image_flags = ["chosen_column", "rejected_column"] if args.chosen_column else ["image_0_column", "image_1_column"]
+    wanted = [("caption_column", caption, CAPTION_TYPES)]
+    wanted += [(flag, column, IMAGE_TYPES) for flag, column in zip(image_flags, images, strict=True)]
+    wanted += [(flag, column, LABEL_TYPES) for flag, column in zip(["label_0_column", "label_1_column"], labels)]
+    for flag, column, types in wanted:
+        if column not in dataset.features:
+            there = ", ".join(dataset.features)
+            raise TrainingError(f"--{flag} {column}: {args.dataset_name} has no such column, but {there}.")
+        feature = dataset.features[column]
+        if getattr(feature, "dtype", None) not in types:
+            raise TrainingError(f"--{flag} {column} holds {feature}, it must hold one of: {', '.join(types)}.")
+
+
+def load_pairs(args, split):
+    """
+    The columns of `split` that make pairs, image columns as encoded bytes: a `Dataset`, or with --streaming an
+    `IterableDataset` whose shards are as small as the format allows (parquet: one row group each).
+    """
+    dataset = datasets.load_dataset(
+        args.dataset_name, args.dataset_config_name, split=split, streaming=args.streaming, cache_dir=args.cache_dir
+    )
+    check_columns(args, dataset)
+    caption, images, labels = pair_columns(args)
+    if args.streaming:
+        dataset = dataset.reshard()
+    if args.streaming and args.max_train_samples is not None:
+        dataset = dataset.take(args.max_train_samples)
+    dataset = dataset.select_columns([caption, *images, *labels])
+    for column in images:
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def load_all_pairs(args):
+    """The training data set and the held-out one (the same unless --validation_split is given, None if not wanted)."""
+    try:
+        dataset = load_pairs(args, pick_split(args))
+        held_out = load_pairs(args, args.validation_split) if args.validation_split else dataset
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise TrainingError(f"--dataset_name {args.dataset_name} cannot be read: {error}") from error
+    return dataset, held_out
+
+
+def is_tie(record, labels):
+    return bool(labels) and record[labels[0]] is not None and record[labels[0]] == record[labels[1]]
+
+
+def usable_rows(args, dataset):
+    """Row numbers of a map-style data set without the ties to drop: only the label columns are read."""
+    rows = np.arange(min(len(dataset), args.max_train_samples or len(dataset)))
+    _, _, labels = pair_columns(args)
+    if labels and args.remove_ties:
+        table = dataset.select_columns(list(labels)).with_format("arrow")[: len(rows)]
+        ties = pc.fill_null(pc.equal(table.column(labels[0]), table.column(labels[1])), False)
+        rows = rows[~ties.to_numpy(zero_copy_only=False)]
+    return rows
+
+
+def map_style_visits(rows, seed, position):
+    """Visits from `position` on, without end: each epoch is one permutation of `rows`, the next follows at once."""
+    epoch, offset = divmod(position, len(rows))
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        for row in order[offset:]:
+            yield Visit(epoch + 1, int(row))
+        epoch, offset = epoch + 1, 0
+
+
+def deal(visits, batch_size, rank, num_processes):
+    """Split one global order into this rank's micro-batches: the order does not depend on how it is split."""
+    while True:
+        dealt = list(itertools.islice(visits, batch_size * num_processes))
+        yield dealt[rank * batch_size : (rank + 1) * batch_size]
+
+
+class PairStream:
+    """
+    Endless visits of a streamed data set, in this rank's share of the shards.
+
+    Each epoch deals the shards out to the ranks in a new order; behind each other, `buffer_size` of a rank's pairs at
+    a time are mixed. While one such block is used, the next is read: two of them are what a rank holds in memory.
+    """
+
+    def __init__(self, args, dataset, held_out, rank=0, num_processes=1):
+        self.dataset, self.held_out = dataset, held_out
+        self.seed, self.buffer_size = args.seed, args.shuffle_buffer_size
+        self.labels = pair_columns(args)[2] if args.remove_ties else ()
+        # Too few shards for all ranks: each rank reads them all and keeps every num_processes-th row.
+        by_row = dataset.num_shards < num_processes
+        self.shard_share = (0, 1) if by_row else (rank, num_processes)
+        self.row_share = (rank, num_processes) if by_row else (0, 1)
+
+    def shard_visits(self, epoch, shard, start=0):
+        """Visits of one shard from row `start` on, without ties and held-out rows."""
+        first, every = self.row_share
+        records = enumerate(self.dataset.shard(self.dataset.num_shards, shard))
+        for row, record in itertools.islice(records, start, None):
+            if row % every == first and (shard, row) not in self.held_out and not is_tie(record, self.labels):
+                yield Visit(epoch, row, shard, record)
+
+    def epoch_visits(self, epoch, place, start):
+        """Visits of one epoch in shard order, each with its (place in the order, row), from (place, start) on."""
+        first, every = self.shard_share
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.dataset.num_shards)[first::every]
+        for place, shard in itertools.islice(enumerate(order), place, None):
+            for visit in self.shard_visits(epoch, int(shard), start):
+                yield place, visit
+            start = 0
+
+    def blocks(self, cursor):
+        """Blocks of visits, each with the cursor of its beginning, without end."""
+        epoch, place, start = cursor["epoch"], cursor["place"], cursor["row"]
+        while True:
+            visits = self.epoch_visits(epoch, place, start)
+            seen = 0
+            while block := list(itertools.islice(visits, self.buffer_size)):
+                seen += len(block)
+                beginning = {"epoch": epoch, "place": place, "row": start}
+                place, start = block[-1][0], block[-1][1].row + 1
+                yield beginning, [visit for _, visit in block]
+            if seen == 0 and (place, start) == (0, 0):
+                raise TrainingError("--dataset_name: a process found no pair to train on in its share of the shards.")
+            epoch, place, start = epoch + 1, 0, 0
+
+    def visits(self, cursor=None):
+        """Visits from `cursor` on, mixed inside their blocks; each carries the cursor behind it."""
+        cursor = cursor or {"epoch": 1, "place": 0, "row": 0, "used": 0}
+        blocks, used = self.blocks(cursor), cursor["used"]
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            upcoming = reader.submit(next, blocks)
+            while True:
+                beginning, block = upcoming.result()
+                upcoming = reader.submit(next, blocks)
+                order = np.random.default_rng([self.seed, *beginning.values()]).permutation(len(block))
+                for used, index in itertools.islice(enumerate(order, start=1), used, None):
+                    yield block[index]._replace(cursor={**beginning, "used": used})
+                used = 0
+
+    def batches(self, batch_size, cursor):
+        visits = self.visits(cursor)
+        while batch := list(itertools.islice(visits, batch_size)):
+            yield batch
+
+
+def decode_image(value):
+    """
+    Decode one image to RGB, upright, on white where it is transparent.
+
+    Args:
+        value: encoded bytes, or what `datasets.Image(decode=False)` gives.
+
+    Raises:
+        UnusableRow: nothing there, or nothing that Pillow can decode safely.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    if not value:
+        raise UnusableRow("has no image")
+    try:
+        source = fsspec.open(value).open() if isinstance(value, str) else io.BytesIO(value)
+        with source, Image.open(source) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise UnusableRow(f"has an image of {image.width} x {image.height} pixels, refused as a bomb")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UnusableRow:
+        raise
+    # Pillow raises most of the built-in exceptions on one broken file or another.
+    except Exception as error:
+        raise UnusableRow(f"has an image that cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def crop_image(image, resolution, crop_fractions, flip):
+    """
+    Resize the shorter side to `resolution`, mirror, and crop a square at the given fractions of the free room.
+
+    Returns:
+        `(3, resolution, resolution)` uint8 tensor, and the crop's (top, left) in the resized, mirrored image.
+    """
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    if flip:
+        image = ImageOps.mirror(image)
+    top, left = round((height - resolution) * crop_fractions[0]), round((width - resolution) * crop_fractions[1])
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1), (top, left)
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """
+    Turns a `Visit` into tensors, in the loader's workers. Every random choice of a visit comes from a generator of its
+    own, seeded by (seed, epoch, shard, row): neither processes nor workers, batches or restarts change what it sees.
+    """
+
+    def __init__(self, args, dataset, latent_shape, num_train_timesteps):
+        self.args, self.dataset = args, dataset
+        self.caption, self.images, self.labels = pair_columns(args)
+        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+
+    def __getitem__(self, visit):
+        """Returns (visit, tensors), or (visit, reason) for a row that cannot be used."""
+        record = visit.record or self.dataset[visit.row]
+        visit = visit._replace(record=None)
+        try:
+            return visit, self.prepare(visit, record)
+        except UnusableRow as reason:
+            return visit, str(reason)
+
+    def prepare(self, visit, record):
+        args, held_out = self.args, visit.epoch == 0
+        seed = np.random.SeedSequence([args.seed, visit.epoch, visit.shard or 0, visit.row]).generate_state(
+            1, np.uint64
+        )
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        # All numbers are drawn whatever the flags, so that no flag shifts another's draws.
+        noisy, tie, flip, top, left = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+        crop_fractions = (top, left) if args.random_crop and not held_out else (0.5, 0.5)
+        flip = flip < 0.5 and not args.no_hflip and not held_out
+        caption = record[self.caption]
+        if not isinstance(caption, str):
+            raise UnusableRow(f"has {caption!r} for a caption")
+        chosen, rejected = (decode_image(record[column]) for column in self.order(record, tie))
+        if noisy < args.label_noise_prob and not held_out:
+            chosen, rejected = rejected, chosen
+        chosen_pixels, crop_top_left = crop_image(chosen, args.resolution, crop_fractions, flip)
+        rejected_pixels, _ = crop_image(rejected, args.resolution, crop_fractions, flip)
+        return {
+            "captions": caption,
+            "pixel_values": torch.stack([chosen_pixels, rejected_pixels]),
+            # One conditioning for both, the chosen image's: only the images may differ in a pair.
+            "add_time_ids": torch.tensor([chosen.height, chosen.width, *crop_top_left, *2 * [args.resolution]]),
+            "timesteps": torch.randint(self.num_train_timesteps, (), generator=generator),
+            "noise": torch.randn(self.latent_shape, generator=generator),
+            "posterior_noise": torch.randn((2, *self.latent_shape), generator=generator),
+        }
+
+    def order(self, record, tie):
+        """The two image columns, the chosen one first."""
+        if not self.labels:
+            return self.images
+        label_0, label_1 = (record[label] for label in self.labels)
+        for column, label in zip(self.labels, (label_0, label_1), strict=True):
+            if label is None or math.isnan(label):
+                raise UnusableRow(f"has no {column}")
+        first_wins = label_0 > label_1 or (label_0 == label_1 and tie < 0.5)
+        return self.images if first_wins else self.images[::-1]
+
+    def collate(self, items, places):
+        """
+        Stack the usable items; chosen images come first, then the rejected ones in the same order. A row that could
+        not be used leaves its place empty: `weight` is the share of the `places` that is filled.
+        """
+        usable = [item for _, item in items if not isinstance(item, str)]
+        size = 2 * [self.args.resolution]
+        blank = {
+            "captions": "",
+            "pixel_values": torch.zeros(2, 3, *size, dtype=torch.uint8),
+            "add_time_ids": torch.tensor([*size, 0, 0, *size]),
+            "timesteps": torch.tensor(0),
+            "noise": torch.zeros(self.latent_shape),
+            "posterior_noise": torch.zeros(2, *self.latent_shape),
+        }
+        batch = torch.utils.data.default_collate(usable or [blank])
+        for name in ("pixel_values", "posterior_noise"):
+            batch[name] = batch[name].transpose(0, 1).flatten(0, 1)
+        batch["weight"] = len(usable) / places
+        batch["num_read"] = len(items)
+        batch["bad_rows"] = [(str(visit), item) for visit, item in items if isinstance(item, str)]
+        batch["cursor"] = items[-1][0].cursor
+        return batch
+
+    def loader(self, batches, batch_size):
+        return torch.utils.data.DataLoader(
+            self,
+            batch_sampler=batches,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=partial(self.collate, places=batch_size),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def hold_out(args, dataset):
+    """Visits of the pairs that the eval_ metrics are computed on: the first usable ones of `dataset`, in its order."""
+    if args.validation_split is None and args.num_validation_pairs is None:
+        return []
+    if args.streaming:
+        stream = PairStream(args, dataset, held_out=())
+        visits = (visit for shard in range(dataset.num_shards) for visit in stream.shard_visits(0, shard))
+    else:
+        visits = (Visit(0, int(row)) for row in usable_rows(args, dataset))
+    return list(itertools.islice(visits, args.num_validation_pairs))
+
+
+# Models -------------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(args, accelerator, weight_dtype):
+    """
+    The SDXL pipeline, every part on the device: frozen parts in `weight_dtype`, a UNet to be trained whole in float32,
+    the VAE in float32 unless its config says that half precision is safe.
+    """
+    options = {"cache_dir": args.cache_dir, "use_safetensors": True}
+    try:
+        parts = {}
+        if args.pretrained_vae_model_name_or_path is not None:
+            parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            add_watermarker=False,
+            **parts,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--pretrained_model_name_or_path or its VAE cannot be loaded: {error}") from error
+    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(False)
+    pipeline.vae.to(accelerator.device, torch.float32 if pipeline.vae.config.force_upcast else weight_dtype)
+    pipeline.unet.to(accelerator.device, torch.float32 if args.rank is None else weight_dtype)
+    pipeline.text_encoder.to(accelerator.device, weight_dtype)
+    pipeline.text_encoder_2.to(accelerator.device, weight_dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_trainable(args, unet):
+    """Choose what is trained, the whole UNet or a new LoRA adapter, always in float32; return those parameters."""
+    if args.rank is None:
+        unet.requires_grad_(True)
+    else:
+        from peft import LoraConfig
+
+        unet.add_adapter(
+            LoraConfig(
+                r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=LORA_TARGET_MODULES
+            )
+        )
+    cast_training_params(unet, torch.float32)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def build_optimizer(args, accelerator, parameters):
+    """AdamW and its learning-rate curve, in optimizer steps whatever the number of processes."""
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    optimizer = optimizer_class(
+        parameters,
+        lr=args.learning_rate * (global_batch_size(args, accelerator) if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    return optimizer, scheduler
+
+
+@torch.no_grad()
+def encode_pairs(args, pipeline, batch):
+    """
+    Encode the images and captions of a batch of `pairs`.
+
+    Returns:
+        latents `(2 * pairs, channels, height, width)`, each a sample of the VAE's posterior, prompt_embeds
+        `(pairs, tokens, dim)` and pooled_prompt_embeds `(pairs, pooled_dim)`.
+    """
+    vae = pipeline.vae
+    moments = []
+    for pixels in batch["pixel_values"].split(args.vae_encode_batch_size):
+        distribution = vae.encode(pixels.to(vae.dtype) / 127.5 - 1).latent_dist
+        moments.append((distribution.mean.float(), distribution.std.float()))
+    mean, std = (torch.cat(parts) for parts in zip(*moments, strict=True))
+    latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
+    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(batch["captions"], do_classifier_free_guidance=False)
+    return latents, prompt_embeds, pooled
+
+
+def denoising_errors(unet, noise_scheduler, latents, prompt_embeds, pooled_prompt_embeds, batch):
+    """
+    Mean squared error of each image of a batch, chosen and rejected under the same noise and timestep.
+
+    Returns:
+        Two `(pairs,)` float32 tensors, the errors of the chosen and of the rejected images.
+    """
+    noise, timesteps = batch["noise"].repeat(2, 1, 1, 1), batch["timesteps"].repeat(2)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = noise
+    conditions = {
+        "text_embeds": pooled_prompt_embeds.repeat(2, 1),
+        "time_ids": batch["add_time_ids"].repeat(2, 1).to(prompt_embeds.dtype),
+    }
+    prediction = unet(
+        noisy_latents.to(prompt_embeds.dtype),
+        timesteps,
+        encoder_hidden_states=prompt_embeds.repeat(2, 1, 1),
+        added_cond_kwargs=conditions,
+        return_dict=False,
+    )[0]
+    errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return errors.chunk(2)
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def remove_folder(folder):
+    """Remove a folder so that, whenever it is interrupted, what is left does not look like one."""
+    if folder.exists():
+        rubbish = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+        shutil.rmtree(rubbish, ignore_errors=True)
+        folder.rename(rubbish)
+        shutil.rmtree(rubbish)
+
+
+@contextlib.contextmanager
+def written_aside(accelerator, folder):
+    """Yield a hidden folder to write to, which takes the place of `folder` when every process is done with it."""
+    aside = folder.with_name(f".{folder.name}.incomplete")
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    yield aside
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        remove_folder(folder)
+        aside.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def save_trained_weights(args, unet, folder):
+    """`pytorch_lora_weights.safetensors` or `unet/`, as diffusers pipelines load them."""
+    if args.rank is None:
+        unet.save_pretrained(folder / "unet")
+    else:
+        from peft import get_peft_model_state_dict
+
+        StableDiffusionXLPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        )
+
+
+def load_trained_weights(args, unet, folder):
+    """Load what `save_trained_weights` wrote into the same parameters, which the optimizer already holds."""
+    if args.rank is None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict())
+    else:
+        from peft import set_peft_model_state_dict
+
+        layers = StableDiffusionXLPipeline.lora_state_dict(folder)[0]
+        layers = {name.removeprefix("unet."): weight for name, weight in layers.items()}
+        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers))
+    cast_training_params(unet, torch.float32)
+
+
+def register_checkpoint_hooks(args, accelerator):
+    """Let accelerate's checkpoints hold the trained weights in diffusers' format in place of its own copy."""
+
+    def save_hook(models, weights, folder):
+        if accelerator.is_main_process:
+            save_trained_weights(args, accelerator.unwrap_model(models[0]), Path(folder))
+        weights.clear()
+
+    def load_hook(models, folder):
+        load_trained_weights(args, accelerator.unwrap_model(models.pop()), Path(folder))
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+def list_checkpoints(output_dir):
+    """Complete checkpoints, oldest first."""
+    folders = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+# What another value of makes a checkpoint useless, and what changes the run's results but not its meaning.
+FIXED_ON_RESUME = ("rank", "use_8bit_adam", "streaming", "seed")
+NOTED_ON_RESUME = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "dataset_name",
+    "dataset_split_name",
+    "max_train_samples",
+    "num_validation_pairs",
+    "remove_ties",
+    "resolution",
+    "learning_rate",
+    "lr_scheduler",
+    "loss_type",
+    "beta_mapo",
+)
+
+
+def find_checkpoint(args):
+    """The folder to resume from and the state it was written with, or (None, None); settles the seed."""
+    if args.resume_from_checkpoint is None:
+        return None, None
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint == "latest":
+        folder = next(reversed(list_checkpoints(output_dir)), None)
+        if folder is None:
+            logger.info(f"No checkpoint in {output_dir} yet: starting a new run.")
+            return None, None
+    else:
+        named = Path(args.resume_from_checkpoint)
+        folder = named if named.exists() else output_dir / named
+    try:
+        state = json.loads((folder / "mapo_state.json").read_text())
+    except OSError as error:
+        raise TrainingError(f"--resume_from_checkpoint {folder} is no checkpoint of this script: {error}") from error
+    args.seed = state["args"]["seed"] if args.seed is None else args.seed
+    for name in FIXED_ON_RESUME + NOTED_ON_RESUME:
+        if getattr(args, name) != state["args"][name]:
+            difference = f"--{name} is {getattr(args, name)}, but {state['args'][name]} in {folder}"
+            if name in FIXED_ON_RESUME:
+                raise TrainingError(f"--resume_from_checkpoint: {difference}.")
+            logger.warning(f"{difference}.")
+    return folder, state
+
+
+def save_checkpoint(args, accelerator, step, cursor, account):
+    """Write checkpoint-{step} by all processes, whole or not at all, and only then drop the oldest ones."""
+    output_dir = Path(args.output_dir)
+    cursors = gather_object([cursor])
+    rows_read, rows_bad = account.totals()
+    with written_aside(accelerator, output_dir / f"checkpoint-{step}") as folder:
+        accelerator.save_state(folder)
+        if accelerator.is_main_process:
+            state = {
+                "step": step,
+                "pairs_seen": step * global_batch_size(args, accelerator),
+                "cursors": cursors,
+                "rows_read": rows_read,
+                "rows_bad": rows_bad,
+                "args": {name: getattr(args, name) for name in FIXED_ON_RESUME + NOTED_ON_RESUME},
+            }
+            (folder / "mapo_state.json").write_text(json.dumps(state, indent=2))
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+            remove_folder(old)
+    logger.info(f"Saved {output_dir / f'checkpoint-{step}'}")
+
+
+# Validation ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, pairs, visits):
+    """The eval_ metrics: the objective's own metrics on held-out pairs, at noise and timesteps that never change."""
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    chunks = [visits[start : start + args.train_batch_size] for start in range(0, len(visits), args.train_batch_size)]
+    # Every rank takes as many forward passes: sharded weights are gathered in step.
+    rounds = math.ceil(len(chunks) / num_processes)
+    mine = (chunks + chunks[:1] * (rounds * num_processes - len(chunks)))[rank::num_processes]
+    window = MetricWindow(accelerator)
+    for index, batch in enumerate(pairs.loader(mine, args.train_batch_size)):
+        warn_of_bad_rows(batch)
+        batch = to_device(batch, accelerator.device)
+        encoded = encode_pairs(args, pipeline, batch)
+        with accelerator.autocast():
+            errors = denoising_errors(unet, noise_scheduler, *encoded, batch)
+        loss, metrics = loss_function(*errors)
+        counted = index * num_processes + rank < len(chunks)
+        window.add({"loss": loss, **metrics}, args.train_batch_size * batch["weight"] * counted)
+    return window.flush("eval_")
+
+
+@torch.no_grad()
+def draw_images(args, accelerator, pipeline):
+    """One image for each validation prompt at fixed seeds; the prompts are split over the processes."""
+    jobs = list(enumerate(args.validation_prompts))
+    images = []
+    with accelerator.split_between_processes(jobs, apply_padding=True) as mine:
+        for index, prompt in mine:
+            with accelerator.autocast():
+                latents = pipeline(
+                    prompt,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    generator=torch.Generator().manual_seed(index),
+                    output_type="latent",
+                ).images
+            # Decoded here and not by the pipeline: the VAE may need another precision than the UNet.
+            latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+            pixels = pipeline.vae.decode(latents, return_dict=False)[0]
+            images.append((index, pipeline.image_processor.postprocess(pixels.float())[0]))
+    drawn = dict(gather_object(images))
+    return [drawn[index] for index, _ in jobs]
+
+
+def draw_grid(prompts, base_images, aligned_images):
+    """One labelled picture: a row for each prompt, the base model's image left, the aligned model's right."""
+    side = max(base_images[0].width, 128)
+    font = ImageFont.load_default(size=max(10, side // 16))
+    line = 2 * font.size
+    grid = Image.new("RGB", (2 * side, line + len(prompts) * (side + line)), "white")
+    canvas = ImageDraw.Draw(grid)
+    for column, title in enumerate(["base", "aligned with MaPO"]):
+        canvas.text((column * side + 4, 2), title, fill="black", font=font)
+    for row, (prompt, *images) in enumerate(zip(prompts, base_images, aligned_images, strict=True)):
+        top = line + row * (side + line)
+        canvas.text((4, top + 2), prompt, fill="black", font=font)
+        for column, image in enumerate(images):
+            grid.paste(image.resize((side, side), Image.Resampling.NEAREST), (column * side, top + line))
+    return grid
+
+
+def validate(args, accelerator, models, evaluation, base_images, step):
+    """Log the eval_ metrics and the grid of images at `step`; nothing that training depends on is touched."""
+    pipeline, unet, noise_scheduler, loss_function = models
+    unet.eval()
+    metrics = {}
+    if evaluation is not None:
+        metrics = evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, *evaluation)
+        accelerator.log(metrics, step=step)
+        logger.info(f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if base_images is not None:
+        images = draw_images(args, accelerator, pipeline)
+        if accelerator.is_main_process:
+            grid = draw_grid(args.validation_prompts, base_images, images)
+            path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            grid.save(path)
+            for tracker in accelerator.trackers:
+                tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **image_options(tracker))
+    unet.train()
+    return metrics
+
+
+def image_options(tracker):
+    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def global_batch_size(args, accelerator):
+    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+
+
+def to_device(batch, device):
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+class MetricWindow:
+    """Weighted means of metrics over steps and processes, summed on the device until they are asked for."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.names, self.sums = accelerator, [], 0
+
+    def add(self, metrics, weight):
+        self.names = list(metrics)
+        values = torch.stack([value.detach().double() for value in metrics.values()])
+        self.sums = self.sums + weight * torch.cat([values, torch.ones_like(values[:1])])
+
+    def flush(self, prefix):
+        """The means since the last call, by name; waits for the device and for the other processes."""
+        *sums, weight = self.accelerator.reduce(self.sums, reduction="sum").tolist()
+        self.sums = 0
+        return {prefix + name: value / max(weight, 1e-9) for name, value in zip(self.names, sums, strict=True)}
+
+
+def warn_of_bad_rows(batch):
+    for row, reason in batch["bad_rows"]:
+        logger.warning(f"Skipped {row}: it {reason}.", main_process_only=False)
+
+
+class RowAccount:
+    """Counts rows read and rows that could not be used, over all processes and over restarts."""
+
+    def __init__(self, args, accelerator, state, num_rows):
+        self.limit, self.accelerator = args.max_bad_rows, accelerator
+        self.enough = min(ROWS_BEFORE_JUDGEMENT, num_rows or ROWS_BEFORE_JUDGEMENT)
+        carried = (state["rows_read"], state["rows_bad"]) if state and accelerator.is_main_process else (0, 0)
+        self.read, self.bad = carried
+
+    def add(self, batch):
+        self.read += batch["num_read"]
+        self.bad += len(batch["bad_rows"])
+        warn_of_bad_rows(batch)
+
+    def totals(self):
+        return [sum(counts) for counts in zip(*gather_object([(self.read, self.bad)]), strict=True)]
+
+    def complaint(self, at_end=False):
+        """The sentence that ends the run, the same on all processes, or None while the bad rows are few."""
+        read, bad = self.totals()
+        if bad > self.limit * read and (at_end or read >= self.enough):
+            return f"{bad} of {read} rows could not be used, more than --max_bad_rows {self.limit} allows."
+        return None
+
+
+def build_accelerator(args):
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise TrainingError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(output_dir, logging_dir=output_dir / args.logging_dir),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+    for library in (datasets, transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+    if accelerator.is_main_process:
+        for rubbish in [*output_dir.glob(".*.incomplete"), *output_dir.glob(".*.removed")]:
+            shutil.rmtree(rubbish)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def settle_seed(args):
+    """Draw the seed that was not given, the same on all processes, and seed what libraries draw (LoRA's start)."""
+    if args.seed is None:
+        args.seed = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])[0]
+        logger.info(f"--seed {args.seed} was drawn for this run.")
+    set_seed(args.seed)
+
+
+def start_trackers(args, accelerator):
+    logging_dir = Path(args.output_dir) / args.logging_dir
+    logging_dir.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    settings = {
+        name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
+    }
+    accelerator.init_trackers(args.tracker_name, settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
+
+
+def training_batches(args, accelerator, pairs, rows, held_out, state):
+    """This rank's batches from where `state` left off, without end."""
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    if args.streaming:
+        known = {(visit.shard, visit.row) for visit in held_out}
+        stream = PairStream(args, pairs.dataset, known, rank, num_processes)
+        batches = stream.batches(args.train_batch_size, state and state["cursors"][rank])
+    else:
+        visits = map_style_visits(rows, args.seed, state["pairs_seen"] if state else 0)
+        batches = deal(visits, args.train_batch_size, rank, num_processes)
+    return pairs.loader(batches, args.train_batch_size)
+
+
+def main(args):
+    accelerator = build_accelerator(args)
+    checkpoint, state = find_checkpoint(args)
+    settle_seed(args)
+
+    with accelerator.main_process_first():
+        dataset, held_out_dataset = load_all_pairs(args)
+    held_out = hold_out(args, held_out_dataset)
+    if not held_out and (args.validation_split or args.num_validation_pairs):
+        raise TrainingError("--validation_split or --num_validation_pairs: no pair was found to hold out.")
+    rows = None
+    if not args.streaming:
+        rows = usable_rows(args, dataset)
+        rows = rows if args.validation_split else rows[len(held_out) :]
+        if len(rows) == 0:
+            raise TrainingError(f"--dataset_name {args.dataset_name} leaves no pair to train on.")
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(rows) / global_batch_size(args, accelerator))
+
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipeline = load_pipeline(args, accelerator, weight_dtype)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise TrainingError("--pretrained_model_name_or_path must predict epsilon or v, by its scheduler's config.")
+    loss_function = preference_loss(args, noise_scheduler)
+    parameters = make_trainable(args, pipeline.unet)
+    optimizer, lr_scheduler = build_optimizer(args, accelerator, parameters)
+    unet, optimizer, lr_scheduler = accelerator.prepare(pipeline.unet, optimizer, lr_scheduler)
+
+    base_images = draw_images(args, accelerator, pipeline) if args.run_validation else None
+    register_checkpoint_hooks(args, accelerator)
+    if checkpoint is not None:
+        accelerator.load_state(checkpoint)
+
+    side = args.resolution // pipeline.vae_scale_factor
+    visit_to_tensors = partial(
+        PairDataset,
+        args,
+        latent_shape=(pipeline.vae.config.latent_channels, side, side),
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+    )
+    evaluation = (visit_to_tensors(held_out_dataset), held_out) if held_out else None
+    loader = training_batches(args, accelerator, visit_to_tensors(dataset), rows, held_out, state)
+    account = RowAccount(args, accelerator, state, None if rows is None else len(rows))
+    start_trackers(args, accelerator)
+
+    logger.info("***** Running training *****")
+    logger.info(f"  Pairs = {'streamed' if rows is None else len(rows)}, held out = {len(held_out)}")
+    logger.info(f"  Pairs per optimizer step = {global_batch_size(args, accelerator)}")
+    logger.info(f"  Optimizer steps = {args.max_train_steps}")
+    logger.info(f"  Trained parameters = {sum(parameter.numel() for parameter in parameters):,}")
+
+    models = (pipeline, unet, noise_scheduler, loss_function)
+    validation = partial(validate, args, accelerator, models, evaluation, base_images)
+    if checkpoint is None:
+        validate(args, accelerator, models, evaluation, None, 0)
+    step = train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state)
+    finish(args, accelerator, pipeline.unet, validation, step)
+    rows_read, rows_bad = account.totals()
+    logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")
+    complaint = account.complaint(at_end=True)
+    accelerator.end_training()
+    if complaint is not None:
+        raise TrainingError(f"All is saved, but {complaint}")
+
+
+def train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state):
+    """The training loop; returns the number of optimizer steps done."""
+    pipeline, unet, noise_scheduler, loss_function = models
+    step = state["step"] if state else 0
+    window = MetricWindow(accelerator)
+    progress = tqdm(
+        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    batches = iter(loader) if step < args.max_train_steps else iter(())
+    for batch in batches:
+        account.add(batch)
+        batch = to_device(batch, accelerator.device)
+        encoded = encode_pairs(args, pipeline, batch)
+        with accelerator.accumulate(unet):
+            with accelerator.autocast():
+                errors = denoising_errors(unet, noise_scheduler, *encoded, batch)
+            loss, metrics = loss_function(*errors)
+            window.add({"loss": loss, **metrics}, args.train_batch_size * batch["weight"])
+            accelerator.backward(loss * batch["weight"])
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        step += 1
+        progress.update(1)
+
+        last, saves = step == args.max_train_steps, step % args.checkpointing_steps == 0
+        complaint = None
+        # A checkpoint closes the window too: a resumed run logs what an uninterrupted one does.
+        if last or saves or step % args.logging_steps == 0:
+            logs = window.flush("train_")
+            progress.set_postfix(loss=f"{logs['train_loss']:.4f}", accuracy=f"{logs['train_accuracy']:.2f}")
+            accelerator.log({**logs, "lr": learning_rate, "grad_norm": grad_norm.item()}, step=step)
+            complaint = account.complaint()
+        if saves or complaint:
+            save_checkpoint(args, accelerator, step, batch["cursor"], account)
+        if complaint:
+            raise TrainingError(f"Stopped at step {step}, whose checkpoint is saved: {complaint}")
+        if last:
+            break
+        if step % args.validation_steps == 0:
+            validation(step)
+    progress.close()
+    return step
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+MODEL_CARD = """# {name}
+
+{kind} of `{args.pretrained_model_name_or_path}`, aligned for {step} steps on the pairs of `{args.dataset_name}`
+with [MaPO](https://arxiv.org/abs/2406.06424), objective `{args.loss_type}` at beta {args.beta_mapo}.
+{picture}
+## Use
+
+```python
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+model = "{args.pretrained_model_name_or_path}"
+pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+{load}
+pipeline.to("cuda", torch.float16)
+image = pipeline("a lighthouse on a cliff at dusk").images[0]
+```
+
+## Training
+
+{metrics}
+
+{settings}
+
+Versions: {versions}
+"""
+LOAD_LORA = 'pipeline.load_lora_weights("FOLDER_OR_REPO")'
+LOAD_UNET = 'pipeline.unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
+
+
+def write_model_card(args, metrics, step):
+    """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
+    libraries = [torch, diffusers, transformers, accelerate, datasets]
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token" and value is not None}
+    text = MODEL_CARD.format(
+        args=args,
+        step=step,
+        name=Path(args.output_dir).resolve().name,
+        kind="UNet" if args.rank is None else f"LoRA of rank {args.rank}",
+        picture=f"\n![base and aligned](validation/step-{step:06d}.png)\n" if args.run_validation else "",
+        load=LOAD_UNET if args.rank is None else LOAD_LORA,
+        metrics="\n".join(f"- {name}: {value:.5g}" for name, value in metrics.items()),
+        settings="\n".join(f"- `--{name}`: {value}" for name, value in settings.items()),
+        versions=", ".join(f"{library.__name__} {library.__version__}" for library in libraries),
+    )
+    data = ModelCardData(base_model=args.pretrained_model_name_or_path, license="openrail++")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
+    populate_model_card(card, tags=tags).save(Path(args.output_dir) / "README.md")
+
+
+def finish(args, accelerator, unet, validation, step):
+    """Save the trained weights first; then validate, describe and upload them."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        save_trained_weights(args, unet, output_dir)
+        logger.info(f"Saved the {'LoRA' if args.rank else 'UNet'} in {output_dir}")
+    metrics = validation(step)
+    if accelerator.is_main_process:
+        write_model_card(args, metrics, step)
+        if args.push_to_hub:
+            push_to_hub(args, output_dir)
+    accelerator.wait_for_everyone()
+
+
+def push_to_hub(args, output_dir):
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    try:
+        repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*/**", ".*/**"],
+            token=args.hub_token,
+        )
+    # Nothing that goes wrong on the way to the hub may cost what is saved here.
+    except Exception as error:
+        logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except TrainingError as error:
+        sys.exit(f"error: {error}")
