@@ -18,12 +18,12 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.6",
-#     "diffusers>=0.35",
-#     "transformers>=4.51",
-#     "accelerate>=1.10",
+#     "diffusers>=0.36",
+#     "transformers>=5.0",
+#     "accelerate>=1.12",
 #     "datasets>=5.2",
-#     "peft>=0.17",
-#     "bitsandbytes>=0.48",
+#     "peft>=0.18",
+#     "bitsandbytes>=0.50",
 #     "tensorboard",
 # ]
 # ///
@@ -88,7 +88,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
 
-check_min_version("0.35.0")
+check_min_version("0.36.0")
 
 logger = get_logger(__name__)
 
@@ -457,7 +457,8 @@ class Visit(NamedTuple):
     cursor: dict | None = None
 
     def __str__(self):
-        return f"row {self.row}" if self.shard is None else f"row {self.row} of shard {self.shard}"
+        place = "" if self.shard is None else f" of shard {self.shard}"
+        return f"{'held-out ' if self.epoch == 0 else ''}row {self.row}{place}"
 
 
 class UnusableRow(Exception):
@@ -567,8 +568,8 @@ class PairStream:
     a time are mixed. While one such block is used, the next is read: two of them are what a rank holds in memory.
     """
 
-    def __init__(self, args, dataset, held_out, rank=0, num_processes=1):
-        self.dataset, self.held_out = dataset, held_out
+    def __init__(self, args, dataset, left_out=(), rank=0, num_processes=1):
+        self.dataset, self.left_out = dataset, left_out
         self.seed, self.buffer_size = args.seed, args.shuffle_buffer_size
         self.labels = pair_columns(args)[2] if args.remove_ties else ()
         # Too few shards for all ranks: each rank reads them all and keeps every num_processes-th row.
@@ -577,11 +578,11 @@ class PairStream:
         self.row_share = (rank, num_processes) if by_row else (0, 1)
 
     def shard_visits(self, epoch, shard, start=0):
-        """Visits of one shard from row `start` on, without ties and held-out rows."""
+        """Visits of one shard from row `start` on, without ties and what is left out."""
         first, every = self.row_share
         records = enumerate(self.dataset.shard(self.dataset.num_shards, shard))
         for row, record in itertools.islice(records, start, None):
-            if row % every == first and (shard, row) not in self.held_out and not is_tie(record, self.labels):
+            if row % every == first and (shard, row) not in self.left_out and not is_tie(record, self.labels):
                 yield Visit(epoch, row, shard, record)
 
     def epoch_visits(self, epoch, place, start):
@@ -770,15 +771,25 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 def hold_out(args, dataset):
-    """Visits of the pairs that the eval_ metrics are computed on: the first usable ones of `dataset`, in its order."""
+    """
+    The pairs that the eval_ metrics are computed on: the first usable ones of `dataset`, in its order.
+
+    Returns:
+        The records, to be indexed from 0, and the places they have in the data set: row numbers, or (shard, row).
+    """
     if args.validation_split is None and args.num_validation_pairs is None:
-        return []
+        return [], []
     if args.streaming:
-        stream = PairStream(args, dataset, held_out=())
+        stream = PairStream(args, dataset)
         visits = (visit for shard in range(dataset.num_shards) for visit in stream.shard_visits(0, shard))
+        visits = list(itertools.islice(visits, args.num_validation_pairs))
+        records, places = [visit.record for visit in visits], [(visit.shard, visit.row) for visit in visits]
     else:
-        visits = (Visit(0, int(row)) for row in usable_rows(args, dataset))
-    return list(itertools.islice(visits, args.num_validation_pairs))
+        places = usable_rows(args, dataset)[: args.num_validation_pairs]
+        records = dataset.select(places)
+    if len(records) == 0:
+        raise TrainingError("--validation_split or --num_validation_pairs: no pair was found to hold out.")
+    return records, places
 
 
 # Models -------------------------------------------------------------------------------------------------------------
@@ -1054,9 +1065,10 @@ def save_checkpoint(args, accelerator, step, cursor, account):
 
 
 @torch.no_grad()
-def evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, pairs, visits):
+def evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, pairs):
     """The eval_ metrics: the objective's own metrics on held-out pairs, at noise and timesteps that never change."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
+    visits = [Visit(0, row) for row in range(len(pairs.dataset))]
     chunks = [visits[start : start + args.train_batch_size] for start in range(0, len(visits), args.train_batch_size)]
     # Every rank takes as many forward passes: sharded weights are gathered in step.
     rounds = math.ceil(len(chunks) / num_processes)
@@ -1122,7 +1134,7 @@ def validate(args, accelerator, models, evaluation, base_images, step):
     unet.eval()
     metrics = {}
     if evaluation is not None:
-        metrics = evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, *evaluation)
+        metrics = evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, evaluation)
         accelerator.log(metrics, step=step)
         logger.info(f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if base_images is not None:
@@ -1249,17 +1261,14 @@ def start_trackers(args, accelerator):
     accelerator.init_trackers(args.tracker_name, settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
 
 
-def training_batches(args, accelerator, pairs, rows, held_out, state):
-    """This rank's batches from where `state` left off, without end."""
+def training_batches(args, accelerator, dataset, rows, left_out, state):
+    """This rank's batches of visits from where `state` left off, without end."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if args.streaming:
-        known = {(visit.shard, visit.row) for visit in held_out}
-        stream = PairStream(args, pairs.dataset, known, rank, num_processes)
-        batches = stream.batches(args.train_batch_size, state and state["cursors"][rank])
-    else:
-        visits = map_style_visits(rows, args.seed, state["pairs_seen"] if state else 0)
-        batches = deal(visits, args.train_batch_size, rank, num_processes)
-    return pairs.loader(batches, args.train_batch_size)
+        stream = PairStream(args, dataset, left_out, rank, num_processes)
+        return stream.batches(args.train_batch_size, state and state["cursors"][rank])
+    visits = map_style_visits(rows, args.seed, state["pairs_seen"] if state else 0)
+    return deal(visits, args.train_batch_size, rank, num_processes)
 
 
 def main(args):
@@ -1269,13 +1278,11 @@ def main(args):
 
     with accelerator.main_process_first():
         dataset, held_out_dataset = load_all_pairs(args)
-    held_out = hold_out(args, held_out_dataset)
-    if not held_out and (args.validation_split or args.num_validation_pairs):
-        raise TrainingError("--validation_split or --num_validation_pairs: no pair was found to hold out.")
+    held_out, held_out_places = hold_out(args, held_out_dataset)
+    left_out = [] if args.validation_split else held_out_places
     rows = None
     if not args.streaming:
-        rows = usable_rows(args, dataset)
-        rows = rows if args.validation_split else rows[len(held_out) :]
+        rows = np.setdiff1d(usable_rows(args, dataset), left_out)
         if len(rows) == 0:
             raise TrainingError(f"--dataset_name {args.dataset_name} leaves no pair to train on.")
     if args.max_train_steps is None:
@@ -1303,8 +1310,9 @@ def main(args):
         latent_shape=(pipeline.vae.config.latent_channels, side, side),
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
     )
-    evaluation = (visit_to_tensors(held_out_dataset), held_out) if held_out else None
-    loader = training_batches(args, accelerator, visit_to_tensors(dataset), rows, held_out, state)
+    evaluation = visit_to_tensors(held_out) if held_out else None
+    batches = training_batches(args, accelerator, dataset, rows, set(left_out), state)
+    loader = visit_to_tensors(dataset).loader(batches, args.train_batch_size)
     account = RowAccount(args, accelerator, state, None if rows is None else len(rows))
     start_trackers(args, accelerator)
 
@@ -1318,7 +1326,9 @@ def main(args):
     validation = partial(validate, args, accelerator, models, evaluation, base_images)
     if checkpoint is None:
         validate(args, accelerator, models, evaluation, None, 0)
-    step = train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state)
+    # Closed before the interpreter exits: a parquet reader left open can abort it.
+    with contextlib.closing(batches):
+        step = train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state)
     finish(args, accelerator, pipeline.unet, validation, step)
     rows_read, rows_bad = account.totals()
     logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")

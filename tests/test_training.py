@@ -1,0 +1,426 @@
+"""The training step against a loop written by hand, and all that must not change what it computes."""
+
+import math
+
+import pytest
+import torch
+from conftest import command_line, launch, run, scalars
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from small_world import build_pipeline, draw_pairs
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# Full of defaults that would hide a flag that is not used: no value here is one.
+OPTIMIZER = {"adam_beta1": 0.8, "adam_beta2": 0.99, "adam_weight_decay": 0.1, "adam_epsilon": 1e-5}
+
+
+def trained(folder):
+    """The weights that a run ended with."""
+    path = folder / LORA_WEIGHTS
+    return load_file(path if path.exists() else folder / UNET_WEIGHTS)
+
+
+def curves(folder):
+    """What was logged but for time and memory."""
+    return {name: values for name, values in scalars(folder).items() if "second" not in name and "memory" not in name}
+
+
+def assert_same(folder, other):
+    """Same curves and same weights, bit for bit."""
+    assert curves(folder) == curves(other)
+    assert_equal(trained(folder), trained(other))
+
+
+def assert_equal(weights, others):
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+def assert_close(folder, other, loss=1e-5, weight=1e-5):
+    """Same curves to `loss` (relative), same weights to `weight` (absolute)."""
+    for name, values in curves(folder).items():
+        assert values == pytest.approx(curves(other)[name], rel=loss, abs=loss), name
+    weights, others = trained(folder), trained(other)
+    assert weights.keys() == others.keys()
+    assert max((value - others[name]).abs().max().item() for name, value in weights.items()) < weight
+
+
+@pytest.fixture(scope="module")
+def other_world(tmp_path_factory):
+    """What the small world lacks: a v-prediction model and a half-precision VAE of other weights, pairs with ties."""
+    folder = tmp_path_factory.mktemp("other")
+    build_pipeline(folder / "pipeline", seed=7, prediction_type="v_prediction", force_upcast=False)
+    draw_pairs(folder / "pairs", ties=20)
+    return folder
+
+
+@pytest.fixture
+def spied(monkeypatch, script):
+    """The pipelines that the script loads, as it uses them."""
+    pipelines, load = [], script.load_pipeline
+    monkeypatch.setattr(script, "load_pipeline", lambda *args: pipelines.append(load(*args)) or pipelines[-1])
+    return pipelines
+
+
+# Independent of the script: models, objective, noise schedule, LoRA, optimizer --------------------------------------
+
+
+def embed(folder, captions):
+    """SDXL's conditioning: the penultimate hidden states of both text encoders, the projection of the second."""
+    states = []
+    for suffix, model in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+        tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        output = model.from_pretrained(folder / f"text_encoder{suffix}")(tokens.input_ids, output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+    return torch.cat(states, dim=-1), output.text_embeds
+
+
+def objective(chosen, rejected, args):
+    chosen, rejected = chosen.double(), rejected.double()
+    if math.isinf(args.beta_mapo):
+        return chosen.mean()
+    if args.loss_type == "mapo_v1":
+        chosen_score, rejected_score = (
+            args.snr_value * e / torch.expm1(args.snr_value * e) for e in (chosen, rejected)
+        )
+        return (chosen + args.beta_mapo * torch.log1p((-1000 * (chosen_score - rejected_score)).exp())).mean()
+    chosen_score, rejected_score = ((e / torch.expm1(e)) ** args.beta_mapo for e in (chosen, rejected))
+    return (chosen + torch.log1p((rejected_score - chosen_score).exp()) / args.beta_mapo).mean()
+
+
+def draw_noisy(args, vae, items):
+    """Noisy latents of all chosen and then all rejected images, with what the UNet should say and when."""
+    with torch.no_grad():
+        posteriors = [vae.encode(item["pixel_values"].float() / 127.5 - 1).latent_dist for item in items]
+    samples = [p.mean + p.std * item["posterior_noise"] for p, item in zip(posteriors, items)]
+    latents = torch.stack(samples, dim=1).flatten(0, 1).double() * vae.config.scaling_factor
+    noise = torch.stack([item["noise"] for item in items]).repeat(2, 1, 1, 1).double()
+    timesteps = torch.stack([item["timesteps"] for item in items]).repeat(2)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = (1 - betas).cumprod(0)[timesteps].sqrt()[:, None, None, None]
+    scatter = (1 - signal**2).sqrt()
+    target = signal * noise - scatter * latents if args.prediction == "v_prediction" else noise
+    return (signal * latents + scatter * noise).float(), target.float(), timesteps
+
+
+class Oracle:
+    """The run that `flags` ask for, step by step in float32 with plain torch."""
+
+    def __init__(self, script, flags, start=None):
+        self.args = args = script.parse_args(command_line(flags))
+        self.folder = flags["pretrained_model_name_or_path"]
+        self.unet = UNet2DConditionModel.from_pretrained(self.folder / "unet")
+        self.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path or self.folder / "vae")
+        args.prediction = "v_prediction" if "v_prediction" in self.scheduler_config() else "epsilon"
+        self.dataset = script.load_pairs(args, "train")
+        self.rows = script.usable_rows(args, self.dataset)
+        self.items = script.PairDataset(args, self.dataset, (4, 8, 8), 1000)
+        self.script = script
+        # LoRA as the sum that it means; `start` has what peft drew, for the down projections.
+        self.lora = {name: weight.clone().requires_grad_() for name, weight in (start or {}).items()}
+        self.full = dict(self.unet.named_parameters())
+
+    def scheduler_config(self):
+        return (self.folder / "scheduler" / "scheduler_config.json").read_text()
+
+    def weights(self):
+        if not self.lora:
+            return self.full
+        merged = {name: weight.detach() for name, weight in self.full.items()}
+        for name in self.lora:
+            if name.endswith(".lora.down.weight"):
+                update = self.lora[name.replace("down.weight", "up.weight")] @ self.lora[name]
+                target = name.removeprefix("unet.").replace(".lora.down", "")
+                merged[target] = merged[target] + update
+        return merged
+
+    def errors(self, visits):
+        items = [self.items[visit][1] for visit in visits]
+        noisy, target, timesteps = draw_noisy(self.args, self.vae, items)
+        with torch.no_grad():
+            embeds, pooled = embed(self.folder, [item["captions"] for item in items])
+        time_ids = torch.stack([item["add_time_ids"] for item in items])
+        conditions = {"text_embeds": pooled.repeat(2, 1), "time_ids": time_ids.repeat(2, 1)}
+        call = (noisy, timesteps, embeds.repeat(2, 1, 1), None, None, None, None, conditions)
+        prediction = torch.func.functional_call(self.unet, self.weights(), call).sample
+        return (prediction - target).pow(2).mean(dim=(1, 2, 3)).chunk(2)
+
+    def train(self, pairs_per_step, learning_rates):
+        """The losses and the gradient norms, step by step."""
+        args, visits = self.args, self.script.map_style_visits(self.rows, self.args.seed, 0)
+        parameters = list((self.lora or self.full).values())
+        optimizer = torch.optim.AdamW(
+            parameters,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        losses, norms = [], []
+        for learning_rate in learning_rates:
+            loss = objective(*self.errors([next(visits) for _ in range(pairs_per_step)]), args)
+            gradients = torch.autograd.grad(loss, parameters)
+            norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient * min(1.0, args.max_grad_norm / (norm.item() + 1e-6))
+            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.step()
+            losses.append(loss.item())
+            norms.append(norm.item())
+        return losses, norms
+
+
+def start_of_lora(script, flags, folder):
+    """The adapter before its first step: a run with a learning rate too small to move a float32."""
+    return trained(
+        run(script, {**flags, "output_dir": folder, "learning_rate": 1e-30, "max_train_steps": 1, "report_to": "none"})
+    )
+
+
+def check_against_oracle(script, flags, tmp_path, learning_rates=None, pairs_per_step=4):
+    """Losses, gradient norms and final weights of a run are those of the oracle."""
+    start = start_of_lora(script, flags, tmp_path / "start") if flags["rank"] else None
+    oracle = Oracle(script, flags, start)
+    first = {name: weight.detach().clone() for name, weight in (oracle.lora or oracle.full).items()}
+    learning_rates = learning_rates or flags["max_train_steps"] * [flags["learning_rate"]]
+    losses, norms = oracle.train(pairs_per_step, learning_rates)
+    out = run(script, flags)
+    logged = scalars(out)
+    assert list(logged["train_loss"].values()) == pytest.approx(losses, rel=1e-5)
+    assert list(logged["grad_norm"].values()) == pytest.approx(norms, rel=1e-4)
+    assert list(logged["lr"].values()) == pytest.approx(learning_rates, rel=1e-6)
+    weights, expected = trained(out), oracle.lora or oracle.full
+    assert weights.keys() == expected.keys()
+    moved = max((expected[name] - first[name]).abs().max().item() for name in weights)
+    off = max((expected[name] - weights[name]).abs().max().item() for name in weights)
+    assert off < 2e-3 * moved
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("rank", [4, None])
+def test_run_is_the_loop_written_by_hand(script, flags, other_world, tmp_path, rank, prediction):
+    if prediction == "v_prediction":
+        flags["pretrained_model_name_or_path"] = other_world / "pipeline"
+    flags.update(OPTIMIZER, rank=rank, beta_mapo=1, learning_rate=1e-2 if rank else 1e-3)
+    check_against_oracle(script, flags, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta_mapo": 64},
+        {"beta_mapo": "inf"},
+        {"loss_type": "mapo_v1"},
+        {"loss_type": "mapo_v1", "beta_mapo": 1, "snr_value": 0.1},
+        {"max_grad_norm": 1e-3, "adam_epsilon": 1e-2, "adam_weight_decay": 0, "learning_rate": 0.1},
+        {"seed": 3, "rank": 2},
+    ],
+    ids=str,
+)
+def test_each_objective_and_clipping_is_the_loop_written_by_hand(script, flags, tmp_path, changes):
+    flags.update({**OPTIMIZER, **changes})
+    check_against_oracle(script, flags, tmp_path)
+
+
+def test_accumulation_and_scaled_learning_rate_are_the_loop_written_by_hand(script, flags, tmp_path):
+    flags.update(OPTIMIZER, gradient_accumulation_steps=3, train_batch_size=2, scale_lr=True, max_train_steps=3)
+    check_against_oracle(script, flags, tmp_path, learning_rates=3 * [6e-3], pairs_per_step=6)
+
+
+def test_kept_ties_label_noise_and_random_crops_are_the_loop_written_by_hand(script, flags, other_world, tmp_path):
+    flags.update(OPTIMIZER, dataset_name=other_world / "pairs", label_noise_prob=0.5, random_crop=True)
+    flags["no-remove_ties"] = True
+    check_against_oracle(script, flags, tmp_path)
+
+
+def test_second_vae_is_the_loop_written_by_hand(script, flags, other_world, tmp_path):
+    flags.update(OPTIMIZER, pretrained_vae_model_name_or_path=other_world / "pipeline" / "vae")
+    check_against_oracle(script, flags, tmp_path)
+
+
+def test_eval_metrics_before_training_are_the_ones_computed_by_hand(script, flags):
+    """Ten pairs in batches of four: the mean is over pairs, not over batches."""
+    flags.update(rank=None, num_validation_pairs=10, beta_mapo=1, max_train_steps=1)
+    oracle = Oracle(script, flags)
+    with torch.no_grad():
+        chosen, rejected = oracle.errors(script.hold_out(oracle.args, oracle.dataset))
+    margin = chosen / torch.expm1(chosen) - rejected / torch.expm1(rejected)
+    expected = {
+        "eval_loss": objective(chosen, rejected, oracle.args),
+        "eval_chosen_mse": chosen.mean(),
+        "eval_rejected_mse": rejected.mean(),
+        "eval_margin": margin.mean(),
+        "eval_accuracy": (chosen < rejected).double().mean(),
+    }
+    logged = scalars(run(script, flags))
+    for name, value in expected.items():
+        assert logged[name][0] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
+
+
+# What must not change the result ------------------------------------------------------------------------------------
+
+
+def test_processes_accumulation_and_batches_split_the_same_run(script, flags, tmp_path):
+    """1 x 4 pairs = 2 processes x 2 = 4 micro-steps of 1: losses, weights, and the learning rate's curve."""
+    flags.update(lr_scheduler="cosine", lr_warmup_steps=2, max_train_steps=6, adam_epsilon=1e-5)
+    flags.update(num_validation_pairs=6)
+    whole = run(script, flags)
+    accumulated = run(
+        script,
+        {**flags, "output_dir": tmp_path / "a", "train_batch_size": 1, "gradient_accumulation_steps": 4},
+    )
+    assert_close(whole, accumulated)
+    done = launch({**flags, "output_dir": tmp_path / "p", "train_batch_size": 2}, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_close(whole, tmp_path / "p")
+    cosine = [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    for folder in (whole, accumulated, tmp_path / "p"):
+        assert list(scalars(folder)["lr"].values()) == pytest.approx([0, 5e-4, *cosine])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", 6 * [1.0]),
+        ("constant_with_warmup", [0, 1 / 3, 2 / 3, 1, 1, 1]),
+        ("linear", [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+        ("polynomial", [0, 1 / 3, 2 / 3, 1, 4 / 9, 1 / 9]),
+        ("cosine_with_restarts", [0, 1 / 3, 2 / 3, 1, 0.25, 0.75]),
+    ],
+)
+def test_learning_rate_curve_counts_optimizer_steps(script, flags, scheduler, expected):
+    flags.update(lr_scheduler=scheduler, lr_warmup_steps=3, max_train_steps=6, train_batch_size=1)
+    flags.update(gradient_accumulation_steps=2, lr_power=2, lr_num_cycles=2)
+    logged = scalars(run(script, flags))["lr"]
+    assert list(logged) == [1, 2, 3, 4, 5, 6]
+    # The floor of the polynomial scheduler is 1e-7.
+    assert list(logged.values()) == pytest.approx([1e-3 * factor for factor in expected], abs=2e-7)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_gradient_checkpointing_changes_nothing(script, flags, tmp_path, spied, rank):
+    flags["rank"] = rank
+    plain = run(script, flags)
+    checkpointed = run(script, {**flags, "output_dir": tmp_path / "c", "gradient_checkpointing": True})
+    assert [pipeline.unet.is_gradient_checkpointing for pipeline in spied] == [False, True]
+    assert_same(plain, checkpointed)
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_workers_change_nothing(script, flags, tmp_path, streaming):
+    flags.update(streaming=streaming, random_crop=True, label_noise_prob=0.3)
+    assert_same(run(script, flags), run(script, {**flags, "output_dir": tmp_path / "w", "dataloader_num_workers": 2}))
+
+
+def test_images_may_pass_the_vae_one_by_one(script, flags, tmp_path, monkeypatch):
+    flags["adam_epsilon"] = 1e-5
+    sizes, encode = [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: sizes.append(len(x)) or encode(vae, x))
+    at_once = run(script, flags)
+    one_by_one = run(script, {**flags, "output_dir": tmp_path / "v", "vae_encode_batch_size": 1})
+    assert sizes == 4 * [8] + 32 * [1]
+    assert_close(at_once, one_by_one)
+
+
+def test_seed_decides_the_run(script, flags, tmp_path):
+    first = run(script, flags)
+    assert_same(first, run(script, {**flags, "output_dir": tmp_path / "same"}))
+    other = run(script, {**flags, "output_dir": tmp_path / "other", "seed": 1})
+    assert curves(first)["train_loss"] != curves(other)["train_loss"]
+    down = next(name for name in trained(first) if "down" in name)
+    assert not torch.equal(trained(first)[down], trained(other)[down])
+
+
+def test_seed_that_was_not_given_is_drawn_and_reported(script, flags, tmp_path, caplog):
+    caplog.set_level("INFO")
+    drawn = []
+    for name in ("first", "second"):
+        caplog.clear()
+        run(script, {**flags, "output_dir": tmp_path / name, "seed": None})
+        reports = [record.message for record in caplog.records if "--seed" in record.message]
+        assert len(reports) == 1
+        drawn.append(int(reports[0].split()[1]))
+    assert drawn[0] != drawn[1]
+    assert_same(tmp_path / "first", run(script, {**flags, "seed": drawn[0]}))
+
+
+# Precision and optimizer states -------------------------------------------------------------------------------------
+
+
+def frozen_parts(pipeline):
+    """Weights that are not trained, the LoRA's base layers under the names they have without it."""
+    parts = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+    weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].named_parameters()}
+    for name, weight in pipeline.unet.named_parameters():
+        if not weight.requires_grad:
+            weights[f"unet.{name.replace('.base_layer', '')}"] = weight
+    return weights
+
+
+@pytest.mark.parametrize("upcast_vae", [True, False])
+@pytest.mark.parametrize("rank", [4, None])
+def test_bf16_is_for_frozen_parts_only_and_leaves_them_alone(
+    script, flags, other_world, world, spied, rank, upcast_vae
+):
+    folder = (world if upcast_vae else other_world) / "pipeline"
+    flags.update(rank=rank, mixed_precision="bf16", pretrained_model_name_or_path=folder)
+    out = run(script, flags)
+    assert {weight.dtype for weight in trained(out).values()} == {torch.float32}
+    (pipeline,) = spied
+    assert {weight.dtype for weight in pipeline.unet.parameters() if weight.requires_grad} == {torch.float32}
+    original = frozen_parts(type(pipeline).from_pretrained(folder))
+    frozen = frozen_parts(pipeline)
+    assert bool(rank) == any(name.startswith("unet.") for name in frozen)
+    for name, weight in frozen.items():
+        assert weight.dtype == (torch.float32 if name.startswith("vae.") and upcast_vae else torch.bfloat16), name
+        assert torch.equal(weight, original[name].to(weight.dtype)), name
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_without_mixed_precision_all_is_float32(script, flags, spied, rank):
+    flags.update(rank=rank, max_train_steps=1)
+    run(script, flags)
+    assert {part.dtype for part in (spied[0].vae, spied[0].unet, spied[0].text_encoder)} == {torch.float32}
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_bf16_trains_about_as_float32_does(script, flags, tmp_path, rank):
+    flags["rank"] = rank
+    full = scalars(run(script, flags))["train_loss"]
+    half = scalars(run(script, {**flags, "output_dir": tmp_path / "h", "mixed_precision": "bf16"}))["train_loss"]
+    assert half == pytest.approx(full, rel=0.01)
+    assert half != full
+
+
+def test_nearly_all_lora_weights_move_under_bf16_at_a_small_learning_rate(script, flags, tmp_path):
+    """Weights kept in bf16 would swallow updates this small: under 2 % of them would move."""
+    flags.update(mixed_precision="bf16", learning_rate=1e-5, max_train_steps=3)
+    start, end = start_of_lora(script, flags, tmp_path / "start"), trained(run(script, flags))
+    moved = torch.cat([(start[name] != weight).flatten() for name, weight in end.items()])
+    assert moved.float().mean() > 0.99
+
+
+def test_8bit_adam_has_states_of_8_bits_and_trains_nearly_as_adamw(script, flags, tmp_path):
+    flags.update(rank=None, checkpointing_steps=4)
+    plain = run(script, flags)
+    small = run(script, {**flags, "output_dir": tmp_path / "8bit", "use_8bit_adam": True})
+    states = torch.load(small / "checkpoint-4" / "optimizer.bin", weights_only=False)["state"].values()
+    states = [state.get("__bnb_optimizer_quant_state__", state) for state in states]
+    large = [state for state in states if state["state1"].numel() >= 4096]
+    assert len(large) > 20
+    assert {state[name].dtype for state in large for name in ("state1", "state2")} == {torch.uint8}
+    assert scalars(small)["train_loss"] == pytest.approx(scalars(plain)["train_loss"], rel=0.01)
+    assert scalars(small)["train_loss"] != scalars(plain)["train_loss"]
+
+
+@pytest.mark.parametrize("allowed", [True, None])
+def test_tf32_is_allowed_only_when_asked_for(script, flags, monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", not allowed)
+    flags.update(allow_tf32=allowed, max_train_steps=1)
+    run(script, flags)
+    assert torch.backends.cuda.matmul.allow_tf32 is bool(allowed)
