@@ -77,7 +77,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -144,7 +144,9 @@ def bounded(text, kind, low, high=sys.float_info.max):
 
 COUNT = partial(bounded, kind=int, low=1)
 COUNT_OR_ZERO = partial(bounded, kind=int, low=0)
+SEED = partial(bounded, kind=int, low=0, high=2**32 - 1)
 FRACTION = partial(bounded, kind=float, low=0, high=1)
+BELOW_ONE = partial(bounded, kind=float, low=0, high=math.nextafter(1, 0))
 NOT_NEGATIVE = partial(bounded, kind=float, low=0)
 POSITIVE = partial(bounded, kind=float, low=sys.float_info.min)
 POSITIVE_OR_INF = partial(bounded, kind=float, low=sys.float_info.min, high=math.inf)
@@ -215,7 +217,7 @@ def add_objective_arguments(group):
 
 
 def add_training_arguments(group):
-    group.add_argument("--seed", type=COUNT_OR_ZERO, help="Seed of every random choice. None: drawn and reported.")
+    group.add_argument("--seed", type=SEED, help="Seed of every random choice. None: drawn and reported.")
     group.add_argument("--train_batch_size", type=COUNT, default=4, help="Pairs per process and micro-step.")
     group.add_argument("--num_train_epochs", type=COUNT, default=1, help="Visits of the data set.")
     group.add_argument("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
@@ -250,8 +252,8 @@ def add_optimizer_arguments(group):
     group.add_argument("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     group.add_argument("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
     group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    group.add_argument("--adam_beta1", type=FRACTION, default=0.9, help="Adam's beta1.")
-    group.add_argument("--adam_beta2", type=FRACTION, default=0.999, help="Adam's beta2.")
+    group.add_argument("--adam_beta1", type=BELOW_ONE, default=0.9, help="Adam's beta1.")
+    group.add_argument("--adam_beta2", type=BELOW_ONE, default=0.999, help="Adam's beta2.")
     group.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay.")
     group.add_argument("--adam_epsilon", type=POSITIVE, default=1e-8, help="Adam's epsilon.")
     group.add_argument("--max_grad_norm", type=POSITIVE, default=1.0, help="Gradients are clipped to this norm.")
@@ -801,6 +803,8 @@ def load_pipeline(args, accelerator, weight_dtype):
     the VAE in float32 unless its config says that half precision is safe.
     """
     options = {"cache_dir": args.cache_dir, "use_safetensors": True}
+    # Under ZeRO-3 transformers would split the frozen text encoders as it loads them.
+    transformers.integrations.unset_hf_deepspeed_config()
     try:
         parts = {}
         if args.pretrained_vae_model_name_or_path is not None:
@@ -945,16 +949,26 @@ def written_aside(accelerator, folder):
     accelerator.wait_for_everyone()
 
 
-def save_trained_weights(args, unet, folder):
-    """`pytorch_lora_weights.safetensors` or `unet/`, as diffusers pipelines load them."""
+def save_trained_weights(args, accelerator, unet, folder):
+    """
+    Write `pytorch_lora_weights.safetensors` or `unet/`, as diffusers pipelines load them. Every process must call it:
+    weights that are split over the processes are gathered.
+    """
+    weights = accelerator.get_state_dict(unet)
+    if not accelerator.is_main_process:
+        return
+    unet = accelerator.unwrap_model(unet)
     if args.rank is None:
-        unet.save_pretrained(folder / "unet")
+        with torch.device("meta"):
+            whole = UNet2DConditionModel.from_config(unet.config)
+        whole.load_state_dict(weights, assign=True)
+        whole.save_pretrained(folder / "unet")
     else:
         from peft import get_peft_model_state_dict
 
         StableDiffusionXLPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights)),
             unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
         )
 
@@ -973,15 +987,16 @@ def load_trained_weights(args, unet, folder):
 
 
 def register_checkpoint_hooks(args, accelerator):
-    """Let accelerate's checkpoints hold the trained weights in diffusers' format in place of its own copy."""
+    """Let checkpoints hold the trained weights in diffusers' format in place of accelerate's own whole copy."""
 
     def save_hook(models, weights, folder):
-        if accelerator.is_main_process:
-            save_trained_weights(args, accelerator.unwrap_model(models[0]), Path(folder))
+        save_trained_weights(args, accelerator, models[0], Path(folder))
         weights.clear()
 
     def load_hook(models, folder):
-        load_trained_weights(args, accelerator.unwrap_model(models.pop()), Path(folder))
+        # DeepSpeed and FSDP have loaded their own shards by now and leave no model to load.
+        while models:
+            load_trained_weights(args, accelerator.unwrap_model(models.pop()), Path(folder))
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
@@ -1233,6 +1248,11 @@ def build_accelerator(args):
         )
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed clips by itself, and without a prepared loader it is not told the batch size.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = args.max_grad_norm
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
@@ -1329,7 +1349,7 @@ def main(args):
     # Closed before the interpreter exits: a parquet reader left open can abort it.
     with contextlib.closing(batches):
         step = train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state)
-    finish(args, accelerator, pipeline.unet, validation, step)
+    finish(args, accelerator, unet, validation, step)
     rows_read, rows_bad = account.totals()
     logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")
     complaint = account.complaint(at_end=True)
@@ -1374,7 +1394,7 @@ def train(args, accelerator, models, optimizer, lr_scheduler, loader, account, v
         if last or saves or step % args.logging_steps == 0:
             logs = window.flush("train_")
             progress.set_postfix(loss=f"{logs['train_loss']:.4f}", accuracy=f"{logs['train_accuracy']:.2f}")
-            accelerator.log({**logs, "lr": learning_rate, "grad_norm": grad_norm.item()}, step=step)
+            accelerator.log({**logs, "lr": learning_rate, "grad_norm": float(grad_norm)}, step=step)
             complaint = account.complaint()
         if saves or complaint:
             save_checkpoint(args, accelerator, step, batch["cursor"], account)
@@ -1445,9 +1465,8 @@ def write_model_card(args, metrics, step):
 def finish(args, accelerator, unet, validation, step):
     """Save the trained weights first; then validate, describe and upload them."""
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        save_trained_weights(args, unet, output_dir)
-        logger.info(f"Saved the {'LoRA' if args.rank else 'UNet'} in {output_dir}")
+    save_trained_weights(args, accelerator, unet, output_dir)
+    logger.info(f"Saved the {'LoRA' if args.rank else 'UNet'} in {output_dir}")
     metrics = validation(step)
     if accelerator.is_main_process:
         write_model_card(args, metrics, step)
