@@ -58,9 +58,11 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -92,6 +94,7 @@ check_min_version("0.36.0")
 
 logger = get_logger(__name__)
 
+TRACKERS = ("tensorboard", "wandb")
 DEFAULT_BETA = {"mapo": 8.0, "mapo_v1": 0.1}
 LORA_TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
 VALIDATION_PROMPTS = [
@@ -113,11 +116,9 @@ FOREIGN_FLAGS = {
     "--beta_dpo": "write --beta_mapo",
     "--train_data_dir": "write --dataset_name FOLDER",
     "--validation_prompt": "write --validation_prompts",
-    "True": "switches take no value, write --flag or --no-flag",
-    "False": "switches take no value, write --flag or --no-flag",
+    "True": "switches take no value, write the flag alone",
+    "False": "switches take no value, leave the flag out (or write --no-remove_ties)",
 }
-
-
 CAPTION_TYPES = ("string", "large_string")
 IMAGE_TYPES = ("binary", "large_binary", "PIL.Image.Image")
 LABEL_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
@@ -125,6 +126,10 @@ LABEL_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "f
 
 class TrainingError(Exception):
     """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
+
+
+def one_line(error):
+    return " ".join(str(error).split())
 
 
 # Arguments ----------------------------------------------------------------------------------------------------------
@@ -247,6 +252,7 @@ def add_optimizer_arguments(group):
         "--lr_scheduler",
         choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
         default="constant",
+        help="Curve of the learning rate.",
     )
     group.add_argument("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
     group.add_argument("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
@@ -271,7 +277,11 @@ def add_output_arguments(group):
         default=10,
         help="Optimizer steps between two log lines; only such a step waits for the device.",
     )
-    group.add_argument("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard")
+    group.add_argument(
+        "--report_to",
+        choices=[*TRACKERS, "all", "none"],
+        help="Tracker, `all` for those installed. None: tensorboard, if it is installed.",
+    )
     group.add_argument("--tracker_name", default="mapo", help="Project name in the trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload output_dir when all is saved.")
     group.add_argument("--hub_model_id", help="Repository to upload to. None: the name of output_dir.")
@@ -311,6 +321,8 @@ def parse_args(input_args=None):
     for flag in unknown:
         name = flag.partition("=")[0]
         parser.error(f"unknown argument {name}: {FOREIGN_FLAGS.get(name, 'see --help for those there are')}")
+    if args.report_to is None:
+        args.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
     if args.beta_mapo is None:
         args.beta_mapo = DEFAULT_BETA[args.loss_type]
     problem = find_contradiction(args)
@@ -336,8 +348,14 @@ def find_contradiction(args):
             "--beta_mapo inf is the SFT limit of --loss_type mapo; mapo_v1 has no such limit",
         ),
         (
-            args.max_train_samples is not None and (args.num_validation_pairs or 0) >= args.max_train_samples,
+            None not in (args.max_train_samples, args.num_validation_pairs)
+            and args.validation_split is None
+            and args.num_validation_pairs >= args.max_train_samples,
             "--num_validation_pairs leaves nothing of --max_train_samples to train on",
+        ),
+        (
+            args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr,
+            "--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger",
         ),
         (
             args.streaming and args.validation_split is not None and args.num_validation_pairs is None,
@@ -353,7 +371,7 @@ def find_contradiction(args):
         ),
         (args.rank is not None and importlib.util.find_spec("peft") is None, "--rank needs peft: pip install peft"),
         (
-            args.report_to in ("tensorboard", "wandb") and importlib.util.find_spec(args.report_to) is None,
+            args.report_to in TRACKERS and importlib.util.find_spec(args.report_to) is None,
             f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none",
         ),
     ]
@@ -499,7 +517,7 @@ def check_columns(args, dataset):
             raise TrainingError(f"--{flag} {column} holds {feature}, it must hold one of: {', '.join(types)}.")
 
 
-def load_pairs(args, split):
+def load_pairs(args, split, max_rows=None):
     """
     The columns of `split` that make pairs, image columns as encoded bytes: a `Dataset`, or with --streaming an
     `IterableDataset` whose shards are as small as the format allows (parquet: one row group each).
@@ -511,8 +529,8 @@ def load_pairs(args, split):
     caption, images, labels = pair_columns(args)
     if args.streaming:
         dataset = dataset.reshard()
-    if args.streaming and args.max_train_samples is not None:
-        dataset = dataset.take(args.max_train_samples)
+    if max_rows is not None:
+        dataset = dataset.take(max_rows)
     dataset = dataset.select_columns([caption, *images, *labels])
     for column in images:
         if isinstance(dataset.features[column], datasets.Image):
@@ -523,10 +541,10 @@ def load_pairs(args, split):
 def load_all_pairs(args):
     """The training data set and the held-out one (the same unless --validation_split is given, None if not wanted)."""
     try:
-        dataset = load_pairs(args, pick_split(args))
+        dataset = load_pairs(args, pick_split(args), args.max_train_samples)
         held_out = load_pairs(args, args.validation_split) if args.validation_split else dataset
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise TrainingError(f"--dataset_name {args.dataset_name} cannot be read: {error}") from error
+        raise TrainingError(f"--dataset_name {args.dataset_name} cannot be read: {one_line(error)}") from error
     return dataset, held_out
 
 
@@ -536,10 +554,10 @@ def is_tie(record, labels):
 
 def usable_rows(args, dataset):
     """Row numbers of a map-style data set without the ties to drop: only the label columns are read."""
-    rows = np.arange(min(len(dataset), args.max_train_samples or len(dataset)))
+    rows = np.arange(len(dataset))
     _, _, labels = pair_columns(args)
     if labels and args.remove_ties:
-        table = dataset.select_columns(list(labels)).with_format("arrow")[: len(rows)]
+        table = dataset.select_columns(list(labels)).with_format("arrow")[:]
         ties = pc.fill_null(pc.equal(table.column(labels[0]), table.column(labels[1])), False)
         rows = rows[~ties.to_numpy(zero_copy_only=False)]
     return rows
@@ -701,9 +719,9 @@ class PairDataset(torch.utils.data.Dataset):
 
     def prepare(self, visit, record):
         args, held_out = self.args, visit.epoch == 0
-        seed = np.random.SeedSequence([args.seed, visit.epoch, visit.shard or 0, visit.row]).generate_state(
-            1, np.uint64
-        )
+        # Held-out pairs see the same in every run, whatever its seed.
+        place = (0 if held_out else args.seed, visit.epoch, visit.shard or 0, visit.row)
+        seed = np.random.SeedSequence(place).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         # All numbers are drawn whatever the flags, so that no flag shifts another's draws.
         noisy, tie, flip, top, left = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
@@ -805,10 +823,12 @@ def load_pipeline(args, accelerator, weight_dtype):
     options = {"cache_dir": args.cache_dir, "use_safetensors": True}
     # Under ZeRO-3 transformers would split the frozen text encoders as it loads them.
     transformers.integrations.unset_hf_deepspeed_config()
+    parts = {}
+    flag = "pretrained_vae_model_name_or_path"
     try:
-        parts = {}
         if args.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
+        flag = "pretrained_model_name_or_path"
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             args.pretrained_model_name_or_path,
             revision=args.revision,
@@ -818,7 +838,7 @@ def load_pipeline(args, accelerator, weight_dtype):
             **options,
         )
     except (OSError, ValueError) as error:
-        raise TrainingError(f"--pretrained_model_name_or_path or its VAE cannot be loaded: {error}") from error
+        raise TrainingError(f"--{flag} {getattr(args, flag)} cannot be loaded: {one_line(error)}") from error
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         part.requires_grad_(False)
     pipeline.vae.to(accelerator.device, torch.float32 if pipeline.vae.config.force_upcast else weight_dtype)
@@ -866,7 +886,8 @@ def build_optimizer(args, accelerator, parameters):
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        # The polynomial curve divides by the steps behind the warmup.
+        num_training_steps=max(args.max_train_steps, args.lr_warmup_steps + 1),
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
@@ -966,10 +987,12 @@ def save_trained_weights(args, accelerator, unet, folder):
     else:
         from peft import get_peft_model_state_dict
 
+        metadata = unet.peft_config["default"].to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])
         StableDiffusionXLPipeline.save_lora_weights(
             folder,
             unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights)),
-            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=metadata,
         )
 
 
@@ -1008,25 +1031,12 @@ def list_checkpoints(output_dir):
     return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
-# What another value of makes a checkpoint useless, and what changes the run's results but not its meaning.
-FIXED_ON_RESUME = ("rank", "use_8bit_adam", "streaming", "seed")
-NOTED_ON_RESUME = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "dataset_name",
-    "dataset_split_name",
-    "max_train_samples",
-    "num_validation_pairs",
-    "remove_ties",
-    "resolution",
-    "learning_rate",
-    "lr_scheduler",
-    "loss_type",
-    "beta_mapo",
-)
+# A checkpoint is refused where one of the first differs, and a difference in any other but the last is reported.
+FIXED_ON_RESUME = ("rank", "use_8bit_adam", "streaming", "shuffle_buffer_size", "seed")
+FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token")
 
 
-def find_checkpoint(args):
+def find_checkpoint(args, accelerator):
     """The folder to resume from and the state it was written with, or (None, None); settles the seed."""
     if args.resume_from_checkpoint is None:
         return None, None
@@ -1041,19 +1051,24 @@ def find_checkpoint(args):
         folder = named if named.exists() else output_dir / named
     try:
         state = json.loads((folder / "mapo_state.json").read_text())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise TrainingError(f"--resume_from_checkpoint {folder} is no checkpoint of this script: {error}") from error
     args.seed = state["args"]["seed"] if args.seed is None else args.seed
-    for name in FIXED_ON_RESUME + NOTED_ON_RESUME:
-        if getattr(args, name) != state["args"][name]:
-            difference = f"--{name} is {getattr(args, name)}, but {state['args'][name]} in {folder}"
+    for name, old in state["args"].items():
+        if getattr(args, name) != old:
+            difference = f"--{name} is {getattr(args, name)}, but {old} in {folder}."
             if name in FIXED_ON_RESUME:
-                raise TrainingError(f"--resume_from_checkpoint: {difference}.")
-            logger.warning(f"{difference}.")
+                raise TrainingError(f"--resume_from_checkpoint: {difference}")
+            logger.warning(difference)
+    if args.streaming and len(state["cursors"]) != accelerator.num_processes:
+        raise TrainingError(
+            f"--resume_from_checkpoint: {folder} was streamed by {len(state['cursors'])} processes, each with its own "
+            f"share of the shards; it cannot go on with {accelerator.num_processes}."
+        )
     return folder, state
 
 
-def save_checkpoint(args, accelerator, step, cursor, account):
+def save_checkpoint(args, accelerator, step, pairs_seen, cursor, account):
     """Write checkpoint-{step} by all processes, whole or not at all, and only then drop the oldest ones."""
     output_dir = Path(args.output_dir)
     cursors = gather_object([cursor])
@@ -1063,11 +1078,11 @@ def save_checkpoint(args, accelerator, step, cursor, account):
         if accelerator.is_main_process:
             state = {
                 "step": step,
-                "pairs_seen": step * global_batch_size(args, accelerator),
+                "pairs_seen": pairs_seen,
                 "cursors": cursors,
                 "rows_read": rows_read,
                 "rows_bad": rows_bad,
-                "args": {name: getattr(args, name) for name in FIXED_ON_RESUME + NOTED_ON_RESUME},
+                "args": {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME},
             }
             (folder / "mapo_state.json").write_text(json.dumps(state, indent=2))
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
@@ -1194,7 +1209,7 @@ class MetricWindow:
         values = torch.stack([value.detach().double() for value in metrics.values()])
         self.sums = self.sums + weight * torch.cat([values, torch.ones_like(values[:1])])
 
-    def flush(self, prefix):
+    def flush(self, prefix=""):
         """The means since the last call, by name; waits for the device and for the other processes."""
         *sums, weight = self.accelerator.reduce(self.sums, reduction="sum").tolist()
         self.sums = 0
@@ -1204,6 +1219,26 @@ class MetricWindow:
 def warn_of_bad_rows(batch):
     for row, reason in batch["bad_rows"]:
         logger.warning(f"Skipped {row}: it {reason}.", main_process_only=False)
+
+
+class Speedometer:
+    """Pairs a second, checkpoints and validations left out, and the peak of memory."""
+
+    def __init__(self, accelerator, pairs_per_step, step):
+        self.device, self.pairs_per_step = accelerator.device, pairs_per_step
+        self.restart(step)
+
+    def restart(self, step):
+        self.step, self.time = step, time.perf_counter()
+
+    def flush(self, step):
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        speed = (step - self.step) * self.pairs_per_step / (time.perf_counter() - self.time)
+        self.restart(step)
+        return {"pairs_per_second": speed, "peak_memory_gib": peak}
 
 
 class RowAccount:
@@ -1238,16 +1273,23 @@ def build_accelerator(args):
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise TrainingError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
+    trackers = [name for name in TRACKERS if args.report_to in (name, "all") and importlib.util.find_spec(name)]
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
+            log_with=trackers or None,
             project_config=ProjectConfiguration(output_dir, logging_dir=output_dir / args.logging_dir),
             step_scheduler_with_optimizer=False,
         )
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed_precision fp16 needs a GPU, on CPU write bf16 or no.")
+    if accelerator.distributed_type == DistributedType.FSDP and args.use_8bit_adam:
+        raise TrainingError(
+            "--use_8bit_adam: bitsandbytes cannot step split weights, use launch_configs/deepspeed_zero2.yaml."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed clips by itself, and without a prepared loader it is not told the batch size.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -1293,7 +1335,7 @@ def training_batches(args, accelerator, dataset, rows, left_out, state):
 
 def main(args):
     accelerator = build_accelerator(args)
-    checkpoint, state = find_checkpoint(args)
+    checkpoint, state = find_checkpoint(args, accelerator)
     settle_seed(args)
 
     with accelerator.main_process_first():
@@ -1304,7 +1346,10 @@ def main(args):
     if not args.streaming:
         rows = np.setdiff1d(usable_rows(args, dataset), left_out)
         if len(rows) == 0:
-            raise TrainingError(f"--dataset_name {args.dataset_name} leaves no pair to train on.")
+            raise TrainingError(
+                f"--dataset_name {args.dataset_name} leaves no pair to train on; --num_validation_pairs holds out "
+                f"{len(left_out)} of them."
+            )
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(rows) / global_batch_size(args, accelerator))
 
@@ -1361,8 +1406,8 @@ def main(args):
 def train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state):
     """The training loop; returns the number of optimizer steps done."""
     pipeline, unet, noise_scheduler, loss_function = models
-    step = state["step"] if state else 0
-    window = MetricWindow(accelerator)
+    step, pairs_seen = (state["step"], state["pairs_seen"]) if state else (0, 0)
+    window, speed = MetricWindow(accelerator), Speedometer(accelerator, global_batch_size(args, accelerator), step)
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
@@ -1385,25 +1430,28 @@ def train(args, accelerator, models, optimizer, lr_scheduler, loader, account, v
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
-        step += 1
+        step, pairs_seen = step + 1, pairs_seen + global_batch_size(args, accelerator)
         progress.update(1)
 
         last, saves = step == args.max_train_steps, step % args.checkpointing_steps == 0
         complaint = None
         # A checkpoint closes the window too: a resumed run logs what an uninterrupted one does.
         if last or saves or step % args.logging_steps == 0:
-            logs = window.flush("train_")
-            progress.set_postfix(loss=f"{logs['train_loss']:.4f}", accuracy=f"{logs['train_accuracy']:.2f}")
-            accelerator.log({**logs, "lr": learning_rate, "grad_norm": float(grad_norm)}, step=step)
+            logs = {**window.flush(), "grad_norm": float(grad_norm), "lr": learning_rate, **speed.flush(step)}
+            accelerator.log(logs, step=step)
+            shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
+            progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
             complaint = account.complaint()
         if saves or complaint:
-            save_checkpoint(args, accelerator, step, batch["cursor"], account)
+            save_checkpoint(args, accelerator, step, pairs_seen, batch["cursor"], account)
+            speed.restart(step)
         if complaint:
             raise TrainingError(f"Stopped at step {step}, whose checkpoint is saved: {complaint}")
         if last:
             break
         if step % args.validation_steps == 0:
             validation(step)
+            speed.restart(step)
     progress.close()
     return step
 
@@ -1483,7 +1531,7 @@ def push_to_hub(args, output_dir):
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message="End of training",
-            ignore_patterns=["checkpoint-*/**", ".*/**"],
+            ignore_patterns=["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"],
             token=args.hub_token,
         )
     # Nothing that goes wrong on the way to the hub may cost what is saved here.

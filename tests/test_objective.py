@@ -18,7 +18,8 @@ ERRORS = [0.0, 1e-12, 1e-8, 1e-6, 1e-4]
 ERRORS += [9.99e-3, math.nextafter(1e-2, 0), 1e-2, 1.001e-2, 1.999e-2, math.nextafter(2e-2, 0), 2e-2, 2.001e-2]
 ERRORS += [0.5, 1.0, 10.0, 100.0, 1e3]
 PAIRS = list(itertools.product(ERRORS, repeat=2))
-TOLERANCE = 1e-6
+# Demanded is 1e-6; float64 does far better, and a lost term of a series is seen only there.
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-11}
 
 mpmath.mp.dps = 50
 
@@ -94,14 +95,14 @@ def report(record_property, errors):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta", BETAS)
 def test_mapo_equals_oracle(script, record_property, beta, dtype):
-    assert max(report(record_property, worst_errors(script.mapo_loss, oracle_mapo, dtype, beta))) < TOLERANCE
+    assert max(report(record_property, worst_errors(script.mapo_loss, oracle_mapo, dtype, beta))) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta", BETAS_V1)
 def test_mapo_v1_equals_oracle(script, record_property, beta, dtype):
     errors = worst_errors(script.mapo_v1_loss, oracle_mapo_v1, dtype, beta, SNR, STEPS)
-    assert max(report(record_property, errors)) < TOLERANCE
+    assert max(report(record_property, errors)) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [(0.5, 1.0), (1.0, 0.5), (1e-8, 1e-4)])
@@ -262,6 +263,6 @@ def test_gradient_factor_of_phi(script):
     assert all(later <= earlier + 1e-14 for earlier, later in itertools.pairwise(factors))
     for error, factor in zip(errors[1:], factors[1:], strict=True):
         exact = -oracle_phi(mpmath.mpf(error), 1)[1]
-        assert relative_error(factor, exact, torch.float64) < TOLERANCE
+        assert relative_error(factor, exact, torch.float64) < TOLERANCES[torch.float64]
         # The paper's (e^l - l - 1) / (e^l - 1)^2 has the same limits and lies below.
         assert (mpmath.expm1(error) - error) / mpmath.expm1(error) ** 2 <= exact * (1 + mpmath.mpf("1e-20"))

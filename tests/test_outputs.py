@@ -108,7 +108,7 @@ def test_validation_leaves_training_bit_identical(script, flags, tmp_path, chang
     never = run(script, {**flags, "output_dir": tmp_path / "never"})
     assert_equal(trained(often), trained(never))
     logged, expected = curves(often), curves(never)
-    for name in ("train_loss", "train_margin", "grad_norm", "lr"):
+    for name in ("loss", "margin", "grad_norm", "lr"):
         assert logged[name] == expected[name], name
     assert list(logged["eval_loss"]) == [0, 1, 2, 3, 4]
     assert list(expected["eval_loss"]) == [0, 4]
@@ -165,7 +165,7 @@ def test_validation_split_is_used_and_all_of_the_other_trained_on(script, flags,
     first_eight = scalars(run(script, first))
     streamed = scalars(run(script, {**first, "output_dir": tmp_path / "streamed", "streaming": True}))
     plain = scalars(run(script, {**flags, "output_dir": tmp_path / "plain", "validation_split": None}))
-    assert whole["train_loss"] == first_eight["train_loss"] == plain["train_loss"]
+    assert whole["loss"] == first_eight["loss"] == plain["loss"]
     assert list(whole["eval_loss"]) == [0, 2] and "eval_loss" not in plain
     assert whole["eval_loss"][0] != first_eight["eval_loss"][0]
     for name in EVAL_NAMES:
@@ -209,7 +209,7 @@ def test_tensorboard_gets_scalars_images_and_settings_but_no_token(script, flags
     out = run(script, flags)
     logged = scalars(out)
     for name in ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy"):
-        assert list(logged[f"train_{name}"]) == [1, 2, 3, 4], name
+        assert list(logged[name]) == [1, 2, 3, 4], name
         assert list(logged[f"eval_{name}"]) == [0, 2, 4], name
     for name in ("lr", "grad_norm"):
         assert list(logged[name]) == [1, 2, 3, 4], name
@@ -232,7 +232,7 @@ def test_logs_are_means_over_the_steps_between_two(script, flags, tmp_path):
     flags["max_train_steps"] = 5
     every = scalars(run(script, flags))
     rare = scalars(run(script, {**flags, "output_dir": tmp_path / "rare", "logging_steps": 2}))
-    for name in ("train_loss", "train_accuracy", "train_margin"):
+    for name in ("loss", "accuracy", "margin"):
         steps = every[name]
         assert rare[name] == pytest.approx(
             {2: (steps[1] + steps[2]) / 2, 4: (steps[3] + steps[4]) / 2, 5: steps[5]}, rel=1e-5, abs=1e-9
@@ -258,8 +258,8 @@ def test_wandb_gets_scalars_images_and_settings_but_no_token(script, flags, monk
         rows.append({".".join(item.nested_key) or item.key: item.value_json for item in record.history.item})
         settings.update({item.key: item.value_json for item in (*record.run.config.update, *record.config.update)})
     names = {name for row in rows for name in row}
-    assert {"train_loss", "train_accuracy", "lr", "grad_norm", *EVAL_NAMES} <= names
-    assert len([row for row in rows if "train_loss" in row]) == 4
+    assert {"loss", "accuracy", "lr", "grad_norm", *EVAL_NAMES} <= names
+    assert len([row for row in rows if "loss" in row]) == 4
     assert settings["beta_mapo"] == "8.0" or settings["beta_mapo"] == "8"
     assert project == "some-project"
     assert len(list((out / "logs").rglob("media/images/validation*.png"))) == 2
@@ -270,7 +270,7 @@ def test_wandb_gets_scalars_images_and_settings_but_no_token(script, flags, monk
 def test_all_trackers_and_none(script, flags, tmp_path):
     flags["max_train_steps"] = 1
     out = run(script, {**flags, "report_to": "all"})
-    assert list(out.rglob("*.wandb")) and "train_loss" in scalars(out)
+    assert list(out.rglob("*.wandb")) and "loss" in scalars(out)
     assert_equal(trained(out), trained(run(script, {**flags, "output_dir": tmp_path / "n", "report_to": "none"})))
     assert not [path for path in (tmp_path / "n" / "logs").rglob("*") if path.is_file()]
 

@@ -191,7 +191,7 @@ def check_against_oracle(script, flags, tmp_path, learning_rates=None, pairs_per
     losses, norms = oracle.train(pairs_per_step, learning_rates)
     out = run(script, flags)
     logged = scalars(out)
-    assert list(logged["train_loss"].values()) == pytest.approx(losses, rel=1e-5)
+    assert list(logged["loss"].values()) == pytest.approx(losses, rel=1e-5)
     assert list(logged["grad_norm"].values()) == pytest.approx(norms, rel=1e-4)
     assert list(logged["lr"].values()) == pytest.approx(learning_rates, rel=1e-6)
     weights, expected = trained(out), oracle.lora or oracle.full
@@ -285,7 +285,7 @@ def test_processes_accumulation_and_batches_split_the_same_run(script, flags, tm
     checkpoint = tmp_path / "p" / "checkpoint-4"
     assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
     resumed = run(script, {**flags, "output_dir": tmp_path / "resumed", "resume_from_checkpoint": checkpoint})
-    assert list(scalars(resumed)["train_loss"]) == [5, 6]
+    assert list(scalars(resumed)["loss"]) == [5, 6]
     assert_close(resumed, whole, steps=[5, 6])
     cosine = [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     for folder in (whole, accumulated, tmp_path / "p"):
@@ -340,7 +340,7 @@ def test_seed_decides_the_run(script, flags, tmp_path):
     first = run(script, flags)
     assert_same(first, run(script, {**flags, "output_dir": tmp_path / "same"}))
     other = run(script, {**flags, "output_dir": tmp_path / "other", "seed": 1})
-    assert curves(first)["train_loss"] != curves(other)["train_loss"]
+    assert curves(first)["loss"] != curves(other)["loss"]
     down = next(name for name in trained(first) if "down" in name)
     assert not torch.equal(trained(first)[down], trained(other)[down])
 
@@ -402,8 +402,8 @@ def test_without_mixed_precision_all_is_float32(script, flags, spied, rank):
 @pytest.mark.parametrize("rank", [4, None])
 def test_bf16_trains_about_as_float32_does(script, flags, tmp_path, rank):
     flags["rank"] = rank
-    full = scalars(run(script, flags))["train_loss"]
-    half = scalars(run(script, {**flags, "output_dir": tmp_path / "h", "mixed_precision": "bf16"}))["train_loss"]
+    full = scalars(run(script, flags))["loss"]
+    half = scalars(run(script, {**flags, "output_dir": tmp_path / "h", "mixed_precision": "bf16"}))["loss"]
     assert half == pytest.approx(full, rel=0.01)
     assert half != full
 
@@ -425,8 +425,8 @@ def test_8bit_adam_has_states_of_8_bits_and_trains_nearly_as_adamw(script, flags
     large = [state for state in states if state["state1"].numel() >= 4096]
     assert len(large) > 20
     assert {state[name].dtype for state in large for name in ("state1", "state2")} == {torch.uint8}
-    assert scalars(small)["train_loss"] == pytest.approx(scalars(plain)["train_loss"], rel=0.01)
-    assert scalars(small)["train_loss"] != scalars(plain)["train_loss"]
+    assert scalars(small)["loss"] == pytest.approx(scalars(plain)["loss"], rel=0.01)
+    assert scalars(small)["loss"] != scalars(plain)["loss"]
 
 
 @pytest.mark.parametrize("allowed", [True, None])
