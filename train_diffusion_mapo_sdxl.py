@@ -539,7 +539,7 @@ def load_pairs(args, split, max_rows=None):
 
 
 def load_all_pairs(args):
-    """The training data set and the held-out one (the same unless --validation_split is given, None if not wanted)."""
+    """The training data set, and the one to hold pairs out of: the same unless --validation_split is given."""
     try:
         dataset = load_pairs(args, pick_split(args), args.max_train_samples)
         held_out = load_pairs(args, args.validation_split) if args.validation_split else dataset
@@ -686,9 +686,14 @@ def crop_image(image, resolution, crop_fractions, flip):
 
     Returns:
         `(3, resolution, resolution)` uint8 tensor, and the crop's (top, left) in the resized, mirrored image.
+
+    Raises:
+        UnusableRow: resized, the image would be as large as a decompression bomb.
     """
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise UnusableRow(f"has an image of {image.width} x {image.height} pixels, too narrow to be resized")
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     if flip:
         image = ImageOps.mirror(image)
@@ -1036,6 +1041,17 @@ FIXED_ON_RESUME = ("rank", "use_8bit_adam", "streaming", "shuffle_buffer_size", 
 FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token")
 
 
+def checkpoint_layout(args, accelerator):
+    """How a checkpoint is split over the processes; None where any number of them can go on with it."""
+    split = [
+        kind.value
+        for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if accelerator.distributed_type == kind
+    ]
+    split += ["a stream"] if args.streaming else []
+    return f"{' and '.join(split)} over {accelerator.num_processes} processes" if split else None
+
+
 def find_checkpoint(args, accelerator):
     """The folder to resume from and the state it was written with, or (None, None); settles the seed."""
     if args.resume_from_checkpoint is None:
@@ -1060,10 +1076,10 @@ def find_checkpoint(args, accelerator):
             if name in FIXED_ON_RESUME:
                 raise TrainingError(f"--resume_from_checkpoint: {difference}")
             logger.warning(difference)
-    if args.streaming and len(state["cursors"]) != accelerator.num_processes:
+    if state["layout"] != checkpoint_layout(args, accelerator):
         raise TrainingError(
-            f"--resume_from_checkpoint: {folder} was streamed by {len(state['cursors'])} processes, each with its own "
-            f"share of the shards; it cannot go on with {accelerator.num_processes}."
+            f"--resume_from_checkpoint: {folder} was written by {state['layout'] or 'a run on whole weights'}, and "
+            f"cannot go on with {checkpoint_layout(args, accelerator) or 'whole weights'}."
         )
     return folder, state
 
@@ -1079,6 +1095,7 @@ def save_checkpoint(args, accelerator, step, pairs_seen, cursor, account):
             state = {
                 "step": step,
                 "pairs_seen": pairs_seen,
+                "layout": checkpoint_layout(args, accelerator),
                 "cursors": cursors,
                 "rows_read": rows_read,
                 "rows_bad": rows_bad,

@@ -346,3 +346,8 @@ class FullName:
 
     def __init__(self, name):
         self.repo_id = name if "/" in name else f"me/{name}"
+
+
+def test_logging_dir(script, flags):
+    out = run(script, {**flags, "logging_dir": "runs"})
+    assert list(out.glob("runs/mapo/events*")) and not (out / "logs").exists()

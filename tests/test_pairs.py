@@ -1098,7 +1098,7 @@ class CountedReads:
         try:
             for record in self.dataset.shard(num_shards, index):
                 self.read += 1
-                yield {**record, "marks": ["a list, so that the collector knows this record"]}
+                yield {**record, "counted record": ["a list, so that the collector knows this record"]}
         finally:
             self.open -= 1
 
@@ -1117,7 +1117,7 @@ def test_a_stream_holds_no_more_than_two_blocks(script, tmp_path):
         if given % 230 == 0:
             # Let the reader come as far as it may.
             time.sleep(0.05)
-            held = sum(type(other) is dict and "marks" in other for other in gc.get_objects())
+            held = sum(type(other) is dict and "counted record" in other for other in gc.get_objects())
             most_held = max(most_held, held)
     visits.close()
     assert 63 <= most_ahead < 2 * 64

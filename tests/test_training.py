@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import command_line, launch, run, scalars
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from small_world import build_pipeline, draw_pairs
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -438,3 +438,16 @@ def test_tf32_is_allowed_only_when_asked_for(script, flags, allowed):
         assert torch.backends.cuda.matmul.allow_tf32 is bool(allowed)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_epochs_give_the_number_of_steps(script, flags):
+    flags.update(max_train_steps=None, num_train_epochs=2, train_batch_size=20)
+    assert list(curves(run(script, flags))["loss"]) == [1, 2, 3, 4, 5]
+
+
+def test_variant_of_the_weights_is_loaded_and_trained_in_float32(script, flags, world, tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline", add_watermarker=False)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    flags.update(pretrained_model_name_or_path=tmp_path / "half", variant="fp16", revision="main", rank=None)
+    weights = load_file(run(script, flags) / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
