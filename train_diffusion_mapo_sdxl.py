@@ -60,10 +60,13 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +90,7 @@ from diffusers.utils import check_min_version, convert_state_dict_to_diffusers, 
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 
@@ -262,6 +266,12 @@ def add_optimizer_arguments(group):
     group.add_argument("--adam_beta2", type=BELOW_ONE, default=0.999, help="Adam's beta2.")
     group.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay.")
     group.add_argument("--adam_epsilon", type=POSITIVE, default=1e-8, help="Adam's epsilon.")
+    group.add_argument(
+        "--max_bad_steps",
+        type=COUNT,
+        default=10,
+        help="Stop after this many steps in a row without a finite gradient.",
+    )
     group.add_argument("--max_grad_norm", type=POSITIVE, default=1.0, help="Gradients are clipped to this norm.")
 
 
@@ -529,13 +539,30 @@ def load_pairs(args, split, max_rows=None):
     caption, images, labels = pair_columns(args)
     if args.streaming:
         dataset = dataset.reshard()
-    if max_rows is not None:
+    if max_rows is not None and not args.streaming:
         dataset = dataset.take(max_rows)
     dataset = dataset.select_columns([caption, *images, *labels])
     for column in images:
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    if args.streaming and max_rows is not None:
+        return FirstRows(dataset, max_rows)
     return dataset
+
+
+class FirstRows:
+    """The first rows of a streamed data set; `take` would take an equal number from each shard, even of short ones."""
+
+    def __init__(self, dataset, most):
+        self.dataset, self.limits = dataset, []
+        while most > 0 and len(self.limits) < dataset.num_shards:
+            shard = dataset.shard(dataset.num_shards, len(self.limits)).take(most)
+            self.limits.append(sum(1 for _ in shard))
+            most -= self.limits[-1]
+        self.num_shards = len(self.limits)
+
+    def shard(self, num_shards, index):
+        return self.dataset.shard(self.dataset.num_shards, index).take(self.limits[index])
 
 
 def load_all_pairs(args):
@@ -558,7 +585,8 @@ def usable_rows(args, dataset):
     _, _, labels = pair_columns(args)
     if labels and args.remove_ties:
         table = dataset.select_columns(list(labels)).with_format("arrow")[:]
-        ties = pc.fill_null(pc.equal(table.column(labels[0]), table.column(labels[1])), False)
+        label_0, label_1 = (table.column(label).cast("float64") for label in labels)
+        ties = pc.fill_null(pc.equal(label_0, label_1), False)
         rows = rows[~ties.to_numpy(zero_copy_only=False)]
     return rows
 
@@ -617,6 +645,7 @@ class PairStream:
     def blocks(self, cursor):
         """Blocks of visits, each with the cursor of its beginning, without end."""
         epoch, place, start = cursor["epoch"], cursor["place"], cursor["row"]
+        empty = 0
         while True:
             visits = self.epoch_visits(epoch, place, start)
             seen = 0
@@ -625,7 +654,9 @@ class PairStream:
                 beginning = {"epoch": epoch, "place": place, "row": start}
                 place, start = block[-1][0], block[-1][1].row + 1
                 yield beginning, [visit for _, visit in block]
-            if seen == 0 and (place, start) == (0, 0):
+            # The share is another one in each epoch; by row it is not.
+            empty = empty + 1 if seen == 0 and (place, start) == (0, 0) else 0
+            if empty == 20:
                 raise TrainingError("--dataset_name: a process found no pair to train on in its share of the shards.")
             epoch, place, start = epoch + 1, 0, 0
 
@@ -669,6 +700,9 @@ def decode_image(value):
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise UnusableRow(f"has an image of {image.width} x {image.height} pixels, refused as a bomb")
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                # Pillow's own conversion to RGB cuts off at 255 of 65535.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -761,10 +795,10 @@ class PairDataset(torch.utils.data.Dataset):
         first_wins = label_0 > label_1 or (label_0 == label_1 and tie < 0.5)
         return self.images if first_wins else self.images[::-1]
 
-    def collate(self, items, places):
+    def collate(self, items):
         """
         Stack the usable items; chosen images come first, then the rejected ones in the same order. A row that could
-        not be used leaves its place empty: `weight` is the share of the `places` that is filled.
+        not be used leaves its place empty; where all are, a blank pair keeps the processes in step.
         """
         usable = [item for _, item in items if not isinstance(item, str)]
         size = 2 * [self.args.resolution]
@@ -779,18 +813,18 @@ class PairDataset(torch.utils.data.Dataset):
         batch = torch.utils.data.default_collate(usable or [blank])
         for name in ("pixel_values", "posterior_noise"):
             batch[name] = batch[name].transpose(0, 1).flatten(0, 1)
-        batch["weight"] = len(usable) / places
-        batch["num_read"] = len(items)
+        batch["num_usable"] = len(usable)
+        batch["rows"] = [str(visit) for visit, _ in items]
         batch["bad_rows"] = [(str(visit), item) for visit, item in items if isinstance(item, str)]
-        batch["cursor"] = items[-1][0].cursor
+        batch["cursor"] = items[-1][0].cursor if items else None
         return batch
 
-    def loader(self, batches, batch_size):
+    def loader(self, batches):
         return torch.utils.data.DataLoader(
             self,
             batch_sampler=batches,
             num_workers=self.args.dataloader_num_workers,
-            collate_fn=partial(self.collate, places=batch_size),
+            collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -947,6 +981,163 @@ def denoising_errors(unet, noise_scheduler, latents, prompt_embeds, pooled_promp
     return errors.chunk(2)
 
 
+# State of a run ------------------------------------------------------------------------------------------------------
+
+
+def global_batch_size(args, accelerator):
+    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+
+
+def to_device(batch, device):
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+class MetricWindow:
+    """Weighted means of metrics over steps and processes, summed on the device until they are asked for."""
+
+    def __init__(self, accelerator, totals=None):
+        self.accelerator, self.names, self.sums = accelerator, [], 0
+        if totals and accelerator.is_main_process:
+            self.sums = torch.tensor(totals, dtype=torch.float64, device=accelerator.device)
+
+    def add(self, metrics, weight):
+        self.names = list(metrics)
+        values = torch.stack([value.detach().double() for value in metrics.values()])
+        self.sums = self.sums + weight * torch.cat([values, torch.ones_like(values[:1])])
+
+    def totals(self):
+        """Sums over all processes since the last flush; waits for the device and for the other processes."""
+        sums = torch.as_tensor(self.sums, device=self.accelerator.device).expand(len(self.names) + 1)
+        return self.accelerator.reduce(sums.clone(), reduction="sum").tolist()
+
+    def flush(self, prefix=""):
+        """The means since the last flush, by name; waits as `totals` does."""
+        *sums, weight = self.totals()
+        self.sums = 0
+        return {prefix + name: value / max(weight, 1e-9) for name, value in zip(self.names, sums, strict=True)}
+
+
+def warn_of_bad_rows(batch):
+    for row, reason in batch["bad_rows"]:
+        logger.warning(f"Skipped {row}: it {reason}.", main_process_only=False)
+
+
+class RowAccount:
+    """Counts rows read and rows that could not be used, over all processes and over restarts."""
+
+    def __init__(self, args, accelerator, state, num_rows):
+        self.limit, self.accelerator = args.max_bad_rows, accelerator
+        self.enough = min(ROWS_BEFORE_JUDGEMENT, num_rows or ROWS_BEFORE_JUDGEMENT)
+        carried = (state["rows_read"], state["rows_bad"]) if state and accelerator.is_main_process else (0, 0)
+        self.read, self.bad = carried
+
+    def add(self, batch):
+        self.read += len(batch["rows"])
+        self.bad += len(batch["bad_rows"])
+        warn_of_bad_rows(batch)
+
+    def totals(self):
+        return [sum(counts) for counts in zip(*gather_object([(self.read, self.bad)]), strict=True)]
+
+    def complaint(self, at_end=False):
+        """The sentence that ends the run, the same on all processes, or None while the bad rows are few."""
+        read, bad = self.totals()
+        if bad > self.limit * read and (at_end or read >= self.enough):
+            return f"{bad} of {read} rows could not be used, more than --max_bad_rows {self.limit} allows."
+        return None
+
+
+class StopRequest:
+    """
+    Remembers SIGTERM and SIGUSR1, which SLURM and cloud preemption send, until all processes can stop at one place.
+    A process whose launcher is gone stops too: accelerate's launcher passes no signal on. So does one whose data
+    source failed.
+    """
+
+    SOURCE_FAILED = 255
+
+    def __init__(self, accelerator):
+        self.number, self.failure = 0, None
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        # Asked on the CPU, so that a step does not wait for the GPU.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def remember(self, number, frame):
+        self.number = number
+
+    def asked(self):
+        """What any of the processes has got: a signal, SOURCE_FAILED or 0. All must ask at the same place."""
+        if self.launcher not in (None, os.getppid()):
+            self.number = self.number or signal.SIGTERM
+        number = torch.tensor(int(self.number) if self.failure is None else self.SOURCE_FAILED)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        return int(number)
+
+
+class Speedometer:
+    """Pairs a second, checkpoints and validations left out, and the peak of memory."""
+
+    def __init__(self, accelerator, pairs_per_step, step):
+        self.device, self.pairs_per_step = accelerator.device, pairs_per_step
+        self.restart(step)
+
+    def restart(self, step):
+        self.step, self.time = step, time.perf_counter()
+
+    def flush(self, step):
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        speed = (step - self.step) * self.pairs_per_step / (time.perf_counter() - self.time)
+        self.restart(step)
+        return {"pairs_per_second": speed, "peak_memory_gib": peak}
+
+
+@dataclass
+class Run:
+    """What the functions below share: the parts of one training run, and how far it has come."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipeline: StableDiffusionXLPipeline
+    unet: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    noise_scheduler: DDPMScheduler
+    loss_function: Callable
+    stop: StopRequest
+    account: RowAccount
+    window: MetricWindow
+    held_out: PairDataset | None
+    base_images: list | None = None
+    step: int = 0
+    pairs_seen: int = 0
+    bad_steps: int = 0
+
+
+def preference_step(run, batch):
+    """The objective on a batch: the scalar loss with its gradient, and all metrics as detached scalars."""
+    batch = to_device(batch, run.accelerator.device)
+    encoded = encode_pairs(run.args, run.pipeline, batch)
+    with run.accelerator.autocast():
+        errors = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
+    loss, metrics = run.loss_function(*errors)
+    return loss, {"loss": loss.detach(), **metrics}
+
+
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
@@ -961,14 +1152,28 @@ def remove_folder(folder):
 
 @contextlib.contextmanager
 def written_aside(accelerator, folder):
-    """Yield a hidden folder to write to, which takes the place of `folder` when every process is done with it."""
+    """
+    Yield a hidden folder to write to, which takes the place of `folder` when every process is done with it.
+
+    Raises:
+        TrainingError: on every process, where one could not write (disk full, read-only, ...).
+    """
     aside = folder.with_name(f".{folder.name}.incomplete")
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield aside
-    accelerator.wait_for_everyone()
+    failure = None
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        yield aside
+    # What safetensors and torch.save raise where a disk is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = one_line(error)
+    failures = [failure for failure in gather_object([failure]) if failure is not None]
+    if failures:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise TrainingError(f"{folder} could not be written, older checkpoints are untouched: {failures[0]}")
     if accelerator.is_main_process:
         remove_folder(folder)
         aside.rename(folder)
@@ -1084,63 +1289,80 @@ def find_checkpoint(args, accelerator):
     return folder, state
 
 
-def save_checkpoint(args, accelerator, step, pairs_seen, cursor, account):
+def resume(run, checkpoint, state):
+    """Register how checkpoints hold the weights, and go on from one if there is one."""
+    register_checkpoint_hooks(run.args, run.accelerator)
+    if checkpoint is not None:
+        run.accelerator.load_state(checkpoint)
+        run.step, run.pairs_seen, run.bad_steps = state["step"], state["pairs_seen"], state["bad_steps"]
+
+
+def save_checkpoint(run, cursor):
     """Write checkpoint-{step} by all processes, whole or not at all, and only then drop the oldest ones."""
+    args, accelerator = run.args, run.accelerator
     output_dir = Path(args.output_dir)
-    cursors = gather_object([cursor])
-    rows_read, rows_bad = account.totals()
-    with written_aside(accelerator, output_dir / f"checkpoint-{step}") as folder:
+    rows_read, rows_bad = run.account.totals()
+    state = {
+        "step": run.step,
+        "pairs_seen": run.pairs_seen,
+        "bad_steps": run.bad_steps,
+        "layout": checkpoint_layout(args, accelerator),
+        "cursors": gather_object([cursor]),
+        "window": run.window.totals(),
+        "rows_read": rows_read,
+        "rows_bad": rows_bad,
+        "args": {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME},
+    }
+    with written_aside(accelerator, output_dir / f"checkpoint-{run.step}") as folder:
         accelerator.save_state(folder)
         if accelerator.is_main_process:
-            state = {
-                "step": step,
-                "pairs_seen": pairs_seen,
-                "layout": checkpoint_layout(args, accelerator),
-                "cursors": cursors,
-                "rows_read": rows_read,
-                "rows_bad": rows_bad,
-                "args": {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME},
-            }
             (folder / "mapo_state.json").write_text(json.dumps(state, indent=2))
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
         for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
             remove_folder(old)
-    logger.info(f"Saved {output_dir / f'checkpoint-{step}'}")
+    logger.info(f"Saved {output_dir / f'checkpoint-{run.step}'}")
 
 
-# Validation ---------------------------------------------------------------------------------------------------------
+# Validation ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, pairs):
-    """The eval_ metrics: the objective's own metrics on held-out pairs, at noise and timesteps that never change."""
+def evaluate_pairs(run):
+    """
+    The eval_ metrics: the objective's own metrics on the held-out pairs, at noise and timesteps that never change.
+    None if the run was asked to stop.
+    """
+    args, accelerator, pairs = run.args, run.accelerator, run.held_out
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     visits = [Visit(0, row) for row in range(len(pairs.dataset))]
     chunks = [visits[start : start + args.train_batch_size] for start in range(0, len(visits), args.train_batch_size)]
-    # Every rank takes as many forward passes: sharded weights are gathered in step.
+    # Every rank takes as many forward passes: split weights are gathered in step.
     rounds = math.ceil(len(chunks) / num_processes)
     mine = (chunks + chunks[:1] * (rounds * num_processes - len(chunks)))[rank::num_processes]
     window = MetricWindow(accelerator)
-    for index, batch in enumerate(pairs.loader(mine, args.train_batch_size)):
+    for index, batch in enumerate(pairs.loader(mine)):
+        if run.stop.asked():
+            return None
         warn_of_bad_rows(batch)
-        batch = to_device(batch, accelerator.device)
-        encoded = encode_pairs(args, pipeline, batch)
-        with accelerator.autocast():
-            errors = denoising_errors(unet, noise_scheduler, *encoded, batch)
-        loss, metrics = loss_function(*errors)
         counted = index * num_processes + rank < len(chunks)
-        window.add({"loss": loss, **metrics}, args.train_batch_size * batch["weight"] * counted)
+        window.add(preference_step(run, batch)[1], batch["num_usable"] * counted)
     return window.flush("eval_")
 
 
 @torch.no_grad()
-def draw_images(args, accelerator, pipeline):
-    """One image for each validation prompt at fixed seeds; the prompts are split over the processes."""
+def draw_images(run):
+    """
+    One image for each validation prompt at fixed seeds, the prompts split over the processes.
+    None if the run was asked to stop.
+    """
+    args, pipeline = run.args, run.pipeline
     jobs = list(enumerate(args.validation_prompts))
     images = []
-    with accelerator.split_between_processes(jobs, apply_padding=True) as mine:
+    with run.accelerator.split_between_processes(jobs, apply_padding=True) as mine:
         for index, prompt in mine:
-            with accelerator.autocast():
+            if run.stop.asked():
+                return None
+            with run.accelerator.autocast():
                 latents = pipeline(
                     prompt,
                     height=args.resolution,
@@ -1175,112 +1397,30 @@ def draw_grid(prompts, base_images, aligned_images):
     return grid
 
 
-def validate(args, accelerator, models, evaluation, base_images, step):
-    """Log the eval_ metrics and the grid of images at `step`; nothing that training depends on is touched."""
-    pipeline, unet, noise_scheduler, loss_function = models
-    unet.eval()
-    metrics = {}
-    if evaluation is not None:
-        metrics = evaluate_pairs(args, accelerator, pipeline, unet, noise_scheduler, loss_function, evaluation)
-        accelerator.log(metrics, step=step)
-        logger.info(f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if base_images is not None:
-        images = draw_images(args, accelerator, pipeline)
-        if accelerator.is_main_process:
-            grid = draw_grid(args.validation_prompts, base_images, images)
-            path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            grid.save(path)
-            for tracker in accelerator.trackers:
-                tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **image_options(tracker))
-    unet.train()
-    return metrics
+def log_grid(run, grid):
+    path = Path(run.args.output_dir) / "validation" / f"step-{run.step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in run.accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.step, **layout)
 
 
-def image_options(tracker):
-    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+def validate(run):
+    """Log the eval_ metrics (and return them) and the grid of images; nothing that training depends on is touched."""
+    run.unet.eval()
+    metrics = evaluate_pairs(run) if run.held_out is not None else None
+    if metrics:
+        run.accelerator.log(metrics, step=run.step)
+        logger.info(f"Step {run.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    images = draw_images(run) if run.base_images is not None else None
+    if images and run.accelerator.is_main_process:
+        log_grid(run, draw_grid(run.args.validation_prompts, run.base_images, images))
+    run.unet.train()
+    return metrics or {}
 
 
-# Training -----------------------------------------------------------------------------------------------------------
-
-
-def global_batch_size(args, accelerator):
-    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-
-
-def to_device(batch, device):
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-class MetricWindow:
-    """Weighted means of metrics over steps and processes, summed on the device until they are asked for."""
-
-    def __init__(self, accelerator):
-        self.accelerator, self.names, self.sums = accelerator, [], 0
-
-    def add(self, metrics, weight):
-        self.names = list(metrics)
-        values = torch.stack([value.detach().double() for value in metrics.values()])
-        self.sums = self.sums + weight * torch.cat([values, torch.ones_like(values[:1])])
-
-    def flush(self, prefix=""):
-        """The means since the last call, by name; waits for the device and for the other processes."""
-        *sums, weight = self.accelerator.reduce(self.sums, reduction="sum").tolist()
-        self.sums = 0
-        return {prefix + name: value / max(weight, 1e-9) for name, value in zip(self.names, sums, strict=True)}
-
-
-def warn_of_bad_rows(batch):
-    for row, reason in batch["bad_rows"]:
-        logger.warning(f"Skipped {row}: it {reason}.", main_process_only=False)
-
-
-class Speedometer:
-    """Pairs a second, checkpoints and validations left out, and the peak of memory."""
-
-    def __init__(self, accelerator, pairs_per_step, step):
-        self.device, self.pairs_per_step = accelerator.device, pairs_per_step
-        self.restart(step)
-
-    def restart(self, step):
-        self.step, self.time = step, time.perf_counter()
-
-    def flush(self, step):
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        speed = (step - self.step) * self.pairs_per_step / (time.perf_counter() - self.time)
-        self.restart(step)
-        return {"pairs_per_second": speed, "peak_memory_gib": peak}
-
-
-class RowAccount:
-    """Counts rows read and rows that could not be used, over all processes and over restarts."""
-
-    def __init__(self, args, accelerator, state, num_rows):
-        self.limit, self.accelerator = args.max_bad_rows, accelerator
-        self.enough = min(ROWS_BEFORE_JUDGEMENT, num_rows or ROWS_BEFORE_JUDGEMENT)
-        carried = (state["rows_read"], state["rows_bad"]) if state and accelerator.is_main_process else (0, 0)
-        self.read, self.bad = carried
-
-    def add(self, batch):
-        self.read += batch["num_read"]
-        self.bad += len(batch["bad_rows"])
-        warn_of_bad_rows(batch)
-
-    def totals(self):
-        return [sum(counts) for counts in zip(*gather_object([(self.read, self.bad)]), strict=True)]
-
-    def complaint(self, at_end=False):
-        """The sentence that ends the run, the same on all processes, or None while the bad rows are few."""
-        read, bad = self.totals()
-        if bad > self.limit * read and (at_end or read >= self.enough):
-            return f"{bad} of {read} rows could not be used, more than --max_bad_rows {self.limit} allows."
-        return None
+# Training ------------------------------------------------------------------------------------------------------------
 
 
 def build_accelerator(args):
@@ -1337,17 +1477,158 @@ def start_trackers(args, accelerator):
     settings = {
         name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
     }
-    accelerator.init_trackers(args.tracker_name, settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
+    try:
+        accelerator.init_trackers(args.tracker_name, settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
+    # A tracker that cannot be reached must not cost a run.
+    except Exception as error:
+        logger.warning(f"--report_to {args.report_to}: training goes on without a tracker ({one_line(error)}).")
+        accelerator.trackers = []
 
 
-def training_batches(args, accelerator, dataset, rows, left_out, state):
-    """This rank's batches of visits from where `state` left off, without end."""
+def training_batches(args, accelerator, dataset, rows, left_out, pairs_seen, cursor):
+    """This rank's batches of visits without end, behind the pairs seen (map-style) or the cursor (streamed)."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if args.streaming:
         stream = PairStream(args, dataset, left_out, rank, num_processes)
-        return stream.batches(args.train_batch_size, state and state["cursors"][rank])
-    visits = map_style_visits(rows, args.seed, state["pairs_seen"] if state else 0)
+        return stream.batches(args.train_batch_size, cursor)
+    visits = map_style_visits(rows, args.seed, pairs_seen)
     return deal(visits, args.train_batch_size, rank, num_processes)
+
+
+def update_weights(run):
+    """
+    One optimizer step, left out where the gradient is not finite (DeepSpeed has made it by now).
+
+    Returns:
+        The gradient's norm before clipping. Reading it is the one place where a step waits for the device.
+    """
+    grad_norm = float(run.accelerator.clip_grad_norm_(run.unet.parameters(), run.args.max_grad_norm))
+    finite = math.isfinite(grad_norm)
+    # The scaler of fp16 leaves such steps out by itself, and learns its scale from them.
+    if finite or run.accelerator.scaler is not None:
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.lr_scheduler.step()
+    run.step += 1
+    run.pairs_seen += global_batch_size(run.args, run.accelerator)
+    run.bad_steps = 0 if finite else run.bad_steps + 1
+    return grad_norm
+
+
+def check_gradients(run, grad_norm, rows):
+    """End a run whose gradients are not finite any more; nothing is saved over the last good checkpoint."""
+    if run.bad_steps == 0:
+        return
+    applied = run.accelerator.distributed_type == DistributedType.DEEPSPEED
+    logger.warning(f"Step {run.step}: gradient norm {grad_norm}, the update was {'' if applied else 'not '}applied.")
+    if applied or run.bad_steps >= run.args.max_bad_steps:
+        rows = ", ".join(sorted(set(gather_object(rows))))
+        raise TrainingError(
+            f"--max_bad_steps: no finite gradient in {run.bad_steps} steps up to step {run.step} (its pairs: {rows}); "
+            "the last checkpoint is untouched."
+        )
+
+
+def steady_batches(run, pairs, batches):
+    """The loader's batches; where the data source fails, empty ones, until all processes have agreed to stop."""
+    try:
+        yield from pairs.loader(batches)
+    # A source fails in as many ways as there are file systems.
+    except Exception as error:
+        run.stop.failure = f"{type(error).__name__}: {one_line(error)}"
+    while True:
+        yield pairs.collate([])
+
+
+def stop_at_broken_source(run, cursor):
+    """End the run at the last step whose pairs were all read, the gradients of the present one forgotten."""
+    failures = "; ".join(failure for failure in gather_object([run.stop.failure]) if failure)
+    kept = "nothing was trained yet"
+    if run.step > 0:
+        save_checkpoint(run, cursor)
+        kept = f"the checkpoint of step {run.step} is saved"
+    raise TrainingError(f"--dataset_name {run.args.dataset_name} cannot be read ({kept}): {failures}")
+
+
+def stop_at_signal(run, cursor, number, saved):
+    """Save a checkpoint and exit with status 128 + the signal's number."""
+    if number:
+        if not saved:
+            save_checkpoint(run, cursor)
+        name = signal.Signals(number).name
+        logger.warning(f"Stopped by {name} at step {run.step}; go on with --resume_from_checkpoint latest.")
+        run.accelerator.end_training()
+        sys.exit(128 + number)
+
+
+def train(run, batches, cursor):
+    """The training loop, to --max_train_steps."""
+    args, accelerator = run.args, run.accelerator
+    speed = Speedometer(accelerator, global_batch_size(args, accelerator), run.step)
+    progress = tqdm(
+        total=args.max_train_steps, initial=run.step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    rows = []
+    for batch in batches if run.step < args.max_train_steps else ():
+        run.account.add(batch)
+        rows += batch["rows"]
+        with accelerator.accumulate(run.unet):
+            loss, metrics = preference_step(run, batch)
+            run.window.add(metrics, batch["num_usable"])
+            # A row that could not be used weighs nothing; the mean is over all places of the batch.
+            accelerator.backward(loss * batch["num_usable"] / args.train_batch_size)
+            if not accelerator.sync_gradients:
+                continue
+            signal_number = run.stop.asked()
+            if signal_number == StopRequest.SOURCE_FAILED:
+                stop_at_broken_source(run, cursor)
+            learning_rate = run.lr_scheduler.get_last_lr()[0]
+            grad_norm = update_weights(run)
+        cursor = batch["cursor"]
+        progress.update(1)
+        check_gradients(run, grad_norm, rows)
+        rows = []
+
+        last, saved = run.step == args.max_train_steps, run.step % args.checkpointing_steps == 0
+        complaint = None
+        if last or run.step % args.logging_steps == 0:
+            logs = {**run.window.flush(), "grad_norm": grad_norm, "lr": learning_rate, **speed.flush(run.step)}
+            accelerator.log(logs, step=run.step)
+            shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
+            progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
+            complaint = run.account.complaint()
+        if saved or complaint:
+            save_checkpoint(run, cursor)
+            speed.restart(run.step)
+        if complaint:
+            raise TrainingError(f"Stopped at step {run.step}, whose checkpoint is saved: {complaint}")
+        stop_at_signal(run, cursor, signal_number, saved)
+        if last:
+            break
+        if run.step % args.validation_steps == 0:
+            validate(run)
+            speed.restart(run.step)
+            stop_at_signal(run, cursor, run.stop.asked(), saved)
+    progress.close()
+
+
+def finish(run):
+    """Save the trained weights first; then validate, describe and upload them."""
+    output_dir = Path(run.args.output_dir)
+    save_trained_weights(run.args, run.accelerator, run.unet, output_dir)
+    logger.info(f"Saved the {'LoRA' if run.args.rank else 'UNet'} in {output_dir}")
+    metrics = validate(run)
+    if run.accelerator.is_main_process:
+        write_model_card(run.args, metrics, run.step)
+        if run.args.push_to_hub:
+            push_to_hub(run.args, output_dir)
+    run.accelerator.wait_for_everyone()
+    rows_read, rows_bad = run.account.totals()
+    logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")
+    complaint = run.account.complaint(at_end=True)
+    run.accelerator.end_training()
+    if complaint is not None:
+        raise TrainingError(f"All is saved, but {complaint}")
 
 
 def main(args):
@@ -1375,15 +1656,9 @@ def main(args):
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise TrainingError("--pretrained_model_name_or_path must predict epsilon or v, by its scheduler's config.")
-    loss_function = preference_loss(args, noise_scheduler)
     parameters = make_trainable(args, pipeline.unet)
     optimizer, lr_scheduler = build_optimizer(args, accelerator, parameters)
     unet, optimizer, lr_scheduler = accelerator.prepare(pipeline.unet, optimizer, lr_scheduler)
-
-    base_images = draw_images(args, accelerator, pipeline) if args.run_validation else None
-    register_checkpoint_hooks(args, accelerator)
-    if checkpoint is not None:
-        accelerator.load_state(checkpoint)
 
     side = args.resolution // pipeline.vae_scale_factor
     visit_to_tensors = partial(
@@ -1392,88 +1667,41 @@ def main(args):
         latent_shape=(pipeline.vae.config.latent_channels, side, side),
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
     )
-    evaluation = visit_to_tensors(held_out) if held_out else None
-    batches = training_batches(args, accelerator, dataset, rows, set(left_out), state)
-    loader = visit_to_tensors(dataset).loader(batches, args.train_batch_size)
-    account = RowAccount(args, accelerator, state, None if rows is None else len(rows))
-    start_trackers(args, accelerator)
-
-    logger.info("***** Running training *****")
-    logger.info(f"  Pairs = {'streamed' if rows is None else len(rows)}, held out = {len(held_out)}")
-    logger.info(f"  Pairs per optimizer step = {global_batch_size(args, accelerator)}")
-    logger.info(f"  Optimizer steps = {args.max_train_steps}")
-    logger.info(f"  Trained parameters = {sum(parameter.numel() for parameter in parameters):,}")
-
-    models = (pipeline, unet, noise_scheduler, loss_function)
-    validation = partial(validate, args, accelerator, models, evaluation, base_images)
-    if checkpoint is None:
-        validate(args, accelerator, models, evaluation, None, 0)
-    # Closed before the interpreter exits: a parquet reader left open can abort it.
-    with contextlib.closing(batches):
-        step = train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state)
-    finish(args, accelerator, unet, validation, step)
-    rows_read, rows_bad = account.totals()
-    logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")
-    complaint = account.complaint(at_end=True)
-    accelerator.end_training()
-    if complaint is not None:
-        raise TrainingError(f"All is saved, but {complaint}")
-
-
-def train(args, accelerator, models, optimizer, lr_scheduler, loader, account, validation, state):
-    """The training loop; returns the number of optimizer steps done."""
-    pipeline, unet, noise_scheduler, loss_function = models
-    step, pairs_seen = (state["step"], state["pairs_seen"]) if state else (0, 0)
-    window, speed = MetricWindow(accelerator), Speedometer(accelerator, global_batch_size(args, accelerator), step)
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    batches = iter(loader) if step < args.max_train_steps else iter(())
-    for batch in batches:
-        account.add(batch)
-        batch = to_device(batch, accelerator.device)
-        encoded = encode_pairs(args, pipeline, batch)
-        with accelerator.accumulate(unet):
-            with accelerator.autocast():
-                errors = denoising_errors(unet, noise_scheduler, *encoded, batch)
-            loss, metrics = loss_function(*errors)
-            window.add({"loss": loss, **metrics}, args.train_batch_size * batch["weight"])
-            accelerator.backward(loss * batch["weight"])
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        lr_scheduler.step()
-        step, pairs_seen = step + 1, pairs_seen + global_batch_size(args, accelerator)
-        progress.update(1)
-
-        last, saves = step == args.max_train_steps, step % args.checkpointing_steps == 0
-        complaint = None
-        # A checkpoint closes the window too: a resumed run logs what an uninterrupted one does.
-        if last or saves or step % args.logging_steps == 0:
-            logs = {**window.flush(), "grad_norm": float(grad_norm), "lr": learning_rate, **speed.flush(step)}
-            accelerator.log(logs, step=step)
-            shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
-            progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
-            complaint = account.complaint()
-        if saves or complaint:
-            save_checkpoint(args, accelerator, step, pairs_seen, batch["cursor"], account)
-            speed.restart(step)
-        if complaint:
-            raise TrainingError(f"Stopped at step {step}, whose checkpoint is saved: {complaint}")
-        if last:
-            break
-        if step % args.validation_steps == 0:
-            validation(step)
-            speed.restart(step)
-    progress.close()
-    return step
+    cursor = state["cursors"][accelerator.process_index] if state and args.streaming else None
+    pairs_seen = state["pairs_seen"] if state else 0
+    batches = training_batches(args, accelerator, dataset, rows, set(left_out), pairs_seen, cursor)
+    # The reader is closed before the interpreter exits: left open, one of parquet can abort it.
+    with StopRequest(accelerator) as stop, contextlib.closing(batches):
+        run = Run(
+            args,
+            accelerator,
+            pipeline,
+            unet,
+            optimizer,
+            lr_scheduler,
+            noise_scheduler,
+            loss_function=preference_loss(args, noise_scheduler),
+            stop=stop,
+            account=RowAccount(args, accelerator, state, None if rows is None else len(rows)),
+            window=MetricWindow(accelerator, state and state["window"]),
+            held_out=visit_to_tensors(held_out) if held_out else None,
+        )
+        start_trackers(args, accelerator)
+        logger.info("***** Running training *****")
+        logger.info(f"  Pairs = {'streamed' if rows is None else len(rows)}, held out = {len(held_out)}")
+        logger.info(f"  Pairs per optimizer step = {global_batch_size(args, accelerator)}")
+        logger.info(f"  Optimizer steps = {args.max_train_steps}")
+        logger.info(f"  Trained parameters = {sum(parameter.numel() for parameter in parameters):,}")
+        if checkpoint is None:
+            validate(run)
+        if args.run_validation:
+            run.base_images = draw_images(run)
+        resume(run, checkpoint, state)
+        train(run, steady_batches(run, visit_to_tensors(dataset), batches), cursor)
+        finish(run)
 
 
-# Results ------------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------
 
 
 MODEL_CARD = """# {name}
@@ -1525,19 +1753,6 @@ def write_model_card(args, metrics, step):
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
     populate_model_card(card, tags=tags).save(Path(args.output_dir) / "README.md")
-
-
-def finish(args, accelerator, unet, validation, step):
-    """Save the trained weights first; then validate, describe and upload them."""
-    output_dir = Path(args.output_dir)
-    save_trained_weights(args, accelerator, unet, output_dir)
-    logger.info(f"Saved the {'LoRA' if args.rank else 'UNet'} in {output_dir}")
-    metrics = validation(step)
-    if accelerator.is_main_process:
-        write_model_card(args, metrics, step)
-        if args.push_to_hub:
-            push_to_hub(args, output_dir)
-    accelerator.wait_for_everyone()
 
 
 def push_to_hub(args, output_dir):

@@ -1,7 +1,7 @@
 """
 Run a script as one process of a GPU launch config, on CPU over gloo: `cpu_cluster.py train_...py --flags`.
 
-What DeepSpeed and FSDP do on GPUs over NCCL they do here on CPU processes; only the backend is another.
+What DDP, DeepSpeed and FSDP do on GPUs over NCCL they do here on CPU processes; only the backend is another.
 """
 
 import os
@@ -17,6 +17,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def gloo_backend(self, *args, **kwargs):
+    if "LOCAL_RANK" not in os.environ:
+        return None, DistributedType.NO
     sharded = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & set(os.environ)
     return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
 

@@ -697,7 +697,7 @@ def test_each_image_is_decoded_once(script, monkeypatch):
     opened, open_image = [], Image.open
     monkeypatch.setattr(Image, "open", lambda source, *args: opened.append(source) or open_image(source, *args))
     pairs = make_pairs(script, [make_row(index) for index in range(4)], random_crop=True, train_batch_size=4)
-    batch = next(iter(pairs.loader([[script.Visit(1, row) for row in range(4)]], 4)))
+    batch = next(iter(pairs.loader([[script.Visit(1, row) for row in range(4)]])))
     assert len(batch["captions"]) == 4 and len(opened) == 8
 
 
@@ -845,9 +845,9 @@ def by_visit(pairs, batches, batch_size, most):
     """Run a real loader over the first `most` batches: {(epoch, row): tensors of that pair}."""
     batches = list(itertools.islice(batches, most))
     seen = {}
-    for visits, batch in zip(batches, pairs.loader(batches, batch_size), strict=True):
+    for visits, batch in zip(batches, pairs.loader(batches), strict=True):
         size = len(visits)
-        assert len(batch["captions"]) == size and batch["weight"] == 1 and batch["num_read"] == size
+        assert len(batch["captions"]) == size and batch["num_usable"] == len(batch["rows"]) == size
         for place, visit in enumerate(visits):
             both = [place, size + place]
             seen[visit.epoch, visit.row] = {
@@ -1018,10 +1018,10 @@ def test_a_stream_goes_on_from_any_cursor(script, tmp_path, groups, rank, proces
 def test_batches_of_a_stream_carry_the_cursor_behind_them(script, tmp_path):
     stream = make_stream(script, write_groups(tmp_path / "data", GROUPS["uneven"]))
     pairs = script.PairDataset(make_args(script), None, (4, 1, 1), 1000)
-    loader = pairs.loader(stream.batches(5, None), 5)
+    loader = pairs.loader(stream.batches(5, None))
     batches = list(itertools.islice(loader, 12))
     for position in (0, 3, 4, 8):
-        resumed = pairs.loader(stream.batches(5, batches[position]["cursor"]), 5)
+        resumed = pairs.loader(stream.batches(5, batches[position]["cursor"]))
         for batch, expected in zip(itertools.islice(resumed, 3), batches[position + 1 :], strict=False):
             assert_same(batch, expected)
 
@@ -1032,8 +1032,8 @@ def test_workers_do_not_change_a_stream(script, tmp_path, workers):
     pairs = make_pairs(script, None, dataloader_num_workers=workers, **RANDOM_FLAGS)
     stream = make_stream(script, folder)
     plain = make_pairs(script, None, **RANDOM_FLAGS)
-    expected = [plain.collate([plain[visit] for visit in visits], 3) for visits in first_batches(stream, 3, 10)]
-    for batch, other in zip(itertools.islice(pairs.loader(stream.batches(3, None), 3), 10), expected, strict=True):
+    expected = [plain.collate([plain[visit] for visit in visits]) for visits in first_batches(stream, 3, 10)]
+    for batch, other in zip(itertools.islice(pairs.loader(stream.batches(3, None)), 10), expected, strict=True):
         assert_same(batch, other)
 
 
@@ -1170,7 +1170,7 @@ def test_collate_puts_the_chosen_images_first_and_bad_rows_aside(script):
     rows = [make_row(0), make_row(1, jpg_0=None), make_row(2), make_row(3, caption=None)]
     pairs = make_pairs(script, rows)
     items = [pairs[script.Visit(1, row, cursor={"used": row})] for row in range(4)]
-    batch = pairs.collate(items, places=4)
+    batch = pairs.collate(items)
     assert batch["captions"] == ["pair 0", "pair 2"]
     # Rows 0 and 2 are even: their second image is the chosen one.
     colours = [colour_of(pixels) for pixels in batch["pixel_values"]]
@@ -1179,20 +1179,15 @@ def test_collate_puts_the_chosen_images_first_and_bad_rows_aside(script):
         for place, item in enumerate((items[0][1], items[2][1])):
             assert torch.equal(batch["posterior_noise"][2 * image + place], item["posterior_noise"][image])
     assert torch.equal(batch["noise"], torch.stack([items[0][1]["noise"], items[2][1]["noise"]]))
-    assert (batch["weight"], batch["num_read"], batch["cursor"]) == (0.5, 4, {"used": 3})
+    assert (batch["num_usable"], len(batch["rows"]), batch["cursor"]) == (2, 4, {"used": 3})
     assert batch["bad_rows"] == [("row 1", "has no image"), ("row 3", "has None for a caption")]
-
-
-def test_a_short_batch_weighs_its_share(script):
-    pairs = make_pairs(script, [make_row(index) for index in range(4)])
-    assert pairs.collate([pairs[script.Visit(1, row)] for row in range(3)], places=4)["weight"] == 0.75
 
 
 def test_a_batch_of_bad_rows_weighs_nothing(script):
     pairs = make_pairs(script, 2 * [make_row(0, caption=None)])
-    good = pairs.collate([make_pairs(script, [make_row(0)])[script.Visit(1, 0)]], places=2)
-    batch = pairs.collate([pairs[script.Visit(1, row)] for row in (0, 1)], places=2)
-    assert (batch["weight"], batch["num_read"], len(batch["bad_rows"])) == (0, 2, 2)
+    good = pairs.collate([make_pairs(script, [make_row(0)])[script.Visit(1, 0)]])
+    batch = pairs.collate([pairs[script.Visit(1, row)] for row in (0, 1)])
+    assert (batch["num_usable"], len(batch["rows"]), len(batch["bad_rows"])) == (0, 2, 2)
     for name, value in good.items():
         if isinstance(value, torch.Tensor):
             assert batch[name].shape == value.shape and batch[name].dtype == value.dtype, name

@@ -1,0 +1,264 @@
+"""Every launch config for real: GPU configs run on two CPU processes over gloo, machines are launchers on loopback."""
+
+import itertools
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from conftest import ROOT, SCRIPT, command_line, run
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from test_training import assert_equal, curves, trained
+
+
+CONFIGS = sorted((ROOT / "launch_configs").glob("*.yaml"))
+ALONE = ("cpu", "single_gpu")
+TRAININGS, OPTIMIZERS = ("full", "lora"), ("32bit", "8bit")
+KINDS = ("cpu", "single_gpu", "multi_gpu", "multi_node", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
+METRIC_TOLERANCE = {"32bit": 1e-5, "8bit": 1e-5}
+WEIGHT_TOLERANCE = {"32bit": 1e-2, "8bit": 1e-2}
+# Seconds; a launch takes 10 to 20.
+TIMEOUT = 240
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def commands(config, flags):
+    """The command line of each machine's launcher."""
+    wrapper = [] if config == "cpu" else [ROOT / "tests" / "cpu_cluster.py"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", ROOT / "launch_configs" / f"{config}.yaml"]
+    training = [*wrapper, SCRIPT, *command_line(flags)]
+    if config in ALONE:
+        return [[*launcher, *training]]
+    launcher += ["--num_processes", 2, "--main_process_port", free_port()]
+    if config != "multi_node":
+        return [[*launcher, *training]]
+    launcher += ["--num_machines", 2, "--main_process_ip", "127.0.0.1"]
+    return [[*launcher, "--machine_rank", rank, *training] for rank in range(2)]
+
+
+def kill_tree(process):
+    """Kill -9 a process and all it started: the launcher puts every worker in a session of its own."""
+    for descendant in [*psutil.Process(process.pid).children(recursive=True), process]:
+        try:
+            descendant.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def run_together(command_lines, env, timeout):
+    """Run them at the same time to their end, or kill them all; returns the statuses and the whole output."""
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(list(map(str, line)), stdout=output, stderr=output, env=env) for line in command_lines
+        ]
+        try:
+            statuses = [process.wait(timeout) for process in processes]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    kill_tree(process)
+                    process.wait()
+        output.seek(0)
+        return statuses, output.read()
+
+
+def launch_config(config, flags, timeout=TIMEOUT):
+    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    return run_together(commands(config, flags), env, timeout)
+
+
+def launch_well(config, flags):
+    """Launch to a good end; returns the output folder."""
+    statuses, output = launch_config(config, flags)
+    assert set(statuses) == {0}, output
+    return Path(flags["output_dir"])
+
+
+@pytest.fixture(scope="module")
+def kind_flags(world):
+    """Flags of a run of six steps of four pairs, checkpointed in the middle, with all that validation does."""
+    return {
+        "pretrained_model_name_or_path": world / "pipeline",
+        "dataset_name": world / "pairs",
+        "cache_dir": world / "cache",
+        "resolution": 64,
+        "max_train_steps": 6,
+        "checkpointing_steps": 3,
+        "logging_steps": 1,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "seed": 0,
+        "num_validation_pairs": 5,
+        "run_validation": True,
+        "validation_steps": 3,
+        "validation_prompts": ["a red circle", "a blue star", "a green square"],
+        "num_inference_steps": 2,
+    }
+
+
+def settings(kind, training, optimizer, folder):
+    """What tells the runs of the matrix apart; the global batch is four pairs in all of them."""
+    return {
+        "rank": 4 if training == "lora" else None,
+        "learning_rate": 1e-3 if training == "lora" else 1e-4,
+        "use_8bit_adam": True if optimizer == "8bit" else None,
+        "train_batch_size": 4 if kind in ALONE else 2,
+        "output_dir": folder,
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(script, kind_flags, tmp_path_factory):
+    """The same run in one process, made once for each (training, optimizer)."""
+    folders = {}
+
+    def make(training, optimizer):
+        if (training, optimizer) not in folders:
+            folder = tmp_path_factory.mktemp(f"reference-{training}-{optimizer}")
+            folders[training, optimizer] = run(
+                script, {**kind_flags, **settings("cpu", training, optimizer, folder), "run_validation": None}
+            )
+        return folders[training, optimizer]
+
+    return make
+
+
+def measure(folder, other):
+    """Largest difference of any logged metric, relative to the larger of it and 1, and of any trained weight."""
+    logged, expected = curves(folder), curves(other)
+    assert logged.keys() == expected.keys()
+    assert sorted(logged["loss"]) == sorted(expected["loss"]) == list(range(1, 7))
+    metric = max(
+        abs(value - expected[name][step]) / max(abs(expected[name][step]), 1)
+        for name, values in logged.items()
+        for step, value in values.items()
+        if "accuracy" not in name
+    )
+    weights, others = trained(folder), trained(other)
+    assert weights.keys() == others.keys()
+    return metric, max((weight - others[name]).abs().max().item() for name, weight in weights.items())
+
+
+def assert_loads_in_diffusers(world, folder, flags):
+    """A plain pipeline with the saved weights draws, to the pixel, what the trained model drew at the run's end."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline", add_watermarker=False)
+    if flags["rank"] is None:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    else:
+        pipeline.load_lora_weights(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    grid, side, line = Image.open(folder / "validation" / "step-000006.png"), 128, 20
+    for row, prompt in enumerate(flags["validation_prompts"]):
+        image = pipeline(
+            prompt,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(row),
+        ).images[0]
+        top = 2 * line + row * (side + line)
+        drawn = grid.crop((side, top, 2 * side, top + side)).resize((64, 64), Image.Resampling.NEAREST)
+        difference = np.abs(np.asarray(image).astype(int) - np.asarray(drawn))
+        assert difference.max() <= 1
+    assert {weight.dtype for weight in trained(folder).values()} == {torch.float32}
+
+
+def train_whole(world, kind_flags, reference, tmp_path, kind, training, optimizer):
+    """Launch one run of the matrix and compare it with the same run in one process; returns its flags."""
+    flags = {**kind_flags, **settings(kind, training, optimizer, tmp_path / "whole")}
+    folder = launch_well(kind, flags)
+    metric, weight = measure(folder, reference(training, optimizer))
+    print(f"DIFFERENCE {kind} {training} {optimizer}: metrics {metric:.2e}, weights {weight:.2e}")
+    assert metric < METRIC_TOLERANCE[optimizer] and weight < WEIGHT_TOLERANCE[optimizer] * flags["learning_rate"]
+    assert_loads_in_diffusers(world, folder, flags)
+    return flags
+
+
+def assert_resumes(kind, flags, folder):
+    """Going on from the middle is, bit for bit, never having stopped."""
+    whole = flags["output_dir"]
+    middle = whole / "checkpoint-3"
+    launch_well(kind, {**flags, "output_dir": folder, "resume_from_checkpoint": middle})
+    assert curves(folder) == {
+        name: {step: value for step, value in values.items() if step > 3} for name, values in curves(whole).items()
+    }
+    assert_equal(trained(whole), trained(folder))
+    picture = Path("validation") / "step-000006.png"
+    assert (whole / picture).read_bytes() == (folder / picture).read_bytes()
+
+
+# bitsandbytes cannot step what FSDP2 splits.
+REFUSED = ("fsdp2", "8bit")
+MATRIX = [case for case in itertools.product(KINDS, TRAININGS, OPTIMIZERS) if (case[0], case[2]) != REFUSED]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind, training, optimizer", MATRIX)
+def test_every_config_trains_resumes_and_equals_one_process(
+    world, kind_flags, reference, tmp_path, kind, training, optimizer
+):
+    flags = train_whole(world, kind_flags, reference, tmp_path, kind, training, optimizer)
+    assert_resumes(kind, flags, tmp_path / "resumed")
+
+
+@pytest.mark.parametrize(
+    "kind, training, optimizer", [("deepspeed_zero2", "full", "8bit"), ("fsdp2", "full", "32bit")]
+)
+def test_sharded_run_resumes_and_equals_one_process(world, kind_flags, reference, tmp_path, kind, training, optimizer):
+    flags = train_whole(world, kind_flags, reference, tmp_path, kind, training, optimizer)
+    assert_resumes(kind, flags, tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("kind", ["deepspeed_zero3", "multi_node"])
+def test_lora_equals_one_process(world, kind_flags, reference, tmp_path, kind):
+    train_whole(world, kind_flags, reference, tmp_path, kind, "lora", "32bit")
+
+
+def test_8bit_adam_is_refused_under_fsdp2(kind_flags, tmp_path):
+    flags = {**kind_flags, **settings("fsdp2", "full", "8bit", tmp_path / "out")}
+    statuses, output = launch_config("fsdp2", flags)
+    assert statuses == [1]
+    assert "error: --use_8bit_adam: " in output and "launch_configs/deepspeed_zero2.yaml" in output
+    assert '/train_diffusion_mapo_sdxl.py", line' not in output
+
+
+# The files ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_configs_are_there():
+    assert {path.stem for path in CONFIGS} == set(KINDS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_what_it_is_and_leaves_the_flags_to_the_script(path):
+    text = path.read_text()
+    comment, content = re.fullmatch(r"((?:#.*\n)+)((?:[^#\n].*\n)+)", text).groups()
+    assert f"accelerate launch --config_file launch_configs/{path.name}" in comment
+    assert "train_diffusion_mapo_sdxl.py" in comment and re.search(r"accelerate 1\.\d+", comment)
+    for setting in ("accumulation", "precision", "clipping", "fp16", "bf16", "dynamo"):
+        assert setting not in content.replace("zero3_save_16bit_model", "")
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision is None and config.use_cpu == (path.stem == "cpu")
+    assert config.num_machines == (2 if path.stem == "multi_node" else 1)
+    assert (config.num_processes == 1) == (path.stem in ALONE)
+    expected = {"multi_gpu": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == DistributedType(
+        expected.get(path.stem, "DEEPSPEED" if "zero" in path.stem else "NO")
+    )
