@@ -136,7 +136,7 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-# Arguments ----------------------------------------------------------------------------------------------------------
+# Arguments -----------------------------------------------------------------------------------------------------------
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -388,7 +388,7 @@ def find_contradiction(args):
     return next((sentence for broken, sentence in rules if broken), None)
 
 
-# Objective ----------------------------------------------------------------------------------------------------------
+# Objective -----------------------------------------------------------------------------------------------------------
 
 
 def log_phi(errors):
@@ -471,7 +471,7 @@ def preference_loss(args, noise_scheduler):
     )
 
 
-# Pairs --------------------------------------------------------------------------------------------------------------
+# Pairs ---------------------------------------------------------------------------------------------------------------
 
 
 class Visit(NamedTuple):
@@ -851,7 +851,7 @@ def hold_out(args, dataset):
     return records, places
 
 
-# Models -------------------------------------------------------------------------------------------------------------
+# Models --------------------------------------------------------------------------------------------------------------
 
 
 def load_pipeline(args, accelerator, weight_dtype):
@@ -1126,6 +1126,7 @@ class Run:
     step: int = 0
     pairs_seen: int = 0
     bad_steps: int = 0
+    skipped_steps: int = 0
 
 
 def preference_step(run, batch):
@@ -1138,7 +1139,7 @@ def preference_step(run, batch):
     return loss, {"loss": loss.detach(), **metrics}
 
 
-# Checkpoints --------------------------------------------------------------------------------------------------------
+# Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
 def remove_folder(folder):
@@ -1294,7 +1295,8 @@ def resume(run, checkpoint, state):
     register_checkpoint_hooks(run.args, run.accelerator)
     if checkpoint is not None:
         run.accelerator.load_state(checkpoint)
-        run.step, run.pairs_seen, run.bad_steps = state["step"], state["pairs_seen"], state["bad_steps"]
+        for name in ("step", "pairs_seen", "bad_steps", "skipped_steps"):
+            setattr(run, name, state[name])
 
 
 def save_checkpoint(run, cursor):
@@ -1306,6 +1308,7 @@ def save_checkpoint(run, cursor):
         "step": run.step,
         "pairs_seen": run.pairs_seen,
         "bad_steps": run.bad_steps,
+        "skipped_steps": run.skipped_steps,
         "layout": checkpoint_layout(args, accelerator),
         "cursors": gather_object([cursor]),
         "window": run.window.totals(),
@@ -1420,6 +1423,76 @@ def validate(run):
     return metrics or {}
 
 
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+MODEL_CARD = """# {name}
+
+{kind} of `{args.pretrained_model_name_or_path}`, aligned for {step} steps on the pairs of `{args.dataset_name}`
+with [MaPO](https://arxiv.org/abs/2406.06424), objective `{args.loss_type}` at beta {args.beta_mapo}.
+{picture}
+## Use
+
+```python
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+model = "{args.pretrained_model_name_or_path}"
+pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+{load}
+pipeline.to("cuda", torch.float16)
+image = pipeline("a lighthouse on a cliff at dusk").images[0]
+```
+
+## Training
+
+{metrics}
+
+{settings}
+
+Versions: {versions}
+"""
+LOAD_LORA = 'pipeline.load_lora_weights("FOLDER_OR_REPO")'
+LOAD_UNET = 'pipeline.unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
+
+
+def write_model_card(args, metrics, step):
+    """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
+    libraries = [torch, diffusers, transformers, accelerate, datasets]
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token" and value is not None}
+    text = MODEL_CARD.format(
+        args=args,
+        step=step,
+        name=Path(args.output_dir).resolve().name,
+        kind="UNet" if args.rank is None else f"LoRA of rank {args.rank}",
+        picture=f"\n![base and aligned](validation/step-{step:06d}.png)\n" if args.run_validation else "",
+        load=LOAD_UNET if args.rank is None else LOAD_LORA,
+        metrics="\n".join(f"- {name}: {value:.5g}" for name, value in metrics.items()),
+        settings="\n".join(f"- `--{name}`: {value}" for name, value in settings.items()),
+        versions=", ".join(f"{library.__name__} {library.__version__}" for library in libraries),
+    )
+    data = ModelCardData(base_model=args.pretrained_model_name_or_path, license="openrail++")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
+    populate_model_card(card, tags=tags).save(Path(args.output_dir) / "README.md")
+
+
+def push_to_hub(args, output_dir):
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    try:
+        repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"],
+            token=args.hub_token,
+        )
+    # Nothing that goes wrong on the way to the hub may cost what is saved here.
+    except Exception as error:
+        logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {output_dir}")
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -1512,6 +1585,7 @@ def update_weights(run):
     run.step += 1
     run.pairs_seen += global_batch_size(run.args, run.accelerator)
     run.bad_steps = 0 if finite else run.bad_steps + 1
+    run.skipped_steps += not finite
     return grad_norm
 
 
@@ -1540,8 +1614,9 @@ def steady_batches(run, pairs, batches):
         yield pairs.collate([])
 
 
-def stop_at_broken_source(run, cursor):
-    """End the run at the last step whose pairs were all read, the gradients of the present one forgotten."""
+def stop_at_broken_source(run, cursor, counts):
+    """End the run at the last step whose pairs were all read; all that the present one has summed up is forgotten."""
+    run.window.sums, run.account.read, run.account.bad = counts
     failures = "; ".join(failure for failure in gather_object([run.stop.failure]) if failure)
     kept = "nothing was trained yet"
     if run.step > 0:
@@ -1570,6 +1645,8 @@ def train(run, batches, cursor):
     )
     rows = []
     for batch in batches if run.step < args.max_train_steps else ():
+        if not rows:
+            counts = run.window.sums, run.account.read, run.account.bad
         run.account.add(batch)
         rows += batch["rows"]
         with accelerator.accumulate(run.unet):
@@ -1581,7 +1658,7 @@ def train(run, batches, cursor):
                 continue
             signal_number = run.stop.asked()
             if signal_number == StopRequest.SOURCE_FAILED:
-                stop_at_broken_source(run, cursor)
+                stop_at_broken_source(run, cursor, counts)
             learning_rate = run.lr_scheduler.get_last_lr()[0]
             grad_norm = update_weights(run)
         cursor = batch["cursor"]
@@ -1593,7 +1670,7 @@ def train(run, batches, cursor):
         complaint = None
         if last or run.step % args.logging_steps == 0:
             logs = {**run.window.flush(), "grad_norm": grad_norm, "lr": learning_rate, **speed.flush(run.step)}
-            accelerator.log(logs, step=run.step)
+            accelerator.log({**logs, "skipped_steps": run.skipped_steps}, step=run.step)
             shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
             progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
             complaint = run.account.complaint()
@@ -1699,76 +1776,6 @@ def main(args):
         resume(run, checkpoint, state)
         train(run, steady_batches(run, visit_to_tensors(dataset), batches), cursor)
         finish(run)
-
-
-# Results -------------------------------------------------------------------------------------------------------------
-
-
-MODEL_CARD = """# {name}
-
-{kind} of `{args.pretrained_model_name_or_path}`, aligned for {step} steps on the pairs of `{args.dataset_name}`
-with [MaPO](https://arxiv.org/abs/2406.06424), objective `{args.loss_type}` at beta {args.beta_mapo}.
-{picture}
-## Use
-
-```python
-import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-
-model = "{args.pretrained_model_name_or_path}"
-pipeline = StableDiffusionXLPipeline.from_pretrained(model)
-{load}
-pipeline.to("cuda", torch.float16)
-image = pipeline("a lighthouse on a cliff at dusk").images[0]
-```
-
-## Training
-
-{metrics}
-
-{settings}
-
-Versions: {versions}
-"""
-LOAD_LORA = 'pipeline.load_lora_weights("FOLDER_OR_REPO")'
-LOAD_UNET = 'pipeline.unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
-
-
-def write_model_card(args, metrics, step):
-    """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
-    libraries = [torch, diffusers, transformers, accelerate, datasets]
-    settings = {name: value for name, value in vars(args).items() if name != "hub_token" and value is not None}
-    text = MODEL_CARD.format(
-        args=args,
-        step=step,
-        name=Path(args.output_dir).resolve().name,
-        kind="UNet" if args.rank is None else f"LoRA of rank {args.rank}",
-        picture=f"\n![base and aligned](validation/step-{step:06d}.png)\n" if args.run_validation else "",
-        load=LOAD_UNET if args.rank is None else LOAD_LORA,
-        metrics="\n".join(f"- {name}: {value:.5g}" for name, value in metrics.items()),
-        settings="\n".join(f"- `--{name}`: {value}" for name, value in settings.items()),
-        versions=", ".join(f"{library.__name__} {library.__version__}" for library in libraries),
-    )
-    data = ModelCardData(base_model=args.pretrained_model_name_or_path, license="openrail++")
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-    tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
-    populate_model_card(card, tags=tags).save(Path(args.output_dir) / "README.md")
-
-
-def push_to_hub(args, output_dir):
-    repo_id = args.hub_model_id or output_dir.resolve().name
-    try:
-        repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
-        upload_folder(
-            repo_id=repo_id,
-            folder_path=output_dir,
-            commit_message="End of training",
-            ignore_patterns=["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"],
-            token=args.hub_token,
-        )
-    # Nothing that goes wrong on the way to the hub may cost what is saved here.
-    except Exception as error:
-        logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {output_dir}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ SHARED_DEFAULTS = {
 
 COUNTS = [
     "rank",
+    "max_bad_steps",
     "lora_rank",
     "shuffle_buffer_size",
     "max_train_samples",

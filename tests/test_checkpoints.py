@@ -83,7 +83,8 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(script, flags, tmp_path
     kill_at(flags, 9, tmp_path / "log")
     out = flags["output_dir"]
     assert "checkpoint-7" in checkpoints(out) and not (out / LORA_WEIGHTS).exists() and not (out / "unet").exists()
-    assert max(scalars(out)["loss"]) >= 9
+    # TensorBoard's thread may not have written what the killed step logged.
+    assert max(scalars(out)["loss"]) >= 8
     run(script, {**flags, "resume_from_checkpoint": "latest"})
     assert_same(whole, out)
     for name in ("step-000010.png", "step-000018.png"):

@@ -3,6 +3,7 @@
 import re
 import shutil
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -90,6 +91,17 @@ def wandb_records(path):
         if kind in (1, 4):
             yield Record.FromString(record)
             record = b""
+
+
+def finished_wandb_records(folder):
+    """wandb's service is a process of its own and may write its last records after the run has ended."""
+    (file,) = folder.rglob("*.wandb")
+    for _ in range(300):
+        records = list(wandb_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.1)
+    return records
 
 
 def holds(folder, text):
@@ -251,9 +263,8 @@ def test_wandb_gets_scalars_images_and_settings_but_no_token(script, flags, monk
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     flags.update(DRAWN, num_validation_pairs=4, report_to="wandb", tracker_name="some-project")
     out = run(script, flags)
-    (file,) = (out / "logs").rglob("*.wandb")
     rows, settings, project = [], {}, None
-    for record in wandb_records(file):
+    for record in finished_wandb_records(out / "logs"):
         project = record.run.project or project
         rows.append({".".join(item.nested_key) or item.key: item.value_json for item in record.history.item})
         settings.update({item.key: item.value_json for item in (*record.run.config.update, *record.config.update)})
