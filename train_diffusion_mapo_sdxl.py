@@ -567,12 +567,8 @@ class FirstRows:
 
 def load_all_pairs(args):
     """The training data set, and the one to hold pairs out of: the same unless --validation_split is given."""
-    try:
-        dataset = load_pairs(args, pick_split(args), args.max_train_samples)
-        held_out = load_pairs(args, args.validation_split) if args.validation_split else dataset
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise TrainingError(f"--dataset_name {args.dataset_name} cannot be read: {one_line(error)}") from error
-    return dataset, held_out
+    dataset = load_pairs(args, pick_split(args), args.max_train_samples)
+    return dataset, load_pairs(args, args.validation_split) if args.validation_split else dataset
 
 
 def is_tie(record, labels):
@@ -1061,7 +1057,8 @@ class StopRequest:
 
     def __init__(self, accelerator):
         self.number, self.failure = 0, None
-        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+        self.launcher = os.getppid() if launched else None
         # Asked on the CPU, so that a step does not wait for the GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -1122,18 +1119,24 @@ class Run:
     account: RowAccount
     window: MetricWindow
     held_out: PairDataset | None
+    weight_dtype: torch.dtype
     base_images: list | None = None
     step: int = 0
     pairs_seen: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0
 
+    def autocast(self):
+        """accelerate's own would do nothing under DeepSpeed."""
+        enabled = self.weight_dtype != torch.float32
+        return torch.autocast(self.accelerator.device.type, dtype=self.weight_dtype, enabled=enabled)
+
 
 def preference_step(run, batch):
     """The objective on a batch: the scalar loss with its gradient, and all metrics as detached scalars."""
     batch = to_device(batch, run.accelerator.device)
     encoded = encode_pairs(run.args, run.pipeline, batch)
-    with run.accelerator.autocast():
+    with run.autocast():
         errors = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
     loss, metrics = run.loss_function(*errors)
     return loss, {"loss": loss.detach(), **metrics}
@@ -1152,29 +1155,32 @@ def remove_folder(folder):
 
 
 @contextlib.contextmanager
-def written_aside(accelerator, folder):
-    """
-    Yield a hidden folder to write to, which takes the place of `folder` when every process is done with it.
-
-    Raises:
-        TrainingError: on every process, where one could not write (disk full, read-only, ...).
-    """
-    aside = folder.with_name(f".{folder.name}.incomplete")
+def failing_together(sentence, *kinds):
+    """Turn errors of these kinds, on one process or more, into one TrainingError on all of them."""
     failure = None
     try:
+        yield
+    except kinds as error:
+        failure = str(error) if isinstance(error, TrainingError) else f"{sentence}: {one_line(error)}"
+    failures = [failure for failure in gather_object([failure]) if failure is not None]
+    if failures:
+        raise TrainingError(failures[0])
+
+
+# What safetensors and torch.save raise where a disk is full.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@contextlib.contextmanager
+def written_aside(accelerator, folder):
+    """Yield a hidden folder to write to, which takes the place of `folder` when every process is done with it."""
+    aside = folder.with_name(f".{folder.name}.incomplete")
+    with failing_together(f"{folder} could not be written, older checkpoints are untouched", *WRITE_ERRORS):
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         accelerator.wait_for_everyone()
         yield aside
-    # What safetensors and torch.save raise where a disk is full.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        failure = one_line(error)
-    failures = [failure for failure in gather_object([failure]) if failure is not None]
-    if failures:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise TrainingError(f"{folder} could not be written, older checkpoints are untouched: {failures[0]}")
     if accelerator.is_main_process:
         remove_folder(folder)
         aside.rename(folder)
@@ -1365,7 +1371,7 @@ def draw_images(run):
         for index, prompt in mine:
             if run.stop.asked():
                 return None
-            with run.accelerator.autocast():
+            with run.autocast():
                 latents = pipeline(
                     prompt,
                     height=args.resolution,
@@ -1459,13 +1465,14 @@ LOAD_UNET = 'pipeline.unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REP
 def write_model_card(args, metrics, step):
     """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
     libraries = [torch, diffusers, transformers, accelerate, datasets]
+    picture = f"validation/step-{step:06d}.png"
     settings = {name: value for name, value in vars(args).items() if name != "hub_token" and value is not None}
     text = MODEL_CARD.format(
         args=args,
         step=step,
         name=Path(args.output_dir).resolve().name,
         kind="UNet" if args.rank is None else f"LoRA of rank {args.rank}",
-        picture=f"\n![base and aligned](validation/step-{step:06d}.png)\n" if args.run_validation else "",
+        picture=f"\n![base and aligned]({picture})\n" if (Path(args.output_dir) / picture).exists() else "",
         load=LOAD_UNET if args.rank is None else LOAD_LORA,
         metrics="\n".join(f"- {name}: {value:.5g}" for name, value in metrics.items()),
         settings="\n".join(f"- `--{name}`: {value}" for name, value in settings.items()),
@@ -1497,6 +1504,7 @@ def push_to_hub(args, output_dir):
 
 
 def build_accelerator(args):
+    """The Accelerator, and the dtype of computation and frozen weights."""
     output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -1514,15 +1522,21 @@ def build_accelerator(args):
         )
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
         raise TrainingError("--mixed_precision fp16 needs a GPU, on CPU write bf16 or no.")
     if accelerator.distributed_type == DistributedType.FSDP and args.use_8bit_adam:
         raise TrainingError(
             "--use_8bit_adam: bitsandbytes cannot step split weights, use launch_configs/deepspeed_zero2.yaml."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed clips by itself, and without a prepared loader it is not told the batch size.
+        # DeepSpeed clips by itself and must be told the batch size, having no prepared loader. Its own half-precision
+        # modes would round the trained weights too; torch's autocast does not.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["fp16"], config["bf16"] = {"enabled": False}, {"enabled": False}
+        if weight_dtype != torch.float32:
+            dtype = str(weight_dtype).removeprefix("torch.")
+            config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
@@ -1532,7 +1546,7 @@ def build_accelerator(args):
         for rubbish in [*output_dir.glob(".*.incomplete"), *output_dir.glob(".*.removed")]:
             shutil.rmtree(rubbish)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
+    return accelerator, weight_dtype
 
 
 def settle_seed(args):
@@ -1692,7 +1706,8 @@ def train(run, batches, cursor):
 def finish(run):
     """Save the trained weights first; then validate, describe and upload them."""
     output_dir = Path(run.args.output_dir)
-    save_trained_weights(run.args, run.accelerator, run.unet, output_dir)
+    with failing_together(f"{output_dir} could not be written, the checkpoints are untouched", *WRITE_ERRORS):
+        save_trained_weights(run.args, run.accelerator, run.unet, output_dir)
     logger.info(f"Saved the {'LoRA' if run.args.rank else 'UNet'} in {output_dir}")
     metrics = validate(run)
     if run.accelerator.is_main_process:
@@ -1709,13 +1724,14 @@ def finish(run):
 
 
 def main(args):
-    accelerator = build_accelerator(args)
+    accelerator, weight_dtype = build_accelerator(args)
     checkpoint, state = find_checkpoint(args, accelerator)
     settle_seed(args)
 
-    with accelerator.main_process_first():
+    # A source fails in as many ways as there are file systems. No process goes first: `datasets` locks its cache.
+    with failing_together(f"--dataset_name {args.dataset_name} cannot be read", Exception):
         dataset, held_out_dataset = load_all_pairs(args)
-    held_out, held_out_places = hold_out(args, held_out_dataset)
+        held_out, held_out_places = hold_out(args, held_out_dataset)
     left_out = [] if args.validation_split else held_out_places
     rows = None
     if not args.streaming:
@@ -1728,7 +1744,6 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(rows) / global_batch_size(args, accelerator))
 
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_pipeline(args, accelerator, weight_dtype)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -1762,6 +1777,7 @@ def main(args):
             account=RowAccount(args, accelerator, state, None if rows is None else len(rows)),
             window=MetricWindow(accelerator, state and state["window"]),
             held_out=visit_to_tensors(held_out) if held_out else None,
+            weight_dtype=weight_dtype,
         )
         start_trackers(args, accelerator)
         logger.info("***** Running training *****")
@@ -1774,6 +1790,9 @@ def main(args):
         if args.run_validation:
             run.base_images = draw_images(run)
         resume(run, checkpoint, state)
+        if 0 < run.step < args.max_train_steps and run.step % args.validation_steps == 0:
+            # The one that followed this checkpoint may have been cut short; it gives the same once more.
+            validate(run)
         train(run, steady_batches(run, visit_to_tensors(dataset), batches), cursor)
         finish(run)
 

@@ -25,8 +25,10 @@ CONFIGS = sorted((ROOT / "launch_configs").glob("*.yaml"))
 ALONE = ("cpu", "single_gpu")
 TRAININGS, OPTIMIZERS = ("full", "lora"), ("32bit", "8bit")
 KINDS = ("cpu", "single_gpu", "multi_gpu", "multi_node", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
-METRIC_TOLERANCE = {"32bit": 1e-5, "8bit": 1e-5}
-WEIGHT_TOLERANCE = {"32bit": 1e-2, "8bit": 1e-2}
+# For metrics relative, for weights in learning rates. In 32 bits, sums over processes round in another order. In 8
+# bits that can move a state by one of its 256 codes; and DeepSpeed, which flattens the weights, blocks the states
+# otherwise and quantizes small ones too, which one process keeps in 32 bits.
+TOLERANCES = {"32bit": (1e-6, 0.01), "8bit": (1e-6, 0.5), "8bit flattened": (1e-3, 5)}
 # Seconds; a launch takes 10 to 20.
 TIMEOUT = 240
 
@@ -185,8 +187,10 @@ def train_whole(world, kind_flags, reference, tmp_path, kind, training, optimize
     flags = {**kind_flags, **settings(kind, training, optimizer, tmp_path / "whole")}
     folder = launch_well(kind, flags)
     metric, weight = measure(folder, reference(training, optimizer))
-    print(f"DIFFERENCE {kind} {training} {optimizer}: metrics {metric:.2e}, weights {weight:.2e}")
-    assert metric < METRIC_TOLERANCE[optimizer] and weight < WEIGHT_TOLERANCE[optimizer] * flags["learning_rate"]
+    print(f"{kind} {training} {optimizer}: metrics {metric:.2e}, weights {weight:.2e}")
+    flattened = " flattened" if optimizer == "8bit" and kind.startswith("deepspeed") else ""
+    metric_tolerance, weight_tolerance = TOLERANCES[optimizer + flattened]
+    assert metric < metric_tolerance and weight < weight_tolerance * flags["learning_rate"]
     assert_loads_in_diffusers(world, folder, flags)
     return flags
 
@@ -218,15 +222,25 @@ def test_every_config_trains_resumes_and_equals_one_process(
     assert_resumes(kind, flags, tmp_path / "resumed")
 
 
-@pytest.mark.parametrize(
-    "kind, training, optimizer", [("deepspeed_zero2", "full", "8bit"), ("fsdp2", "full", "32bit")]
-)
-def test_sharded_run_resumes_and_equals_one_process(world, kind_flags, reference, tmp_path, kind, training, optimizer):
-    flags = train_whole(world, kind_flags, reference, tmp_path, kind, training, optimizer)
-    assert_resumes(kind, flags, tmp_path / "resumed")
+def test_split_run_resumes_and_equals_one_process(world, kind_flags, reference, tmp_path):
+    flags = train_whole(world, kind_flags, reference, tmp_path, "deepspeed_zero2", "full", "8bit")
+    assert_resumes("deepspeed_zero2", flags, tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("kind", ["deepspeed_zero3", "multi_node"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_trained_weights_stay_float32_in_half_precision(kind_flags, tmp_path, kind):
+    """At the paper's learning rate an update is lost on nearly every weight that is held in bfloat16."""
+    flags = {**kind_flags, **settings(kind, "full", "32bit", tmp_path / "out")}
+    statuses, output = launch_config(kind, {**flags, "mixed_precision": "bf16", "learning_rate": 1e-7})
+    assert set(statuses) == {0}, output
+    weights = trained(tmp_path / "out")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    rounded = [(weight == weight.bfloat16().float()).float().mean().item() for weight in weights.values()]
+    assert sum(rounded) / len(rounded) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed_zero3", "multi_node"])
 def test_lora_equals_one_process(world, kind_flags, reference, tmp_path, kind):
     train_whole(world, kind_flags, reference, tmp_path, kind, "lora", "32bit")
 

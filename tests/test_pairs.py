@@ -335,12 +335,12 @@ def test_a_column_that_cannot_serve_is_named(script, tmp_path, flags, changes, s
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 this is no parquet PAR1"], ids=["nothing", "empty", "junk"])
-def test_a_data_set_that_cannot_be_read_is_one_sentence(script, tmp_path, content, streaming):
+def test_a_data_set_that_cannot_be_read_is_one_sentence(script, flags, tmp_path, content, streaming):
     (tmp_path / "data").mkdir()
     if content is not None:
         (tmp_path / "data" / "train.parquet").write_bytes(content)
     with pytest.raises(script.TrainingError, match="--dataset_name .* cannot be read"):
-        script.load_all_pairs(make_args(script, tmp_path / "data", streaming=streaming))
+        run(script, {**flags, "dataset_name": tmp_path / "data", "streaming": streaming or None})
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
