@@ -303,7 +303,7 @@ def test_a_split_that_is_not_there_is_named(script, tmp_path, flags, sentence):
         script.load_all_pairs(make_args(script, tmp_path / "data", **flags))
 
 
-def test_configuration(script, tmp_path):
+def test_configuration(script, flags, tmp_path):
     configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large"))
     for index, name in enumerate(("small", "large")):
         write_parquet(tmp_path / "data" / name / "part.parquet", [[make_row(index)]])
@@ -311,7 +311,7 @@ def test_configuration(script, tmp_path):
     read = read_all(script, make_args(script, tmp_path / "data", dataset_config_name="large"))
     assert [tensors["captions"] for tensors in read] == ["pair 1"]
     with pytest.raises(script.TrainingError, match="--dataset_name .* cannot be read: (?s:.*)small"):
-        script.load_all_pairs(make_args(script, tmp_path / "data"))
+        run(script, {**flags, "dataset_name": tmp_path / "data"})
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
