@@ -50,6 +50,7 @@ The whole UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation = 128 pairs a
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -64,6 +65,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,7 +84,14 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -90,7 +99,9 @@ from diffusers.utils import check_min_version, convert_state_dict_to_diffusers, 
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 
@@ -123,6 +134,8 @@ FOREIGN_FLAGS = {
     "True": "switches take no value, write the flag alone",
     "False": "switches take no value, leave the flag out (or write --no-remove_ties)",
 }
+# What safetensors and torch.save raise where a disk is full.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 CAPTION_TYPES = ("string", "large_string")
 IMAGE_TYPES = ("binary", "large_binary", "PIL.Image.Image")
 LABEL_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
@@ -206,6 +219,11 @@ def add_data_arguments(group):
     group.add_argument("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
     group.add_argument("--random_crop", action="store_true", help="Crop at random instead of at the centre.")
     group.add_argument("--no_hflip", action="store_true", help="Never mirror the images.")
+    group.add_argument(
+        "--cache_latents",
+        action="store_true",
+        help="Encode each pair once, to files under --cache_dir that later runs read, and free the encoders' memory.",
+    )
     group.add_argument("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that decode images.")
     group.add_argument(
         "--vae_encode_batch_size", type=COUNT, default=8, help="Images that pass through the VAE at a time."
@@ -238,7 +256,14 @@ def add_training_arguments(group):
         help="Precision of the computation and of the frozen weights; trained weights stay float32. "
         "None: what accelerate is configured with.",
     )
+    group.add_argument(
+        "--full_bf16",
+        action="store_true",
+        help="Train the whole UNet in bfloat16 weights, rounded at random so that small updates count in the mean; "
+        "10 GiB less than float32, with noise.",
+    )
     group.add_argument("--allow_tf32", action="store_true", help="Let float32 products run in TF32.")
+    group.add_argument("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
 
 
 def add_optimizer_arguments(group):
@@ -344,6 +369,10 @@ def parse_args(input_args=None):
 def find_contradiction(args):
     """Return the first rule that these arguments break, as a sentence that names the flag, or None."""
     rules = [
+        (
+            args.cache_latents and args.random_crop,
+            "--random_crop needs the images at each visit, --cache_latents keeps one crop of them",
+        ),
         (args.resolution % 8 != 0, "--resolution must be a multiple of 8, the VAE's reduction"),
         (
             args.streaming and args.max_train_steps is None,
@@ -378,6 +407,10 @@ def find_contradiction(args):
         (
             args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None,
             "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes",
+        ),
+        (
+            args.full_bf16 and (args.rank is not None or not args.use_8bit_adam or args.mixed_precision != "bf16"),
+            "--full_bf16 is for the whole UNet (no --rank), with --use_8bit_adam and --mixed_precision bf16",
         ),
         (args.rank is not None and importlib.util.find_spec("peft") is None, "--rank needs peft: pip install peft"),
         (
@@ -476,19 +509,22 @@ def preference_loss(args, noise_scheduler):
 
 class Visit(NamedTuple):
     """
-    One visit of one pair. `epoch` counts from 1; epoch 0 is the held-out evaluation. Only a streamed visit has a
-    `shard`, brings its `record`, and knows the `cursor` from which the stream goes on behind it.
+    One visit of one pair. `position` is its place in the order of the whole run, over all processes; it seeds what is
+    drawn for the visit. Only a streamed visit has a `shard`, brings its `record`, and knows the `cursor` from which
+    the stream goes on behind it. A pair that was encoded before is `cached`: (file, index), or why it is unusable.
     """
 
-    epoch: int
     row: int
+    position: int = 0
     shard: int | None = None
     record: dict | None = None
     cursor: dict | None = None
+    held_out: bool = False
+    cached: tuple | str | None = None
 
     def __str__(self):
         place = "" if self.shard is None else f" of shard {self.shard}"
-        return f"{'held-out ' if self.epoch == 0 else ''}row {self.row}{place}"
+        return f"{'held-out ' if self.held_out else ''}row {self.row}{place}"
 
 
 class UnusableRow(Exception):
@@ -589,12 +625,12 @@ def usable_rows(args, dataset):
 
 def map_style_visits(rows, seed, position):
     """Visits from `position` on, without end: each epoch is one permutation of `rows`, the next follows at once."""
-    epoch, offset = divmod(position, len(rows))
     while True:
+        epoch, offset = divmod(position, len(rows))
         order = np.random.default_rng([seed, epoch]).permutation(rows)
-        for row in order[offset:]:
-            yield Visit(epoch + 1, int(row))
-        epoch, offset = epoch + 1, 0
+        for position, row in enumerate(order[offset:], start=position):
+            yield Visit(int(row), position)
+        position += 1
 
 
 def deal(visits, batch_size, rank, num_processes):
@@ -612,8 +648,9 @@ class PairStream:
     a time are mixed. While one such block is used, the next is read: two of them are what a rank holds in memory.
     """
 
-    def __init__(self, args, dataset, left_out=(), rank=0, num_processes=1):
-        self.dataset, self.left_out = dataset, left_out
+    def __init__(self, args, dataset, left_out=(), rank=0, num_processes=1, cache=None):
+        self.dataset, self.left_out, self.cache = dataset, left_out, cache
+        self.rank, self.num_processes = rank, num_processes
         self.seed, self.buffer_size = args.seed, args.shuffle_buffer_size
         self.labels = pair_columns(args)[2] if args.remove_ties else ()
         # Too few shards for all ranks: each rank reads them all and keeps every num_processes-th row.
@@ -621,20 +658,33 @@ class PairStream:
         self.shard_share = (0, 1) if by_row else (rank, num_processes)
         self.row_share = (rank, num_processes) if by_row else (0, 1)
 
-    def shard_visits(self, epoch, shard, start=0):
-        """Visits of one shard from row `start` on, without ties and what is left out."""
+    def takes(self, shard, row):
         first, every = self.row_share
+        return row % every == first and (shard, row) not in self.left_out
+
+    def shard_visits(self, shard, start=0):
+        """Visits of this rank's share of one shard from row `start` on, without ties and what is left out."""
+        if self.cache is not None:
+            cached = self.cache.rows_of(shard, self.takes)
+            if cached is not None:
+                yield from (Visit(row, shard=shard) for row in cached if row >= start)
+                return
+        rows = []
         records = enumerate(self.dataset.shard(self.dataset.num_shards, shard))
         for row, record in itertools.islice(records, start, None):
-            if row % every == first and (shard, row) not in self.left_out and not is_tie(record, self.labels):
-                yield Visit(epoch, row, shard, record)
+            if not is_tie(record, self.labels):
+                rows.append(row)
+                if self.takes(shard, row):
+                    yield Visit(row, shard=shard, record=record)
+        if self.cache is not None and start == 0:
+            self.cache.note_rows(shard, rows)
 
     def epoch_visits(self, epoch, place, start):
         """Visits of one epoch in shard order, each with its (place in the order, row), from (place, start) on."""
         first, every = self.shard_share
         order = np.random.default_rng([self.seed, epoch]).permutation(self.dataset.num_shards)[first::every]
         for place, shard in itertools.islice(enumerate(order), place, None):
-            for visit in self.shard_visits(epoch, int(shard), start):
+            for visit in self.shard_visits(int(shard), start):
                 yield place, visit
             start = 0
 
@@ -665,15 +715,19 @@ class PairStream:
             while True:
                 beginning, block = upcoming.result()
                 upcoming = reader.submit(next, blocks)
+                if self.cache is not None:
+                    block = self.cache.filled(block)
                 order = np.random.default_rng([self.seed, *beginning.values()]).permutation(len(block))
                 for used, index in itertools.islice(enumerate(order, start=1), used, None):
                     yield block[index]._replace(cursor={**beginning, "used": used})
                 used = 0
 
-    def batches(self, batch_size, cursor):
+    def batches(self, batch_size, cursor, position=0):
+        """This rank's batches from `cursor` on, where the run of all ranks has come to `position`."""
         visits = self.visits(cursor)
-        while batch := list(itertools.islice(visits, batch_size)):
-            yield batch
+        for start in itertools.count(position + self.rank * batch_size, batch_size * self.num_processes):
+            batch = itertools.islice(visits, batch_size)
+            yield [visit._replace(position=start + index) for index, visit in enumerate(batch)]
 
 
 def decode_image(value):
@@ -732,64 +786,84 @@ def crop_image(image, resolution, crop_fractions, flip):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), (top, left)
 
 
+def load_pair(args, record, crop_fractions, flips):
+    """
+    One row's caption, labels and cropped images, in the order of its columns.
+
+    Returns:
+        Of each image its pixels mirrored as `flips` says, `(2, len(flips), 3, resolution, resolution)` uint8, and its
+        micro-conditioning `(2, 6)`.
+
+    Raises:
+        UnusableRow: no caption, no label, or an image that cannot be decoded.
+    """
+    caption, images, labels = pair_columns(args)
+    if not isinstance(record[caption], str):
+        raise UnusableRow(f"has {record[caption]!r} for a caption")
+    for label in labels:
+        if record[label] is None or math.isnan(record[label]):
+            raise UnusableRow(f"has no {label}")
+    pixel_values, add_time_ids = [], []
+    for image in [decode_image(record[column]) for column in images]:
+        for flip in flips:
+            pixels, crop_top_left = crop_image(image, args.resolution, crop_fractions, flip)
+            pixel_values.append(pixels)
+        add_time_ids.append([image.height, image.width, *crop_top_left, *2 * [args.resolution]])
+    return {
+        "captions": record[caption],
+        "labels": [float(record[label]) for label in labels],
+        "pixel_values": torch.stack(pixel_values).unflatten(0, (2, len(flips))),
+        "add_time_ids": torch.tensor(add_time_ids),
+    }
+
+
 class PairDataset(torch.utils.data.Dataset):
     """
     Turns a `Visit` into tensors, in the loader's workers. Every random choice of a visit comes from a generator of its
-    own, seeded by (seed, epoch, shard, row): neither processes nor workers, batches or restarts change what it sees.
+    own, seeded by (seed, position): neither processes nor workers, batches or restarts change what it sees.
     """
 
     def __init__(self, args, dataset, latent_shape, num_train_timesteps):
         self.args, self.dataset = args, dataset
-        self.caption, self.images, self.labels = pair_columns(args)
         self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
 
     def __getitem__(self, visit):
         """Returns (visit, tensors), or (visit, reason) for a row that cannot be used."""
-        record = visit.record or self.dataset[visit.row]
-        visit = visit._replace(record=None)
         try:
-            return visit, self.prepare(visit, record)
+            return visit._replace(record=None), self.prepare(visit)
         except UnusableRow as reason:
-            return visit, str(reason)
+            return visit._replace(record=None), str(reason)
 
-    def prepare(self, visit, record):
-        args, held_out = self.args, visit.epoch == 0
+    def prepare(self, visit):
+        args = self.args
         # Held-out pairs see the same in every run, whatever its seed.
-        place = (0 if held_out else args.seed, visit.epoch, visit.shard or 0, visit.row)
+        place = (0, visit.position) if visit.held_out else (1, args.seed, visit.position)
         seed = np.random.SeedSequence(place).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         # All numbers are drawn whatever the flags, so that no flag shifts another's draws.
-        noisy, tie, flip, top, left = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-        crop_fractions = (top, left) if args.random_crop and not held_out else (0.5, 0.5)
-        flip = flip < 0.5 and not args.no_hflip and not held_out
-        caption = record[self.caption]
-        if not isinstance(caption, str):
-            raise UnusableRow(f"has {caption!r} for a caption")
-        chosen, rejected = (decode_image(record[column]) for column in self.order(record, tie))
-        if noisy < args.label_noise_prob and not held_out:
-            chosen, rejected = rejected, chosen
-        chosen_pixels, crop_top_left = crop_image(chosen, args.resolution, crop_fractions, flip)
-        rejected_pixels, _ = crop_image(rejected, args.resolution, crop_fractions, flip)
+        noisy, tie, flip, *crop_fractions = np.random.default_rng(seed).random(5)
+        flip = bool(flip < 0.5 and not args.no_hflip and not visit.held_out)
+        if not args.random_crop or visit.held_out:
+            crop_fractions = (0.5, 0.5)
+        if visit.cached is not None:
+            pair = read_cached(visit.cached, flip)
+        else:
+            pair = load_pair(args, visit.record or self.dataset[visit.row], crop_fractions, (flip,))
+            pair["pixel_values"] = pair["pixel_values"][:, 0]
+        labels = pair.pop("labels") or (1, 0)
+        chosen = 0 if labels[0] > labels[1] or (labels[0] == labels[1] and tie < 0.5) else 1
+        if noisy < args.label_noise_prob and not visit.held_out:
+            chosen = 1 - chosen
+        for name in {"pixel_values", "moments"} & pair.keys():
+            pair[name] = pair[name][[chosen, 1 - chosen]]
+        # One conditioning for both, the chosen image's: only the images may differ in a pair.
+        pair["add_time_ids"] = pair["add_time_ids"][chosen]
         return {
-            "captions": caption,
-            "pixel_values": torch.stack([chosen_pixels, rejected_pixels]),
-            # One conditioning for both, the chosen image's: only the images may differ in a pair.
-            "add_time_ids": torch.tensor([chosen.height, chosen.width, *crop_top_left, *2 * [args.resolution]]),
+            **pair,
             "timesteps": torch.randint(self.num_train_timesteps, (), generator=generator),
             "noise": torch.randn(self.latent_shape, generator=generator),
             "posterior_noise": torch.randn((2, *self.latent_shape), generator=generator),
         }
-
-    def order(self, record, tie):
-        """The two image columns, the chosen one first."""
-        if not self.labels:
-            return self.images
-        label_0, label_1 = (record[label] for label in self.labels)
-        for column, label in zip(self.labels, (label_0, label_1), strict=True):
-            if label is None or math.isnan(label):
-                raise UnusableRow(f"has no {column}")
-        first_wins = label_0 > label_1 or (label_0 == label_1 and tie < 0.5)
-        return self.images if first_wins else self.images[::-1]
 
     def collate(self, items):
         """
@@ -797,8 +871,18 @@ class PairDataset(torch.utils.data.Dataset):
         not be used leaves its place empty; where all are, a blank pair keeps the processes in step.
         """
         usable = [item for _, item in items if not isinstance(item, str)]
+        batch = torch.utils.data.default_collate(usable or [self.blank()])
+        for name in {"pixel_values", "moments", "posterior_noise"} & batch.keys():
+            batch[name] = batch[name].transpose(0, 1).flatten(0, 1)
+        batch["num_usable"] = len(usable)
+        batch["rows"] = [str(visit) for visit, _ in items]
+        batch["bad_rows"] = [(str(visit), item) for visit, item in items if isinstance(item, str)]
+        batch["cursor"] = items[-1][0].cursor if items else None
+        return batch
+
+    def blank(self):
         size = 2 * [self.args.resolution]
-        blank = {
+        return {
             "captions": "",
             "pixel_values": torch.zeros(2, 3, *size, dtype=torch.uint8),
             "add_time_ids": torch.tensor([*size, 0, 0, *size]),
@@ -806,14 +890,6 @@ class PairDataset(torch.utils.data.Dataset):
             "noise": torch.zeros(self.latent_shape),
             "posterior_noise": torch.zeros(2, *self.latent_shape),
         }
-        batch = torch.utils.data.default_collate(usable or [blank])
-        for name in ("pixel_values", "posterior_noise"):
-            batch[name] = batch[name].transpose(0, 1).flatten(0, 1)
-        batch["num_usable"] = len(usable)
-        batch["rows"] = [str(visit) for visit, _ in items]
-        batch["bad_rows"] = [(str(visit), item) for visit, item in items if isinstance(item, str)]
-        batch["cursor"] = items[-1][0].cursor if items else None
-        return batch
 
     def loader(self, batches):
         return torch.utils.data.DataLoader(
@@ -836,7 +912,7 @@ def hold_out(args, dataset):
         return [], []
     if args.streaming:
         stream = PairStream(args, dataset)
-        visits = (visit for shard in range(dataset.num_shards) for visit in stream.shard_visits(0, shard))
+        visits = (visit for shard in range(dataset.num_shards) for visit in stream.shard_visits(shard))
         visits = list(itertools.islice(visits, args.num_validation_pairs))
         records, places = [visit.record for visit in visits], [(visit.shard, visit.row) for visit in visits]
     else:
@@ -847,13 +923,21 @@ def hold_out(args, dataset):
     return records, places
 
 
+def held_out_visits(records):
+    return [Visit(row, position=row, held_out=True) for row in range(len(records))]
+
+
 # Models --------------------------------------------------------------------------------------------------------------
+
+
+def trained_dtype(args):
+    return torch.bfloat16 if args.full_bf16 else torch.float32
 
 
 def load_pipeline(args, accelerator, weight_dtype):
     """
-    The SDXL pipeline, every part on the device: frozen parts in `weight_dtype`, a UNet to be trained whole in float32,
-    the VAE in float32 unless its config says that half precision is safe.
+    The SDXL pipeline, every part on the device: frozen parts in `weight_dtype`, a UNet to be trained whole in its own
+    dtype, the VAE in float32 unless its config says that half precision is safe.
     """
     options = {"cache_dir": args.cache_dir, "use_safetensors": True}
     # Under ZeRO-3 transformers would split the frozen text encoders as it loads them.
@@ -877,7 +961,7 @@ def load_pipeline(args, accelerator, weight_dtype):
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         part.requires_grad_(False)
     pipeline.vae.to(accelerator.device, torch.float32 if pipeline.vae.config.force_upcast else weight_dtype)
-    pipeline.unet.to(accelerator.device, torch.float32 if args.rank is None else weight_dtype)
+    pipeline.unet.to(accelerator.device, trained_dtype(args) if args.rank is None else weight_dtype)
     pipeline.text_encoder.to(accelerator.device, weight_dtype)
     pipeline.text_encoder_2.to(accelerator.device, weight_dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -885,7 +969,7 @@ def load_pipeline(args, accelerator, weight_dtype):
 
 
 def make_trainable(args, unet):
-    """Choose what is trained, the whole UNet or a new LoRA adapter, always in float32; return those parameters."""
+    """Choose what is trained, the whole UNet or a new LoRA adapter, in its own dtype; return those parameters."""
     if args.rank is None:
         unet.requires_grad_(True)
     else:
@@ -896,20 +980,51 @@ def make_trainable(args, unet):
                 r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=LORA_TARGET_MODULES
             )
         )
-    cast_training_params(unet, torch.float32)
+    cast_training_params(unet, trained_dtype(args))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:
+        # In place: the weights keep their names, and checkpoints do not know of it.
+        unet.compile_repeated_blocks()
     unet.train()
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
+def round_stochastically(weights, generator):
+    """
+    float32 weights rounded to one of their two neighbours in bfloat16, to the nearer one more often, so that the mean
+    is kept. bfloat16 is the upper half of float32's bits.
+    """
+    bits = torch.empty_like(weights, dtype=torch.int32).random_(2**16, generator=generator)
+    return bits.add_(weights.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+class StochasticRounding:
+    """Lets a bitsandbytes optimizer update one bfloat16 tensor after the other in float32, and round it at random."""
+
+    @torch.no_grad()
+    def update_step(self, group, p, gindex, pindex):
+        weights, grad = p.data, p.grad
+        p.grad, p.data = None, weights.float()
+        p.grad = grad.float()
+        super().update_step(group, p, gindex, pindex)
+        # The same on every process and after a restart.
+        generator = torch.Generator(p.device).manual_seed(2**20 * self.state[p]["step"] + pindex)
+        rounded = round_stochastically(p.data, generator)
+        p.grad, p.data = None, weights.copy_(rounded)
+        p.grad = grad
+
+
 def build_optimizer(args, accelerator, parameters):
     """AdamW and its learning-rate curve, in optimizer steps whatever the number of processes."""
-    optimizer_class = torch.optim.AdamW
+    # The fused one can leave an update out on the device itself, see update_weights.
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         import bitsandbytes
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
+        if args.full_bf16:
+            optimizer_class = type("RoundedAdamW8bit", (StochasticRounding, optimizer_class), {})
     optimizer = optimizer_class(
         parameters,
         lr=args.learning_rate * (global_batch_size(args, accelerator) if args.scale_lr else 1),
@@ -929,24 +1044,55 @@ def build_optimizer(args, accelerator, parameters):
     return optimizer, scheduler
 
 
+def encode_images(args, vae, pixel_values):
+    """
+    Mean and standard deviation of the VAE's posterior of `(images, 3, height, width)` uint8 pixels:
+    `(images, 2, channels, height / 8, width / 8)` in the VAE's dtype.
+    """
+    moments = []
+    for pixels in pixel_values.split(args.vae_encode_batch_size):
+        distribution = vae.encode(pixels.to(vae.dtype) / 127.5 - 1).latent_dist
+        moments.append(torch.stack([distribution.mean, distribution.std], dim=1))
+    return torch.cat(moments)
+
+
+def encode_prompts(pipeline, prompts):
+    """
+    SDXL's embeddings of the prompts, each distinct one encoded once and by itself, so that it does not depend on its
+    neighbours in the batch: prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`.
+    """
+    encoded = {}
+    for prompt in dict.fromkeys(prompts):
+        hidden_states = []
+        # `pipeline.encode_prompt` would wait for the device.
+        for tokenizer, text_encoder in zip(
+            (pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2), strict=True
+        ):
+            input_ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            output = text_encoder(input_ids.to(text_encoder.device, non_blocking=True), output_hidden_states=True)
+            hidden_states.append(output.hidden_states[-2])
+        encoded[prompt] = torch.cat(hidden_states, dim=-1), output.text_embeds
+    prompt_embeds, pooled_prompt_embeds = zip(*(encoded[prompt] for prompt in prompts), strict=True)
+    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
+
+
 @torch.no_grad()
 def encode_pairs(args, pipeline, batch):
     """
-    Encode the images and captions of a batch of `pairs`.
+    Latents and embeddings of a batch of `pairs`, encoded now or, from a cache, before.
 
     Returns:
         latents `(2 * pairs, channels, height, width)`, each a sample of the VAE's posterior, prompt_embeds
         `(pairs, tokens, dim)` and pooled_prompt_embeds `(pairs, pooled_dim)`.
     """
-    vae = pipeline.vae
-    moments = []
-    for pixels in batch["pixel_values"].split(args.vae_encode_batch_size):
-        distribution = vae.encode(pixels.to(vae.dtype) / 127.5 - 1).latent_dist
-        moments.append((distribution.mean.float(), distribution.std.float()))
-    mean, std = (torch.cat(parts) for parts in zip(*moments, strict=True))
-    latents = (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
-    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(batch["captions"], do_classifier_free_guidance=False)
-    return latents, prompt_embeds, pooled
+    if "moments" in batch:
+        moments, embeds = batch["moments"], (batch["prompt_embeds"], batch["pooled_prompt_embeds"])
+    else:
+        move_encoders(pipeline, batch["pixel_values"].device)
+        moments = encode_images(args, pipeline.vae, batch["pixel_values"])
+        embeds = encode_prompts(pipeline, batch["captions"])
+    mean, std = moments.float().unbind(dim=1)
+    return (mean + std * batch["posterior_noise"]) * pipeline.vae.config.scaling_factor, *embeds
 
 
 def denoising_errors(unet, noise_scheduler, latents, prompt_embeds, pooled_prompt_embeds, batch):
@@ -975,6 +1121,219 @@ def denoising_errors(unet, noise_scheduler, latents, prompt_embeds, pooled_promp
     )[0]
     errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
     return errors.chunk(2)
+
+
+# Cache ---------------------------------------------------------------------------------------------------------------
+
+
+# Pairs in one file: a killed run loses the encoding of no more.
+PAIRS_PER_FILE = 64
+
+
+def orientations(args):
+    """Whether mirrored, for each orientation in which pairs are cached."""
+    return (False,) if args.no_hflip else (False, True)
+
+
+def move_encoders(pipeline, device):
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        if part.device != device:
+            part.to(device)
+
+
+def read_cached(place, flip):
+    """What `load_pair` gives, encoded: moments `(2, 2, channels, height, width)` of the two images, and embeddings."""
+    if isinstance(place, str):
+        raise UnusableRow(place)
+    path, index, prompt, labels = place
+    with safe_open(path, framework="pt") as file:
+        return {
+            "labels": labels,
+            "moments": file.get_slice("moments")[index, :, int(flip)],
+            "add_time_ids": file.get_slice("add_time_ids")[index],
+            "prompt_embeds": file.get_slice("prompt_embeds")[prompt],
+            "pooled_prompt_embeds": file.get_slice("pooled_prompt_embeds")[prompt],
+        }
+
+
+class PairImages(torch.utils.data.Dataset):
+    """The images of visits in all orientations, to be encoded: (visit, what `load_pair` gives or why it cannot)."""
+
+    def __init__(self, args, dataset):
+        self.args, self.dataset = args, dataset
+
+    def __getitem__(self, visit):
+        try:
+            record = visit.record or self.dataset[visit.row]
+            return visit, load_pair(self.args, record, (0.5, 0.5), orientations(self.args))
+        except UnusableRow as reason:
+            return visit, str(reason)
+
+
+class PairCache:
+    """
+    Encoded pairs on disk, in safetensors files whose headers tell what they hold: a file is whole or absent, and any
+    run on the same pairs with the same encoders reads and adds to them. Stored are the moments of the VAE's posterior,
+    from which each visit draws its own sample, in the dtype that they were computed in.
+    """
+
+    def __init__(self, args, accelerator, pipeline, dataset, folder):
+        self.args, self.device, self.pipeline, self.folder = args, accelerator.device, pipeline, folder
+        self.images = PairImages(args, dataset)
+        self.files, self.places, self.rows = set(), {}, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob("*.part"):
+            # An hour old, it is no other run's that is being written now.
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink(missing_ok=True)
+        self.scan()
+
+    def scan(self):
+        """Learn of files that are new, from this process or another."""
+        for name in set(os.listdir(self.folder)) - self.files:
+            path = str(self.folder / name)
+            if name.endswith(".json"):
+                self.rows[int(name.removesuffix(".json"))] = json.loads(Path(path).read_text())
+            elif name.endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    pairs = json.loads(file.metadata()["pairs"])
+                for index, (shard, row, prompt, content) in enumerate(pairs):
+                    self.places[shard, row] = content if prompt is None else (path, index, prompt, content)
+            self.files.add(name)
+
+    def write(self, name, save):
+        """Let `save` write a file that appears under its name when it is whole."""
+        aside = self.folder / f"{name}.part"
+        try:
+            save(aside)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+        except WRITE_ERRORS as error:
+            aside.unlink(missing_ok=True)
+            raise TrainingError(f"--cache_latents: {self.folder} cannot be written: {one_line(error)}") from error
+        aside.rename(self.folder / name)
+
+    def note_rows(self, shard, rows):
+        """Remember the rows that a shard of a stream has."""
+        if shard not in self.rows:
+            self.write(f"{shard}.json", lambda path: path.write_text(json.dumps(rows)))
+
+    def rows_of(self, shard, takes):
+        """The rows of a shard of a stream that `takes` wants, if all of them are cached, else None."""
+        self.scan()
+        rows = [row for row in self.rows.get(shard, ()) if takes(shard, row)]
+        return rows if shard in self.rows and all((shard, row) in self.places for row in rows) else None
+
+    def missing(self, visits):
+        return [visit for visit in visits if (visit.shard, visit.row) not in self.places]
+
+    def filled(self, visits):
+        """The visits, all of them `cached`: what is missing is encoded now, else the encoders leave the device."""
+        if self.missing(visits):
+            self.scan()
+        if missing := self.missing(visits):
+            self.fill(missing)
+        else:
+            move_encoders(self.pipeline, torch.device("cpu"))
+        return [visit._replace(cached=self.places[visit.shard, visit.row], record=None) for visit in visits]
+
+    @torch.no_grad()
+    def fill(self, visits, **progress):
+        """Encode and store these visits, in batches as in training."""
+        move_encoders(self.pipeline, self.device)
+        size = self.args.train_batch_size
+        loader = torch.utils.data.DataLoader(
+            self.images,
+            batch_sampler=[visits[start : start + size] for start in range(0, len(visits), size)],
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=list,
+            # Nothing is random here; without it the loader would draw from the process' own generator.
+            generator=torch.Generator(),
+        )
+        pending = []
+        with tqdm(total=len(visits), desc="Encoding pairs", leave=False, **progress) as bar:
+            for items in loader:
+                pending += self.encode(items)
+                bar.update(len(items))
+                if len(pending) >= PAIRS_PER_FILE:
+                    self.store(pending)
+                    pending = []
+        if pending:
+            self.store(pending)
+        self.scan()
+
+    def encode(self, items):
+        """Replace the pixels of usable items by their moments, `(2, orientations, 2, channels, height, width)`."""
+        usable = [pair for _, pair in items if not isinstance(pair, str)]
+        if usable:
+            pixel_values = torch.stack([pair.pop("pixel_values") for pair in usable]).to(self.device)
+            moments = encode_images(self.args, self.pipeline.vae, pixel_values.flatten(0, 2)).cpu()
+            for pair, encoded in zip(usable, moments.unflatten(0, pixel_values.shape[:3]), strict=True):
+                pair["moments"] = encoded
+        return items
+
+    def store(self, items):
+        """Write one file: usable pairs first, in the order of their tensors, then rows with why they are unusable."""
+        usable = [(visit, pair) for visit, pair in items if not isinstance(pair, str)]
+        prompts = {caption: index for index, caption in enumerate(dict.fromkeys(p["captions"] for _, p in usable))}
+        header = [(visit.shard, visit.row, prompts[pair["captions"]], pair["labels"]) for visit, pair in usable]
+        header += [(visit.shard, visit.row, None, reason) for visit, reason in items if isinstance(reason, str)]
+        tensors = {}
+        if usable:
+            tensors = {name: torch.stack([pair[name] for _, pair in usable]) for name in ("moments", "add_time_ids")}
+            tensors["prompt_embeds"], tensors["pooled_prompt_embeds"] = encode_prompts(self.pipeline, prompts)
+        save = partial(save_file, tensors, metadata={"pairs": json.dumps(header)})
+        self.write(f"{uuid.uuid4().hex}.safetensors", save)
+
+    def gib_for(self, pairs):
+        """GiB that this many pairs take, if each has a prompt of its own."""
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        latents = vae.config.latent_channels * (self.args.resolution // pipeline.vae_scale_factor) ** 2
+        moments = 4 * len(orientations(self.args)) * latents * vae.dtype.itemsize
+        embeds = pipeline.tokenizer.model_max_length * pipeline.unet.config.cross_attention_dim
+        return pairs * (moments + embeds * pipeline.text_encoder.dtype.itemsize) / 2**30
+
+    def fill_together(self, accelerator, visits):
+        """Encode what is missing of these visits, each process its share, and free the encoders' device."""
+        local = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # The second time finds something to do on machines that do not share the folder.
+        for rank, num_processes in ((accelerator.process_index, accelerator.num_processes), local):
+            with failing_together(f"--cache_latents: pairs could not be encoded into {self.folder}", Exception):
+                mine = self.missing(visits[rank::num_processes])
+                pairs = num_processes * len(mine)
+                needed, free = self.gib_for(pairs), shutil.disk_usage(self.folder).free / 2**30
+                space = f"{pairs} pairs need {needed:.3g} GiB in {self.folder}, where {free:.3g} GiB are free"
+                if needed > free:
+                    raise TrainingError(f"--cache_latents: {space}.")
+                if mine:
+                    logger.info(f"Encoding once: {space}.")
+                    self.fill(mine, disable=not accelerator.is_local_main_process)
+            self.scan()
+        move_encoders(self.pipeline, torch.device("cpu"))
+
+
+def encoders_digest(pipeline):
+    """A hash of all that turns images and captions into latents and embeddings."""
+    digest = hashlib.sha256()
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        digest.update(str(part).encode())
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cache_folder(args, encoders, held_out):
+    """Where pairs are cached: a folder for everything that changes what is stored."""
+    builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    settings = [encoders, builder.cache_dir, pick_split(args), args.max_train_samples, args.streaming]
+    settings += [args.remove_ties, *pair_columns(args), args.resolution, orientations(args)]
+    if held_out:
+        settings += [args.validation_split, args.num_validation_pairs]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    return Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "mapo_latents" / key
 
 
 # State of a run ------------------------------------------------------------------------------------------------------
@@ -1013,7 +1372,7 @@ class MetricWindow:
         """The means since the last flush, by name; waits as `totals` does."""
         *sums, weight = self.totals()
         self.sums = 0
-        return {prefix + name: value / max(weight, 1e-9) for name, value in zip(self.names, sums, strict=True)}
+        return {prefix + name: value / weight if weight else math.nan for name, value in zip(self.names, sums)}
 
 
 def warn_of_bad_rows(batch):
@@ -1077,9 +1436,11 @@ class StopRequest:
         """What any of the processes has got: a signal, SOURCE_FAILED or 0. All must ask at the same place."""
         if self.launcher not in (None, os.getppid()):
             self.number = self.number or signal.SIGTERM
-        number = torch.tensor(int(self.number) if self.failure is None else self.SOURCE_FAILED)
-        if self.group is not None:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        number = self.number if self.failure is None else self.SOURCE_FAILED
+        if self.group is None:
+            return number
+        number = torch.tensor(int(number))
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
         return int(number)
 
 
@@ -1119,17 +1480,21 @@ class Run:
     account: RowAccount
     window: MetricWindow
     held_out: PairDataset | None
+    held_out_cache: PairCache | None
+    validation_prompts: list
     weight_dtype: torch.dtype
     base_images: list | None = None
     step: int = 0
     pairs_seen: int = 0
-    bad_steps: int = 0
-    skipped_steps: int = 0
+    # Counted on the device: reading them waits for it.
+    bad_steps: torch.Tensor | int = 0
+    skipped_steps: torch.Tensor | int = 0
 
     def autocast(self):
-        """accelerate's own would do nothing under DeepSpeed."""
-        enabled = self.weight_dtype != torch.float32
-        return torch.autocast(self.accelerator.device.type, dtype=self.weight_dtype, enabled=enabled)
+        """accelerate's own would do nothing under DeepSpeed. Casts that are recomputed anyway need not be kept."""
+        device, enabled = self.accelerator.device.type, self.weight_dtype != torch.float32
+        kept = not self.args.gradient_checkpointing
+        return torch.autocast(device, dtype=self.weight_dtype, enabled=enabled, cache_enabled=kept)
 
 
 def preference_step(run, batch):
@@ -1167,20 +1532,20 @@ def failing_together(sentence, *kinds):
         raise TrainingError(failures[0])
 
 
-# What safetensors and torch.save raise where a disk is full.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-
-
 @contextlib.contextmanager
 def written_aside(accelerator, folder):
     """Yield a hidden folder to write to, which takes the place of `folder` when every process is done with it."""
     aside = folder.with_name(f".{folder.name}.incomplete")
-    with failing_together(f"{folder} could not be written, older checkpoints are untouched", *WRITE_ERRORS):
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        yield aside
+    try:
+        with failing_together(f"{folder} could not be written, older checkpoints are untouched", *WRITE_ERRORS):
+            if accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            yield aside
+    except TrainingError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if accelerator.is_main_process:
         remove_folder(folder)
         aside.rename(folder)
@@ -1223,7 +1588,7 @@ def load_trained_weights(args, unet, folder):
         layers = StableDiffusionXLPipeline.lora_state_dict(folder)[0]
         layers = {name.removeprefix("unet."): weight for name, weight in layers.items()}
         set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers))
-    cast_training_params(unet, torch.float32)
+    cast_training_params(unet, trained_dtype(args))
 
 
 def register_checkpoint_hooks(args, accelerator):
@@ -1249,7 +1614,7 @@ def list_checkpoints(output_dir):
 
 
 # A checkpoint is refused where one of the first differs, and a difference in any other but the last is reported.
-FIXED_ON_RESUME = ("rank", "use_8bit_adam", "streaming", "shuffle_buffer_size", "seed")
+FIXED_ON_RESUME = ("rank", "use_8bit_adam", "full_bf16", "streaming", "shuffle_buffer_size", "seed")
 FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token")
 
 
@@ -1301,8 +1666,10 @@ def resume(run, checkpoint, state):
     register_checkpoint_hooks(run.args, run.accelerator)
     if checkpoint is not None:
         run.accelerator.load_state(checkpoint)
-        for name in ("step", "pairs_seen", "bad_steps", "skipped_steps"):
-            setattr(run, name, state[name])
+        run.step, run.pairs_seen = state["step"], state["pairs_seen"]
+        run.bad_steps, run.skipped_steps = (
+            torch.tensor(state[name], device=run.accelerator.device) for name in ("bad_steps", "skipped_steps")
+        )
 
 
 def save_checkpoint(run, cursor):
@@ -1313,8 +1680,8 @@ def save_checkpoint(run, cursor):
     state = {
         "step": run.step,
         "pairs_seen": run.pairs_seen,
-        "bad_steps": run.bad_steps,
-        "skipped_steps": run.skipped_steps,
+        "bad_steps": int(run.bad_steps),
+        "skipped_steps": int(run.skipped_steps),
         "layout": checkpoint_layout(args, accelerator),
         "cursors": gather_object([cursor]),
         "window": run.window.totals(),
@@ -1343,11 +1710,13 @@ def evaluate_pairs(run):
     """
     args, accelerator, pairs = run.args, run.accelerator, run.held_out
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    visits = [Visit(0, row) for row in range(len(pairs.dataset))]
+    visits = held_out_visits(pairs.dataset)
     chunks = [visits[start : start + args.train_batch_size] for start in range(0, len(visits), args.train_batch_size)]
     # Every rank takes as many forward passes: split weights are gathered in step.
     rounds = math.ceil(len(chunks) / num_processes)
     mine = (chunks + chunks[:1] * (rounds * num_processes - len(chunks)))[rank::num_processes]
+    if run.held_out_cache is not None:
+        mine = map(run.held_out_cache.filled, mine)
     window = MetricWindow(accelerator)
     for index, batch in enumerate(pairs.loader(mine)):
         if run.stop.asked():
@@ -1359,21 +1728,31 @@ def evaluate_pairs(run):
 
 
 @torch.no_grad()
+def encode_validation_prompts(args, pipeline):
+    """The pipeline's arguments for each validation prompt, so that drawing needs no text encoder."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    guided = args.guidance_scale > 1
+    embeds = [pipeline.encode_prompt(prompt, do_classifier_free_guidance=guided) for prompt in args.validation_prompts]
+    return [dict(zip(names, tensors, strict=True)) for tensors in embeds]
+
+
+@torch.no_grad()
 def draw_images(run):
     """
     One image for each validation prompt at fixed seeds, the prompts split over the processes.
     None if the run was asked to stop.
     """
     args, pipeline = run.args, run.pipeline
-    jobs = list(enumerate(args.validation_prompts))
+    pipeline.vae.to(run.accelerator.device)
+    jobs = list(enumerate(run.validation_prompts))
     images = []
     with run.accelerator.split_between_processes(jobs, apply_padding=True) as mine:
-        for index, prompt in mine:
+        for index, embeds in mine:
             if run.stop.asked():
                 return None
             with run.autocast():
                 latents = pipeline(
-                    prompt,
+                    **embeds,
                     height=args.resolution,
                     width=args.resolution,
                     num_inference_steps=args.num_inference_steps,
@@ -1519,6 +1898,7 @@ def build_accelerator(args):
             log_with=trackers or None,
             project_config=ProjectConfiguration(output_dir, logging_dir=output_dir / args.logging_dir),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[AutocastKwargs(cache_enabled=not args.gradient_checkpointing)],
         )
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
@@ -1529,6 +1909,8 @@ def build_accelerator(args):
         raise TrainingError(
             "--use_8bit_adam: bitsandbytes cannot step split weights, use launch_configs/deepspeed_zero2.yaml."
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.full_bf16:
+        raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights, use launch_configs/multi_gpu.yaml.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed clips by itself and must be told the batch size, having no prepared loader. Its own half-precision
         # modes would round the trained weights too; torch's autocast does not.
@@ -1572,47 +1954,60 @@ def start_trackers(args, accelerator):
         accelerator.trackers = []
 
 
-def training_batches(args, accelerator, dataset, rows, left_out, pairs_seen, cursor):
+def training_batches(args, accelerator, dataset, rows, left_out, cache, pairs_seen, cursor):
     """This rank's batches of visits without end, behind the pairs seen (map-style) or the cursor (streamed)."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if args.streaming:
-        stream = PairStream(args, dataset, left_out, rank, num_processes)
-        return stream.batches(args.train_batch_size, cursor)
-    visits = map_style_visits(rows, args.seed, pairs_seen)
-    return deal(visits, args.train_batch_size, rank, num_processes)
+        stream = PairStream(args, dataset, left_out, rank, num_processes, cache)
+        return stream.batches(args.train_batch_size, cursor, pairs_seen)
+    batches = deal(map_style_visits(rows, args.seed, pairs_seen), args.train_batch_size, rank, num_processes)
+    return batches if cache is None else (cache.filled(visits) for visits in batches)
 
 
 def update_weights(run):
     """
-    One optimizer step, left out where the gradient is not finite (DeepSpeed has made it by now).
+    One optimizer step, left out on the device where the gradient is not finite, where it is zero because no row was
+    usable, and from --max_bad_steps on. bitsandbytes cannot do that and has the host wait for the decision; DeepSpeed
+    has made its step by now.
 
     Returns:
-        The gradient's norm before clipping. Reading it is the one place where a step waits for the device.
+        The gradient's norm before clipping and whether it is finite, both on the device.
     """
-    grad_norm = float(run.accelerator.clip_grad_norm_(run.unet.parameters(), run.args.max_grad_norm))
-    finite = math.isfinite(grad_norm)
+    args, accelerator, optimizer = run.args, run.accelerator, run.optimizer.optimizer
+    grad_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)
+    finite = grad_norm.isfinite()
+    run.bad_steps = torch.where(finite & (run.bad_steps < args.max_bad_steps), 0, run.bad_steps + 1)
+    run.skipped_steps = run.skipped_steps + (run.bad_steps > 0)
+    left_out = (run.bad_steps > 0) | (grad_norm == 0)
     # The scaler of fp16 leaves such steps out by itself, and learns its scale from them.
-    if finite or run.accelerator.scaler is not None:
+    if accelerator.scaler is None and isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = left_out.float()
+        run.optimizer.step()
+    elif accelerator.scaler is not None or not left_out:
         run.optimizer.step()
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
     run.step += 1
-    run.pairs_seen += global_batch_size(run.args, run.accelerator)
-    run.bad_steps = 0 if finite else run.bad_steps + 1
-    run.skipped_steps += not finite
-    return grad_norm
+    run.pairs_seen += global_batch_size(args, accelerator)
+    return grad_norm, finite
 
 
-def check_gradients(run, grad_norm, rows):
+def check_gradients(run, rows):
     """End a run whose gradients are not finite any more; nothing is saved over the last good checkpoint."""
-    if run.bad_steps == 0:
+    bad_steps = int(run.bad_steps)
+    if bad_steps == 0:
         return
     applied = run.accelerator.distributed_type == DistributedType.DEEPSPEED
-    logger.warning(f"Step {run.step}: gradient norm {grad_norm}, the update was {'' if applied else 'not '}applied.")
-    if applied or run.bad_steps >= run.args.max_bad_steps:
-        rows = ", ".join(sorted(set(gather_object(rows))))
+    logger.warning(f"Step {run.step}: no finite gradient in {bad_steps} steps, {'' if applied else 'not '}applied.")
+    limit = 1 if applied else run.args.max_bad_steps
+    if bad_steps >= limit:
+        step = run.step - bad_steps + limit
+        named = ", ".join(sorted(set(gather_object(rows[step]))))
         raise TrainingError(
-            f"--max_bad_steps: no finite gradient in {run.bad_steps} steps up to step {run.step} (its pairs: {rows}); "
+            f"--max_bad_steps: no finite gradient in {limit} steps up to step {step} (its pairs: {named}); "
             "the last checkpoint is untouched."
         )
 
@@ -1636,7 +2031,7 @@ def stop_at_broken_source(run, cursor, counts):
     if run.step > 0:
         save_checkpoint(run, cursor)
         kept = f"the checkpoint of step {run.step} is saved"
-    raise TrainingError(f"--dataset_name {run.args.dataset_name} cannot be read ({kept}): {failures}")
+    raise TrainingError(f"--dataset_name {run.args.dataset_name} cannot be read any further ({kept}): {failures}")
 
 
 def stop_at_signal(run, cursor, number, saved):
@@ -1657,12 +2052,13 @@ def train(run, batches, cursor):
     progress = tqdm(
         total=args.max_train_steps, initial=run.step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    rows = []
+    # The rows of each step since its gradients were looked at.
+    rows = {}
     for batch in batches if run.step < args.max_train_steps else ():
-        if not rows:
+        if run.step + 1 not in rows:
             counts = run.window.sums, run.account.read, run.account.bad
         run.account.add(batch)
-        rows += batch["rows"]
+        rows.setdefault(run.step + 1, []).extend(batch["rows"])
         with accelerator.accumulate(run.unet):
             loss, metrics = preference_step(run, batch)
             run.window.add(metrics, batch["num_usable"])
@@ -1674,17 +2070,20 @@ def train(run, batches, cursor):
             if signal_number == StopRequest.SOURCE_FAILED:
                 stop_at_broken_source(run, cursor, counts)
             learning_rate = run.lr_scheduler.get_last_lr()[0]
-            grad_norm = update_weights(run)
+            grad_norm, finite = update_weights(run)
+        run.window.sums = torch.where(finite, run.window.sums, counts[0])
         cursor = batch["cursor"]
         progress.update(1)
-        check_gradients(run, grad_norm, rows)
-        rows = []
 
         last, saved = run.step == args.max_train_steps, run.step % args.checkpointing_steps == 0
+        logged = last or run.step % args.logging_steps == 0
+        if logged or saved or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            check_gradients(run, rows)
+            rows = {}
         complaint = None
-        if last or run.step % args.logging_steps == 0:
-            logs = {**run.window.flush(), "grad_norm": grad_norm, "lr": learning_rate, **speed.flush(run.step)}
-            accelerator.log({**logs, "skipped_steps": run.skipped_steps}, step=run.step)
+        if logged:
+            logs = {**run.window.flush(), "grad_norm": float(grad_norm), "lr": learning_rate, **speed.flush(run.step)}
+            accelerator.log({**logs, "skipped_steps": int(run.skipped_steps)}, step=run.step)
             shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
             progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
             complaint = run.account.complaint()
@@ -1723,24 +2122,44 @@ def finish(run):
         raise TrainingError(f"All is saved, but {complaint}")
 
 
+def load_rows(args):
+    """
+    The training data set, its usable rows (None for a stream), the held-out records, and the places left out for them.
+    """
+    dataset, held_out_dataset = load_all_pairs(args)
+    held_out, places = hold_out(args, held_out_dataset)
+    left_out = [] if args.validation_split else places
+    if args.streaming:
+        return dataset, None, held_out, left_out
+    rows = np.setdiff1d(usable_rows(args, dataset), left_out)
+    if len(rows) == 0:
+        raise TrainingError(
+            f"--dataset_name {args.dataset_name} leaves no pair to train on; --num_validation_pairs holds out "
+            f"{len(left_out)} of them."
+        )
+    return dataset, rows, held_out, left_out
+
+
+def open_caches(args, accelerator, pipeline, dataset, rows, held_out):
+    """The caches of the training pairs and of the held-out ones, filled as far as they can be beforehand."""
+    if not args.cache_latents:
+        return None, None
+    encoders = encoders_digest(pipeline)
+    cache = PairCache(args, accelerator, pipeline, dataset, cache_folder(args, encoders, held_out=False))
+    held_out_cache = PairCache(args, accelerator, pipeline, held_out, cache_folder(args, encoders, held_out=True))
+    held_out_cache.fill_together(accelerator, held_out_visits(held_out))
+    if rows is not None:
+        cache.fill_together(accelerator, [Visit(int(row)) for row in rows])
+    return cache, held_out_cache
+
+
 def main(args):
     accelerator, weight_dtype = build_accelerator(args)
     checkpoint, state = find_checkpoint(args, accelerator)
     settle_seed(args)
-
     # A source fails in as many ways as there are file systems. No process goes first: `datasets` locks its cache.
     with failing_together(f"--dataset_name {args.dataset_name} cannot be read", Exception):
-        dataset, held_out_dataset = load_all_pairs(args)
-        held_out, held_out_places = hold_out(args, held_out_dataset)
-    left_out = [] if args.validation_split else held_out_places
-    rows = None
-    if not args.streaming:
-        rows = np.setdiff1d(usable_rows(args, dataset), left_out)
-        if len(rows) == 0:
-            raise TrainingError(
-                f"--dataset_name {args.dataset_name} leaves no pair to train on; --num_validation_pairs holds out "
-                f"{len(left_out)} of them."
-            )
+        dataset, rows, held_out, left_out = load_rows(args)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(rows) / global_batch_size(args, accelerator))
 
@@ -1748,20 +2167,23 @@ def main(args):
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise TrainingError("--pretrained_model_name_or_path must predict epsilon or v, by its scheduler's config.")
+    side = args.resolution // pipeline.vae_scale_factor
+    latent_shape = (pipeline.vae.config.latent_channels, side, side)
+    validation_prompts = encode_validation_prompts(args, pipeline) if args.run_validation else []
+    cache, held_out_cache = open_caches(args, accelerator, pipeline, dataset, rows, held_out)
     parameters = make_trainable(args, pipeline.unet)
     optimizer, lr_scheduler = build_optimizer(args, accelerator, parameters)
     unet, optimizer, lr_scheduler = accelerator.prepare(pipeline.unet, optimizer, lr_scheduler)
 
-    side = args.resolution // pipeline.vae_scale_factor
     visit_to_tensors = partial(
         PairDataset,
         args,
-        latent_shape=(pipeline.vae.config.latent_channels, side, side),
+        latent_shape=latent_shape,
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     cursor = state["cursors"][accelerator.process_index] if state and args.streaming else None
     pairs_seen = state["pairs_seen"] if state else 0
-    batches = training_batches(args, accelerator, dataset, rows, set(left_out), pairs_seen, cursor)
+    batches = training_batches(args, accelerator, dataset, rows, set(left_out), cache, pairs_seen, cursor)
     # The reader is closed before the interpreter exits: left open, one of parquet can abort it.
     with StopRequest(accelerator) as stop, contextlib.closing(batches):
         run = Run(
@@ -1777,6 +2199,8 @@ def main(args):
             account=RowAccount(args, accelerator, state, None if rows is None else len(rows)),
             window=MetricWindow(accelerator, state and state["window"]),
             held_out=visit_to_tensors(held_out) if held_out else None,
+            held_out_cache=held_out_cache,
+            validation_prompts=validation_prompts,
             weight_dtype=weight_dtype,
         )
         start_trackers(args, accelerator)

@@ -93,18 +93,48 @@ def run(script, flags):
     return Path(flags["output_dir"])
 
 
-def launch(flags, processes=1, env=None, timeout=300):
+def launch(flags, processes=1, env=None, timeout=300, wrapper=()):
     """The script through its real launcher, in processes of its own; returns the CompletedProcess (text output)."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if processes == 1:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
     return subprocess.run(
-        [*launcher, str(SCRIPT), *command_line(flags)],
+        [*launcher, *map(str, wrapper), str(SCRIPT), *command_line(flags)],
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+# Runs the script with every loader noting the rows that it hands out.
+RECORDER = """
+import os, runpy, sys
+from torch.utils.data import DataLoader
+
+iterate = DataLoader.__iter__
+
+
+def recorded(loader):
+    with open(os.path.join(os.path.dirname(__file__), f"rank-{os.environ['RANK']}"), "w", buffering=1) as file:
+        for batch in iterate(loader):
+            file.writelines(f"{row}\\n" for row in batch["rows"])
+            yield batch
+
+
+DataLoader.__iter__ = recorded
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch_recorded(flags, processes, folder):
+    """The script over real processes, to a good end; returns for each rank the rows that it trained on, in order."""
+    folder.mkdir()
+    (folder / "recorder.py").write_text(RECORDER)
+    done = launch(flags, processes, wrapper=[folder / "recorder.py"], timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(processes)]
 
 
 def scalars(output_dir):

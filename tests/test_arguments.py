@@ -104,6 +104,10 @@ END_NUMBERS = [(name, value) for names, _, ends in NUMBERS.values() for name in 
 # Wrong words and the flags that the sentence must name.
 CONTRADICTIONS = [
     ("--resolution 65", ["--resolution"]),
+    ("--cache_latents --random_crop", ["--cache_latents", "--random_crop"]),
+    ("--full_bf16", ["--full_bf16", "--use_8bit_adam", "--mixed_precision"]),
+    ("--full_bf16 --use_8bit_adam --mixed_precision fp16", ["--full_bf16", "--mixed_precision"]),
+    ("--full_bf16 --use_8bit_adam --mixed_precision bf16 --rank 4", ["--full_bf16", "--rank"]),
     ("--streaming", ["--streaming", "--max_train_steps"]),
     ("--streaming --num_train_epochs 2", ["--streaming", "--max_train_steps"]),
     ("--chosen_column a", ["--chosen_column", "--rejected_column"]),
@@ -128,6 +132,7 @@ ALLOWED = [
     "--resolution 72",
     "--streaming --max_train_steps 1",
     "--chosen_column a --rejected_column b",
+    "--full_bf16 --use_8bit_adam --mixed_precision bf16",
     "--loss_type mapo_v1 --beta_mapo 5",
     "--max_train_samples 4 --num_validation_pairs 3",
     "--max_train_samples 4 --validation_split a --num_validation_pairs 4",

@@ -11,13 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SCRIPT, command_line, run, scalars
+from conftest import SCRIPT, command_line, launch_recorded, run, scalars
 from diffusers import UNet2DConditionModel
 from small_world import build_pipeline, draw_pairs
-from test_training import LORA_WEIGHTS, assert_equal, assert_same, curves, trained
+from test_training import LORA_WEIGHTS, assert_close, assert_equal, assert_same, curves, trained
 
 
 SAVE_STATE, REMOVE_TREE = Accelerator.save_state, shutil.rmtree
@@ -140,6 +141,44 @@ def test_two_restarts_in_a_row(script, flags, tmp_path, streaming):
     for state in states:
         del state["args"]
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("held_out", [None, 2], ids=["with a step", "in mid-window"])
+@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
+def test_resumed_before_at_and_after_the_end_of_an_epoch(script, flags, tmp_path, streaming, held_out, workers):
+    """Epochs of 48 pairs end with step 12, epochs of 46 between its two micro-steps; also over two restarts."""
+    flags.update(streaming=streaming, num_validation_pairs=held_out, dataloader_num_workers=workers)
+    flags.update(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=14, checkpointing_steps=1)
+    flags.update(shuffle_buffer_size=10)
+    whole = run(script, flags)
+
+    def resume(name, checkpoint):
+        return run(script, {**flags, "output_dir": tmp_path / name, "resume_from_checkpoint": checkpoint})
+
+    before = resume("before", whole / "checkpoint-11")
+    assert_goes_on(whole, before, 11)
+    assert_goes_on(whole, resume("at", whole / "checkpoint-12"), 12)
+    assert_goes_on(whole, resume("after", whole / "checkpoint-13"), 13)
+    twice = resume("twice", before / "checkpoint-12")
+    assert_goes_on(whole, twice, 12)
+    assert_goes_on(whole, resume("thrice", twice / "checkpoint-13"), 13)
+
+
+def test_map_style_run_goes_on_over_two_processes(script, flags, tmp_path):
+    """
+    The way back is among the tests of training. The pairs are the same in the same order; losses differ by roundings
+    of float32, as each process sums up half of a batch. Relative 1e-5 are some 80 of them; Adam's epsilon is raised
+    because it divides by gradients that may be no larger than their rounding.
+    """
+    flags.update(max_train_steps=14, checkpointing_steps=10, lr_scheduler="cosine", adam_epsilon=1e-5)
+    whole = run(script, flags)
+    flags.update(train_batch_size=2, output_dir=tmp_path / "two", resume_from_checkpoint=whole / "checkpoint-10")
+    read = launch_recorded(flags, 2, tmp_path / "read")
+    together = [row for start in range(0, 8, 2) for rows in read for row in rows[start : start + 2]]
+    order = [np.random.default_rng([0, epoch]).permutation(48) for epoch in (0, 1)]
+    assert together == [f"row {row}" for row in np.concatenate(order)[40:56]]
+    assert_close(tmp_path / "two", whole, steps=range(11, 15))
 
 
 def test_checkpoint_waits_for_the_end_of_the_accumulation_window(script, flags):

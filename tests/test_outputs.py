@@ -155,8 +155,8 @@ def test_held_out_pairs_are_not_trained_on(script, flags, tmp_path):
             script.PairDataset, "__getitem__", lambda self, visit: visited.append(visit) or items(self, visit)
         )
         run(script, flags)
-    assert {visit.row for visit in visited if visit.epoch > 0} == set(range(44, len(table)))
-    assert [visit.row for visit in visited if visit.epoch == 0] == 2 * list(range(44))
+    assert {visit.row for visit in visited if not visit.held_out} == set(range(44, len(table)))
+    assert [visit.row for visit in visited if visit.held_out] == 2 * list(range(44))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import command_line, launch, run, scalars
+from conftest import command_line, launch, launch_recorded, run, scalars
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw
 
@@ -114,9 +114,9 @@ def make_stream(script, folder, rank=0, num_processes=1, left_out=(), **flags):
     return script.PairStream(args, script.load_all_pairs(args)[0], left_out, rank, num_processes)
 
 
-def visit_row(script, row, epoch=1, **flags):
+def visit_row(script, row, held_out=False, **flags):
     """The tensors of one visit of one hand-made row; a row that cannot be used gives its reason."""
-    return make_pairs(script, [row], **flags)[script.Visit(epoch, 0)][1]
+    return make_pairs(script, [row], **flags)[script.Visit(0, held_out=held_out)][1]
 
 
 def colour_of(pixels):
@@ -133,13 +133,13 @@ def captions(visits):
 
 
 def epochs_of(visits, count):
-    """The visits of an endless iterator in epochs 1 to `count`."""
-    return list(itertools.takewhile(lambda visit: visit.epoch <= count, visits))
+    """The visits of an endless stream in epochs 1 to `count`."""
+    return list(itertools.takewhile(lambda visit: visit.cursor["epoch"] <= count, visits))
 
 
 def stream_in_order(script, args, dataset):
     stream = script.PairStream(args, dataset)
-    return [visit for shard in range(dataset.num_shards) for visit in stream.shard_visits(1, shard)]
+    return [visit for shard in range(dataset.num_shards) for visit in stream.shard_visits(shard)]
 
 
 def read_all(script, args):
@@ -148,7 +148,7 @@ def read_all(script, args):
     if args.streaming:
         visits = stream_in_order(script, args, dataset)
     else:
-        visits = [script.Visit(1, int(row)) for row in script.usable_rows(args, dataset)]
+        visits = [script.Visit(int(row)) for row in script.usable_rows(args, dataset)]
     pairs = script.PairDataset(args, dataset, (4, 1, 1), 1000)
     return [pairs[visit][1] for visit in visits]
 
@@ -434,7 +434,8 @@ def test_ties_are_found_without_reading_an_image(script, tmp_path):
 def chosen_first(script, rows, epoch, **flags):
     """For each row, whether its first image (red) came out as the chosen one."""
     pairs = make_pairs(script, rows, **flags)
-    colours = [summary(pairs[script.Visit(epoch, row)][1])[1:] for row in range(len(rows))]
+    positions = range(epoch * len(rows), (epoch + 1) * len(rows))
+    colours = [summary(pairs[script.Visit(row, position)][1])[1:] for row, position in enumerate(positions)]
     assert all(pair in ((RED, BLUE), (BLUE, RED)) for pair in colours)
     return np.array([pair[0] == RED for pair in colours])
 
@@ -466,7 +467,7 @@ def test_held_out_pairs_know_no_noise_flip_or_random_crop(script):
     row = make_row(0, jpg_0=encode(Image.fromarray(pixels)), label_0=1, label_1=0)
     pairs = make_pairs(script, 20 * [row], resolution=16, random_crop=True, label_noise_prob=1)
     for index in range(20):
-        tensors = pairs[script.Visit(0, index)][1]
+        tensors = pairs[script.Visit(index, index, held_out=True)][1]
         assert np.array_equal(tensors["pixel_values"][0].permute(1, 2, 0), pixels[:, 12:28])
         assert tensors["add_time_ids"].tolist() == [16, 40, 0, 12, 16, 16]
 
@@ -620,7 +621,7 @@ def test_a_broken_image_is_a_reason_not_an_error(script, value, reason, column):
 )
 def test_a_null_is_a_reason_not_an_error(script, changes, reason):
     assert visit_row(script, make_row(0, **changes)) == reason
-    assert visit_row(script, make_row(0, **changes), epoch=0) == reason
+    assert visit_row(script, make_row(0, **changes), held_out=True) == reason
 
 
 def test_an_empty_caption_is_a_caption(script):
@@ -697,7 +698,7 @@ def test_each_image_is_decoded_once(script, monkeypatch):
     opened, open_image = [], Image.open
     monkeypatch.setattr(Image, "open", lambda source, *args: opened.append(source) or open_image(source, *args))
     pairs = make_pairs(script, [make_row(index) for index in range(4)], random_crop=True, train_batch_size=4)
-    batch = next(iter(pairs.loader([[script.Visit(1, row) for row in range(4)]])))
+    batch = next(iter(pairs.loader([[script.Visit(row) for row in range(4)]])))
     assert len(batch["captions"]) == 4 and len(opened) == 8
 
 
@@ -777,7 +778,7 @@ def test_crop_and_conditioning_are_those_of_the_pixels(script, chosen, rejected,
     pairs = make_pairs(script, 60 * [row], resolution=64, random_crop=random_crop)
     flips = set()
     for index in range(60):
-        tensors = pairs[script.Visit(1, index)][1]
+        tensors = pairs[script.Visit(index, index)][1]
         top, left, flip = recover(tensors["pixel_values"][0], chosen[0])
         rejected_top, rejected_left, rejected_flip = recover(tensors["pixel_values"][1], rejected[0])
         assert tensors["add_time_ids"].tolist() == [chosen[1], chosen[0], top, left, 64, 64]
@@ -799,7 +800,7 @@ def test_conditioning_of_a_reduced_image_is_in_reduced_pixels(script, random_cro
     row = make_row(0, jpg_0=encode(coordinates(250, 128)), label_0=1, label_1=0)
     pairs = make_pairs(script, 20 * [row], resolution=64, random_crop=random_crop, no_hflip=True)
     for index in range(20):
-        tensors = pairs[script.Visit(1, index)][1]
+        tensors = pairs[script.Visit(index, index)][1]
         height, width, top, left, *target = tensors["add_time_ids"].tolist()
         assert (height, width, target, top) == (128, 250, [64, 64], 0)
         # The centre of reduced pixel x lies at 2 x + 0.5 of the original; away from the edges' ringing.
@@ -809,7 +810,7 @@ def test_conditioning_of_a_reduced_image_is_in_reduced_pixels(script, random_cro
 def test_random_crop_reaches_both_ends_evenly(script):
     row = make_row(0, jpg_0=encode(coordinates(24, 16)), label_0=1, label_1=0)
     pairs = make_pairs(script, 900 * [row], resolution=16, random_crop=True)
-    lefts = [pairs[script.Visit(1, index)][1]["add_time_ids"][3].item() for index in range(900)]
+    lefts = [pairs[script.Visit(index, index)][1]["add_time_ids"][3].item() for index in range(900)]
     counts = np.bincount(lefts, minlength=9)
     # Eight pixels of room; rounding gives the two ends half of what the places between them get.
     expected = 900 / 8 * np.array([0.5, *7 * [1], 0.5])
@@ -821,7 +822,7 @@ def test_half_of_the_visits_are_mirrored_and_none_when_refused(script):
     row = make_row(0, jpg_0=encode(coordinates(8, 8)), jpg_1=encode(coordinates(8, 8)))
     for flags, share in (({}, 0.5), ({"no_hflip": True}, 0)):
         pairs = make_pairs(script, 400 * [row], **flags)
-        flips = [recover(pairs[script.Visit(1, index)][1]["pixel_values"][0], 8)[2] for index in range(400)]
+        flips = [recover(pairs[script.Visit(index, index)][1]["pixel_values"][0], 8)[2] for index in range(400)]
         assert abs(np.mean(flips) - share) <= 4 * math.sqrt(share * (1 - share) / 400)
 
 
@@ -842,7 +843,7 @@ RANDOM_FLAGS = {"random_crop": True, "label_noise_prob": 0.4, "no-remove_ties": 
 
 
 def by_visit(pairs, batches, batch_size, most):
-    """Run a real loader over the first `most` batches: {(epoch, row): tensors of that pair}."""
+    """Run a real loader over the first `most` batches: {(position, row): tensors of that pair}."""
     batches = list(itertools.islice(batches, most))
     seen = {}
     for visits, batch in zip(batches, pairs.loader(batches), strict=True):
@@ -850,7 +851,7 @@ def by_visit(pairs, batches, batch_size, most):
         assert len(batch["captions"]) == size and batch["num_usable"] == len(batch["rows"]) == size
         for place, visit in enumerate(visits):
             both = [place, size + place]
-            seen[visit.epoch, visit.row] = {
+            seen[visit.position, visit.row] = {
                 "captions": batch["captions"][place],
                 "pixel_values": batch["pixel_values"][both],
                 "posterior_noise": batch["posterior_noise"][both],
@@ -863,13 +864,14 @@ def by_visit(pairs, batches, batch_size, most):
 def reference(script):
     """Every visit of two epochs of 24 rows, made one by one."""
     pairs = make_pairs(script, varied_rows(24), **RANDOM_FLAGS)
-    visits = [script.Visit(epoch, row) for epoch in (1, 2) for row in range(24)]
-    return {(visit.epoch, visit.row): pairs[visit][1] for visit in visits}
+    orders = [np.random.default_rng([0, epoch]).permutation(24) for epoch in (0, 1)]
+    visits = [script.Visit(int(row), position) for position, row in enumerate(np.concatenate(orders))]
+    return {(visit.position, visit.row): pairs[visit][1] for visit in visits}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size, processes", [(1, 1), (4, 1), (4, 2), (2, 3)])
-def test_a_visit_depends_on_seed_epoch_and_row_alone(script, reference, workers, batch_size, processes):
+def test_a_visit_depends_on_seed_position_and_row_alone(script, reference, workers, batch_size, processes):
     pairs = make_pairs(script, varied_rows(24), dataloader_num_workers=workers, **RANDOM_FLAGS)
     seen, turns = {}, 48 // (batch_size * processes)
     for rank in range(processes):
@@ -882,10 +884,10 @@ def test_a_visit_depends_on_seed_epoch_and_row_alone(script, reference, workers,
         assert_same(tensors, reference[key])
 
 
-def test_seeds_epochs_and_rows_differ(script, reference):
+def test_seeds_and_positions_differ(script, reference):
     other_seed = make_pairs(script, varied_rows(24), **RANDOM_FLAGS, seed=1)
-    keys = [*reference]
-    everything = [reference[key] for key in keys] + [other_seed[script.Visit(*key)][1] for key in keys]
+    visits = [script.Visit(row, position) for position, row in reference]
+    everything = [*reference.values(), *(other_seed[visit][1] for visit in visits)]
     for name in ("noise", "posterior_noise"):
         assert len({tuple(tensors[name].flatten().tolist()) for tensors in everything}) == 96
     timesteps = torch.stack([tensors["timesteps"] for tensors in everything])
@@ -894,7 +896,7 @@ def test_seeds_epochs_and_rows_differ(script, reference):
 
 def test_noise_and_timesteps_have_their_distributions(script):
     pairs = script.PairDataset(make_args(script), 400 * [make_row(0)], (4, 8, 8), 1000)
-    visits = [pairs[script.Visit(1, row)][1] for row in range(400)]
+    visits = [pairs[script.Visit(row, row)][1] for row in range(400)]
     for name in ("noise", "posterior_noise"):
         values = torch.stack([tensors[name] for tensors in visits])
         assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
@@ -909,7 +911,7 @@ def test_no_flag_shifts_the_draws_of_another(script, flags):
     row = make_row(0, jpg_0=encode(coordinates(24, 8)), jpg_1=encode(coordinates(24, 8)))
     plain, changed = make_pairs(script, 20 * [row]), make_pairs(script, 20 * [row], **flags)
     for index in range(20):
-        one, other = plain[script.Visit(1, index)][1], changed[script.Visit(1, index)][1]
+        one, other = (pairs[script.Visit(index, index)][1] for pairs in (plain, changed))
         for name in ("timesteps", "noise", "posterior_noise"):
             assert torch.equal(one[name], other[name])
         if "no_hflip" not in flags:
@@ -922,7 +924,7 @@ def test_nothing_is_drawn_from_the_processes_own_generators(script):
     torch.manual_seed(0)
     np.random.seed(0)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    pairs[script.Visit(1, 0)]
+    pairs[script.Visit(0)]
     next(script.map_style_visits(np.arange(5), 0, 0))
     assert torch.equal(before, torch.get_rng_state())
     assert np.array_equal(numpy_before, np.random.get_state()[1])
@@ -937,7 +939,8 @@ def test_map_style_order_goes_on_from_any_position(script, position):
 
 def test_map_style_epochs_are_different_permutations(script):
     visits = list(itertools.islice(script.map_style_visits(np.arange(30), 0, 0), 90))
-    epochs = [[visit.row for visit in visits if visit.epoch == epoch] for epoch in (1, 2, 3)]
+    assert [visit.position for visit in visits] == list(range(90))
+    epochs = [[visit.row for visit in visits[start : start + 30]] for start in (0, 30, 60)]
     epochs.append([visit.row for visit in itertools.islice(script.map_style_visits(np.arange(30), 1, 0), 30)])
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, list(range(30))]}) == 5
@@ -967,9 +970,9 @@ def test_a_streamed_epoch_has_each_usable_pair_once(script, tmp_path, groups, pr
     seen = {1: [], 2: [], 3: []}
     for rank in range(processes):
         share = epochs_of(make_stream(script, folder, rank, processes).visits(), 3)
-        assert [visit.epoch for visit in share] == sorted(visit.epoch for visit in share)
+        assert [visit.cursor["epoch"] for visit in share] == sorted(visit.cursor["epoch"] for visit in share)
         for visit in share:
-            seen[visit.epoch].append(visit.record["caption"])
+            seen[visit.cursor["epoch"]].append(visit.record["caption"])
     assert all(sorted(epoch) == sorted(USABLE) for epoch in seen.values())
     assert len({tuple(epoch) for epoch in [*seen.values(), USABLE]}) == 4
 
@@ -981,25 +984,50 @@ def test_streamed_order_depends_on_the_seed(script, tmp_path):
     assert sorted(orders[0]) == sorted(orders[2])
 
 
-def test_a_streamed_visit_is_the_same_in_any_share(script, tmp_path):
-    """The tensors of a pair at one epoch, over 1, 2, 3 and 5 processes (the last: more than there are shards)."""
-    folder = write_groups(tmp_path / "data", GROUPS["even"])
-    results = []
+DRAWS = ("timesteps", "noise", "posterior_noise")
+
+
+def same_draws(tensors, others):
+    return all(torch.equal(tensors[name], others[name]) for name in DRAWS)
+
+
+def test_what_is_drawn_depends_on_the_position_and_not_on_the_row(script):
+    """Nor on where the row comes from: mirrored, swapped and noised alike."""
+    red_and_blue = make_row(0, jpg_0=encode(coordinates(24, 8)), jpg_1=flat(BLUE, (24, 8)), label_0=1, label_1=1)
+    pairs = make_pairs(script, 3 * [red_and_blue], **RANDOM_FLAGS)
+    swapped = set()
+    for position in range(20):
+        first = pairs[script.Visit(0, position)][1]
+        others = [
+            script.Visit(2, position),
+            script.Visit(7, position, shard=3, record=red_and_blue, cursor={"epoch": 5}),
+        ]
+        for visit in others:
+            assert_same(pairs[visit][1], first)
+        assert not same_draws(first, pairs[script.Visit(0, position + 20)][1])
+        assert not same_draws(first, pairs[script.Visit(0, position, held_out=True)][1])
+        swapped.add(len(first["pixel_values"][0].unique()) == 2)
+    assert swapped == {False, True}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_streamed_and_map_style_visits_share_positions_and_draws(script, tmp_path, groups):
+    """Over 1, 2, 3 and 5 processes (the last: often more than there are shards), each in turn a batch of two."""
+    folder = write_groups(tmp_path / "data", GROUPS[groups])
+    map_style = make_pairs(script, [make_row(index) for index in range(24)], **RANDOM_FLAGS)
+    expected = [map_style[visit][1] for visit in itertools.islice(script.map_style_visits(np.arange(24), 0, 30), 60)]
+    pairs = make_pairs(script, None, **RANDOM_FLAGS)
     for processes in (1, 2, 3, 5):
-        result = {}
-        for rank in range(processes):
-            stream = make_stream(script, folder, rank, processes)
-            pairs = script.PairDataset(make_args(script, **RANDOM_FLAGS), None, (4, 1, 1), 1000)
-            for visit in epochs_of(stream.visits(), 2):
-                _, tensors = pairs[visit]
-                result[visit.epoch, tensors["captions"]] = tensors
-        assert len(result) == 48
-        results.append(result)
-    for result in results[1:]:
-        for key, tensors in result.items():
-            assert_same(tensors, results[0][key])
-    noises = {tuple(tensors["noise"].flatten().tolist()) for tensors in results[0].values()}
-    assert len(noises) == 48
+        streams = [make_stream(script, folder, rank, processes) for rank in range(processes)]
+        shares = [stream.batches(2, None, 30) for stream in streams]
+        turns = [[next(share) for share in shares] for _ in range(30 // processes)]
+        visits = [visit for turn in turns for batch in turn for visit in batch]
+        assert [visit.position for visit in visits] == list(range(30, 30 + len(visits))) and len(visits) == 60
+        for visit, tensors in zip(visits, expected, strict=True):
+            assert same_draws(pairs[visit][1], tensors)
+        for rank, stream in enumerate(streams):
+            mine = [visit for turn in turns for visit in turn[rank]]
+            assert captions(mine) == captions(itertools.islice(stream.visits(), len(mine)))
 
 
 @pytest.mark.parametrize("rank, processes", [(0, 1), (1, 2), (2, 3)])
@@ -1021,7 +1049,7 @@ def test_batches_of_a_stream_carry_the_cursor_behind_them(script, tmp_path):
     loader = pairs.loader(stream.batches(5, None))
     batches = list(itertools.islice(loader, 12))
     for position in (0, 3, 4, 8):
-        resumed = pairs.loader(stream.batches(5, batches[position]["cursor"]))
+        resumed = pairs.loader(stream.batches(5, batches[position]["cursor"], 5 * (position + 1)))
         for batch, expected in zip(itertools.islice(resumed, 3), batches[position + 1 :], strict=False):
             assert_same(batch, expected)
 
@@ -1056,7 +1084,7 @@ def test_held_out_pairs_are_the_first_ones_streamed_or_not(script, tmp_path, gro
         args.remove_ties = True
         records, places = script.hold_out(args, script.load_all_pairs(args)[1])
         pairs = script.PairDataset(args, records, (4, 1, 1), 1000)
-        held_out[streaming] = [pairs[script.Visit(0, index)][1] for index in range(9)]
+        held_out[streaming] = [pairs[visit][1] for visit in script.held_out_visits(records)]
         assert len(records) == len(places) == 9
     assert [tensors["captions"] for tensors in held_out[False]] == USABLE[:9]
     for tensors, streamed in zip(*held_out.values(), strict=True):
@@ -1085,6 +1113,39 @@ def test_training_reads_all_but_the_held_out_rows(script, flags, tmp_path, caplo
     rows = range(12) if split else range(4, 12)
     names = [f"row {row % 6} of shard {row // 6}" if streaming else f"row {row}" for row in rows]
     assert sorted(trained) == sorted(f"Skipped {name}: it has no image." for name in names)
+
+
+SPLITS = {"one": [[24]], "uneven": [[1, 7, 2], [11, 3]], "many": [[2, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2, 2]]}
+
+
+@pytest.mark.parametrize(
+    "processes, splits, workers, streaming",
+    [
+        pytest.param(*case, marks=() if case == (2, "uneven", 2, True) else pytest.mark.matrix)
+        for case in itertools.product([2, 3], SPLITS, [0, 2], [None, True])
+    ],
+)
+def test_processes_share_each_epoch_among_them(script, flags, tmp_path, processes, splits, workers, streaming):
+    """Over real processes, with ties and bad rows: each rank goes on into its next epoch, and all of them end."""
+    folder = write_groups(tmp_path / "data", SPLITS[splits], tied=TIED, bad={1, 12, 22})
+    flags.update(dataset_name=folder, cache_dir=tmp_path / "cache", dataloader_num_workers=workers)
+    flags.update(streaming=streaming, shuffle_buffer_size=4, train_batch_size=2, max_bad_rows=1, logging_steps=20)
+    flags.update(gradient_accumulation_steps=2, max_train_steps=30 // processes)
+    read = launch_recorded(flags, processes, tmp_path / "read")
+    assert [len(rows) for rows in read] == processes * [4 * flags["max_train_steps"]]
+    if streaming:
+        streams = [make_stream(script, folder, rank, processes) for rank in range(processes)]
+        shares = [len(epochs_of(stream.visits(), 1)) for stream in streams]
+        assert all(len(rows) > share for rows, share in zip(read, shares, strict=True))
+        epochs = [[row for rows, share in zip(read, shares, strict=True) for row in rows[:share]]]
+        sizes = itertools.chain(*SPLITS[splits])
+        names = [f"row {row} of shard {shard}" for shard, size in enumerate(sizes) for row in range(size)]
+    else:
+        together = [row for start in range(0, len(read[0]), 2) for rows in read for row in rows[start : start + 2]]
+        epochs = [together[:20], together[20:40], together[40:60]]
+        names = [f"row {row}" for row in range(24)]
+    expected = sorted(name for number, name in enumerate(names) if number not in TIED)
+    assert all(sorted(epoch) == expected for epoch in epochs)
 
 
 class CountedReads:
@@ -1169,7 +1230,7 @@ def test_a_stream_of_ties_alone_is_one_sentence(script, tmp_path):
 def test_collate_puts_the_chosen_images_first_and_bad_rows_aside(script):
     rows = [make_row(0), make_row(1, jpg_0=None), make_row(2), make_row(3, caption=None)]
     pairs = make_pairs(script, rows)
-    items = [pairs[script.Visit(1, row, cursor={"used": row})] for row in range(4)]
+    items = [pairs[script.Visit(row, cursor={"used": row})] for row in range(4)]
     batch = pairs.collate(items)
     assert batch["captions"] == ["pair 0", "pair 2"]
     # Rows 0 and 2 are even: their second image is the chosen one.
@@ -1185,8 +1246,8 @@ def test_collate_puts_the_chosen_images_first_and_bad_rows_aside(script):
 
 def test_a_batch_of_bad_rows_weighs_nothing(script):
     pairs = make_pairs(script, 2 * [make_row(0, caption=None)])
-    good = pairs.collate([make_pairs(script, [make_row(0)])[script.Visit(1, 0)]])
-    batch = pairs.collate([pairs[script.Visit(1, row)] for row in (0, 1)])
+    good = pairs.collate([make_pairs(script, [make_row(0)])[script.Visit(0)]])
+    batch = pairs.collate([pairs[script.Visit(row)] for row in (0, 1)])
     assert (batch["num_usable"], len(batch["rows"]), len(batch["bad_rows"])) == (0, 2, 2)
     for name, value in good.items():
         if isinstance(value, torch.Tensor):
@@ -1236,10 +1297,12 @@ def test_the_limit_of_bad_rows_is_a_share_of_what_was_read(script, limit, stops)
     assert (account.complaint(at_end=True) is not None) == (limit < 1)
 
 
-def test_micro_batches_of_bad_rows_train_on_nothing(script, world, flags, tmp_path, caplog):
-    """The whole UNet without weight decay: any gradient at all would move it."""
+@pytest.mark.parametrize("use_8bit_adam", [None, True], ids=["32bit", "8bit"])
+def test_micro_batches_of_bad_rows_train_on_nothing(script, world, flags, tmp_path, caplog, use_8bit_adam):
+    """The whole UNet: any gradient at all would move it, and any step would decay its weights."""
     flags["dataset_name"] = write_groups(tmp_path / "data", [[4]], bad=range(4))
-    flags.update(rank=None, max_bad_rows=1, adam_weight_decay=0, max_train_steps=2, train_batch_size=2)
+    flags.update(rank=None, max_bad_rows=1, adam_weight_decay=0.1, max_train_steps=2, train_batch_size=2)
+    flags["use_8bit_adam"] = use_8bit_adam
     output_dir = run(script, {**flags, "cache_dir": tmp_path})
     assert len(skipped(caplog)) == 4
     before, after = (
@@ -1247,7 +1310,9 @@ def test_micro_batches_of_bad_rows_train_on_nothing(script, world, flags, tmp_pa
     )
     for (name, weight), trained in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(weight, trained), name
-    assert scalars(output_dir)["loss"] == {1: 0, 2: 0}
+    logged = scalars(output_dir)
+    assert all(math.isnan(logged["loss"][step]) for step in (1, 2))
+    assert logged["grad_norm"] == logged["skipped_steps"] == {1: 0, 2: 0}
 
 
 @pytest.mark.parametrize("bad", ["in the rest of the batch", "in a micro-batch of its own"])
