@@ -1,0 +1,186 @@
+"""
+Step time and memory of the script against the bare loop: the UNet's forward and backward pass and the optimizer's step
+on ready latents and embeddings. Every measurement is a process of its own; rounds take turns, so that a machine that
+is slow for a while is slow for all.
+
+    python tests/benchmarks/speed.py --rounds 3 --json speed.json
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
+from small_world import build_pipeline, draw_pairs  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+
+
+ROOT = Path(__file__).parents[2]
+PAIRS, RESOLUTION, RANK = 2, 256, 8
+WARMUP, STEPS = 2, 6
+
+
+def build_world(folder):
+    """An SDXL-shaped pipeline whose parts cost about what SDXL's cost each other, and pairs to train on."""
+    build_pipeline(folder / "pipeline")
+    draw_pairs(folder / "pairs", num_pairs=32, size=RESOLUTION)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
+    unet, vae = dict(pipeline.unet.config), dict(pipeline.vae.config)
+    unet.update(block_out_channels=(96, 192, 384), layers_per_block=2, transformer_layers_per_block=(1, 2, 4))
+    unet.update(attention_head_dim=(2, 4, 8), norm_num_groups=32)
+    vae.update(block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8)
+    torch.manual_seed(0)
+    pipeline.unet, pipeline.vae = UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
+    pipeline.save_pretrained(folder / "pipeline")
+
+
+def report(seconds, **more):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": seconds, "gib": peak, **more}))
+
+
+def timed(step):
+    """Mean seconds of a call, behind the warmup."""
+    for _ in range(WARMUP):
+        step()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return (time.perf_counter() - start) / STEPS
+
+
+def bare_loop(folder, full):
+    """The optimum: nothing but the UNet, its gradients and the optimizer."""
+    import bitsandbytes
+    from peft import LoraConfig
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
+    noise_scheduler = DDPMScheduler.from_pretrained(folder / "pipeline", subfolder="scheduler")
+    if not full:
+        unet.requires_grad_(False)
+        targets = ["to_k", "to_q", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
+    unet.train()
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-5)
+    side, config = RESOLUTION // 8, unet.config
+    latents, noise = torch.randn(2, 2 * PAIRS, 4, side, side)
+    timesteps = torch.randint(1000, (2 * PAIRS,))
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    embeds = torch.randn(2 * PAIRS, 77, config.cross_attention_dim)
+    pooled_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    conditions = {"text_embeds": torch.randn(2 * PAIRS, pooled_dim), "time_ids": torch.zeros(2 * PAIRS, 6)}
+
+    def step():
+        prediction = unet(noisy_latents, timesteps, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    report(timed(step), parameters=sum(parameter.numel() for parameter in unet.parameters()))
+
+
+@torch.no_grad()
+def encoding(folder):
+    """VAE and text encoders on one batch."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
+    pixels = torch.rand(2 * PAIRS, 3, RESOLUTION, RESOLUTION)
+
+    def step():
+        pipeline.vae.encode(pixels)
+        pipeline.encode_prompt(PAIRS * ["a red circle"], do_classifier_free_guidance=False)
+
+    report(timed(step))
+
+
+def script(folder, full, cached, workers):
+    """The real script through its launcher; seconds a step from its own log, behind the warmup."""
+    with tempfile.TemporaryDirectory() as output_dir:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+        command += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "pipeline"]
+        command += ["--dataset_name", folder / "pairs", "--cache_dir", folder / "cache", "--output_dir", output_dir]
+        command += ["--resolution", RESOLUTION, "--train_batch_size", PAIRS, "--use_8bit_adam", "--seed", 0]
+        command += ["--max_train_steps", WARMUP + STEPS, "--logging_steps", 1, "--dataloader_num_workers", workers]
+        command += [] if full else ["--rank", RANK]
+        command += ["--cache_latents"] if cached else []
+        start = time.time()
+        subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
+        events = EventAccumulator(str(next(Path(output_dir).glob("logs/**/events*")).parent)).Reload()
+        speeds = [event.value for event in events.Scalars("pairs_per_second")][WARMUP:]
+        first = events.Scalars("loss")[0].wall_time - start
+        seconds = statistics.mean(PAIRS / speed for speed in speeds)
+        return {"seconds": seconds, "gib": events.Scalars("peak_memory_gib")[-1].value, "first_step": first}
+
+
+def in_process(*words):
+    result = subprocess.run([sys.executable, __file__, *map(str, words)], check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(folder, rounds):
+    """{measurement: list of results}, all measurements once in each round."""
+    results = {}
+    for _ in range(rounds):
+        results.setdefault("encoding", []).append(in_process("encode", folder))
+        for full in (False, True):
+            kind = "whole UNet" if full else "LoRA"
+            results.setdefault(f"bare loop, {kind}", []).append(in_process("full" if full else "lora", folder))
+            for cached in (True, False):
+                name = f"script, {kind}, {'cached' if cached else 'uncached'}"
+                results.setdefault(name, []).append(script(folder, full, cached, workers=1))
+    return results
+
+
+def table(results):
+    def median(name, key="seconds"):
+        return statistics.median(result[key] for result in results[name])
+
+    lines = ["| | s/step, median (least to most) | against the bare loop | against bare loop + encoding | peak GiB |"]
+    lines.append("|---|---|---|---|---|")
+    for name, runs in results.items():
+        seconds = [run["seconds"] for run in runs]
+        kind = name.split(", ")[1] if ", " in name else None
+        ratio, parts = "", ""
+        if kind:
+            bare = median(f"bare loop, {kind}")
+            ratio = f"{median(name) / bare:.2f}"
+            parts = f"{median(name) / (bare + median('encoding')):.2f}" if "uncached" in name else ""
+        spread = f"{median(name):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+        lines.append(f"| {name} | {spread} | {ratio} | {parts} | {median(name, 'gib'):.2f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["encode", "full", "lora"])
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.part == "encode":
+        return encoding(args.folder)
+    if args.part:
+        return bare_loop(args.folder, args.part == "full")
+    with tempfile.TemporaryDirectory() as folder:
+        build_world(Path(folder))
+        results = measure(Path(folder), args.rounds)
+    print(table(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
