@@ -1699,6 +1699,38 @@ def save_checkpoint(run, cursor):
     logger.info(f"Saved {output_dir / f'checkpoint-{run.step}'}")
 
 
+# Trackers ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tracking(accelerator):
+    """Talk to the trackers; one that fails, from the start or in mid-run, must not cost a run."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"--report_to: training goes on without a tracker ({type(error).__name__}: {one_line(error)}).")
+        accelerator.trackers = []
+
+
+def start_trackers(args, accelerator):
+    logging_dir = Path(args.output_dir) / args.logging_dir
+    logging_dir.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    settings = {
+        name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
+    }
+    with tracking(accelerator):
+        accelerator.init_trackers(args.tracker_name, settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
+
+
+def end_training(accelerator):
+    with tracking(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.trackers = []
+    accelerator.end_training()
+
+
 # Validation ----------------------------------------------------------------------------------------------------------
 
 
@@ -1789,9 +1821,10 @@ def log_grid(run, grid):
     path = Path(run.args.output_dir) / "validation" / f"step-{run.step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     grid.save(path)
-    for tracker in run.accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.step, **layout)
+    with tracking(run.accelerator):
+        for tracker in run.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.step, **layout)
 
 
 def validate(run):
@@ -1799,7 +1832,8 @@ def validate(run):
     run.unet.eval()
     metrics = evaluate_pairs(run) if run.held_out is not None else None
     if metrics:
-        run.accelerator.log(metrics, step=run.step)
+        with tracking(run.accelerator):
+            run.accelerator.log(metrics, step=run.step)
         logger.info(f"Step {run.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     images = draw_images(run) if run.base_images is not None else None
     if images and run.accelerator.is_main_process:
@@ -1939,21 +1973,6 @@ def settle_seed(args):
     set_seed(args.seed)
 
 
-def start_trackers(args, accelerator):
-    logging_dir = Path(args.output_dir) / args.logging_dir
-    logging_dir.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    settings = {
-        name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings.items()
-    }
-    try:
-        accelerator.init_trackers(args.tracker_name, settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
-    # A tracker that cannot be reached must not cost a run.
-    except Exception as error:
-        logger.warning(f"--report_to {args.report_to}: training goes on without a tracker ({one_line(error)}).")
-        accelerator.trackers = []
-
-
 def training_batches(args, accelerator, dataset, rows, left_out, cache, pairs_seen, cursor):
     """This rank's batches of visits without end, behind the pairs seen (map-style) or the cursor (streamed)."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
@@ -2041,7 +2060,7 @@ def stop_at_signal(run, cursor, number, saved):
             save_checkpoint(run, cursor)
         name = signal.Signals(number).name
         logger.warning(f"Stopped by {name} at step {run.step}; go on with --resume_from_checkpoint latest.")
-        run.accelerator.end_training()
+        end_training(run.accelerator)
         sys.exit(128 + number)
 
 
@@ -2083,7 +2102,8 @@ def train(run, batches, cursor):
         complaint = None
         if logged:
             logs = {**run.window.flush(), "grad_norm": float(grad_norm), "lr": learning_rate, **speed.flush(run.step)}
-            accelerator.log({**logs, "skipped_steps": int(run.skipped_steps)}, step=run.step)
+            with tracking(accelerator):
+                accelerator.log({**logs, "skipped_steps": int(run.skipped_steps)}, step=run.step)
             shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
             progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
             complaint = run.account.complaint()
@@ -2117,7 +2137,7 @@ def finish(run):
     rows_read, rows_bad = run.account.totals()
     logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")
     complaint = run.account.complaint(at_end=True)
-    run.accelerator.end_training()
+    end_training(run.accelerator)
     if complaint is not None:
         raise TrainingError(f"All is saved, but {complaint}")
 

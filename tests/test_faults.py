@@ -777,7 +777,6 @@ def refused(call):
     raise BrokenPipeError("the tracker is gone")
 
 
-@pytest.mark.xfail(strict=True, reason="what a tracker raises in mid-run ends the run")
 @pytest.mark.parametrize(("place", "first"), [("log", 3), ("picture", 1), ("end", 1)])
 def test_tracker_that_dies_in_mid_run_costs_nothing(script, flags, uninterrupted, monkeypatch, place, first):
     flags.update(max_train_steps=4, validation_steps=2, checkpointing_steps=2, **VALIDATION)
@@ -797,7 +796,6 @@ def wandb_killed(call):
     return call()
 
 
-@pytest.mark.xfail(strict=True, reason="what a tracker raises in mid-run ends the run")
 def test_wandb_that_is_killed_in_mid_run_costs_nothing(flags, uninterrupted):
     flags.update(report_to="wandb", max_train_steps=4, validation_steps=2, **VALIDATION)
     statuses, outputs = run_ranks(flags, {0: Fault("step", (2,), wandb_killed)}, size=1)
