@@ -1648,8 +1648,9 @@ def find_checkpoint(args, accelerator):
         raise TrainingError(f"--resume_from_checkpoint {folder} is no checkpoint of this script: {error}") from error
     args.seed = state["args"]["seed"] if args.seed is None else args.seed
     for name, old in state["args"].items():
-        if getattr(args, name) != old:
-            difference = f"--{name} is {getattr(args, name)}, but {old} in {folder}."
+        now = vars(args).get(name)  # a flag of another version of this script is told, too
+        if now != old:
+            difference = f"--{name} is {now}, but {old} in {folder}."
             if name in FIXED_ON_RESUME:
                 raise TrainingError(f"--resume_from_checkpoint: {difference}")
             logger.warning(difference)

@@ -279,9 +279,13 @@ def test_other_differences_are_warned_of(script, flags, tmp_path, caplog):
         "loss_type": "mapo_v1",
         "beta_mapo": 0.5,
     }
+    state_file = flags["output_dir"] / "checkpoint-1" / "mapo_state.json"
+    state = json.loads(state_file.read_text())
+    state["args"]["flag_of_another_version"] = 3
+    state_file.write_text(json.dumps(state))
     caplog.clear()
     run(script, {**flags, **changes, "resume_from_checkpoint": "checkpoint-1", "no-remove_ties": True})
-    assert differences(caplog) == {*changes, "remove_ties"}
+    assert differences(caplog) == {*changes, "remove_ties", "flag_of_another_version"}
 
 
 def test_seed_that_was_drawn_is_taken_over(script, flags, tmp_path):
