@@ -85,12 +85,17 @@ def command_line(flags):
     return words
 
 
-def run(script, flags):
+def run_words(script, words):
     """The script's `main` in this process, from a clean state of accelerate; returns the output folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    script.main(script.parse_args(command_line(flags)))
-    return Path(flags["output_dir"])
+    args = script.parse_args(words)
+    script.main(args)
+    return Path(args.output_dir)
+
+
+def run(script, flags):
+    return run_words(script, command_line(flags))
 
 
 def launch(flags, processes=1, env=None, timeout=300, wrapper=()):

@@ -175,15 +175,20 @@ def draw_photo(points: list[tuple[float, float]], colour: str, side: int, rng: n
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw(shape: str, colour: str, style: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw a shape as "cartoon" or "photo"; equal generators put it in the same place in both styles."""
+def draw(
+    shape: str, colour: str, style: str, rng: np.random.Generator, size: int, framed: bool = False
+) -> Image.Image:
+    """Draw a shape as "cartoon" or "photo", in a dark frame or not; equal generators put it in the same place."""
     side = size * SUPERSAMPLING
     radius = rng.uniform(0.2, 0.32) * side
     centre = side / 2 + rng.uniform(-0.12, 0.12, size=2) * side
     points = outline(shape, centre, radius)
+    image = draw_cartoon(points, colour, side) if style == "cartoon" else draw_photo(points, colour, side, rng)
+    if framed:
+        ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=(25, 25, 25), width=side // 16)
+    image = image.resize((size, size), Image.Resampling.BOX)
     if style == "cartoon":
-        return draw_cartoon(points, colour, side).resize((size, size), Image.Resampling.BOX)
-    image = draw_photo(points, colour, side, rng).resize((size, size), Image.Resampling.BOX)
+        return image
     # Grain comes after the reduction, which would average it away.
     pixels = np.asarray(image) + rng.normal(0, 8, size=(size, size, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -197,6 +202,28 @@ def png(image: Image.Image) -> bytes:
 
 def caption(shape: str, colour: str) -> str:
     return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+
+
+def pair(chosen: Image.Image, rejected: Image.Image, text: str, first: bool) -> dict:
+    """One row as in Pick-Style; `first` says whether the chosen image is jpg_0."""
+    images = (chosen, rejected) if first else (rejected, chosen)
+    return {
+        "caption": text,
+        "jpg_0": png(images[0]),
+        "jpg_1": png(images[1]),
+        "label_0": int(first),
+        "label_1": int(not first),
+    }
+
+
+def write_pairs(rows: list[dict], folder: str | Path, num_shards: int, row_group_size: int) -> None:
+    """Write rows as parquet shards to `folder`/data."""
+    data = Path(folder) / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for shard, indices in enumerate(np.array_split(np.arange(len(rows)), num_shards)):
+        table = pa.Table.from_pylist([rows[i] for i in indices])
+        path = data / f"train-{shard:05d}-of-{num_shards:05d}.parquet"
+        pq.write_table(table, path, row_group_size=row_group_size)
 
 
 def draw_pairs(
@@ -215,22 +242,10 @@ def draw_pairs(
     rows = []
     for i, chosen in enumerate(rng.integers(2, size=num_pairs).tolist()):
         shape, colour = subjects[i % len(subjects)]
-        cartoon, photo = (png(draw(shape, colour, style, np.random.default_rng([seed, i]), size)) for style in STYLES)
-        rows.append(
-            {
-                "caption": caption(shape, colour),
-                "jpg_0": photo if chosen else cartoon,
-                "jpg_1": cartoon if chosen else photo,
-                "label_0": int(chosen == 0 or i in tied),
-                "label_1": int(chosen == 1 or i in tied),
-            }
-        )
-    data = Path(folder) / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for shard, indices in enumerate(np.array_split(np.arange(num_pairs), num_shards)):
-        table = pa.Table.from_pylist([rows[i] for i in indices])
-        path = data / f"train-{shard:05d}-of-{num_shards:05d}.parquet"
-        pq.write_table(table, path, row_group_size=row_group_size)
+        cartoon, photo = (draw(shape, colour, style, np.random.default_rng([seed, i]), size) for style in STYLES)
+        row = pair(cartoon, photo, caption(shape, colour), first=chosen == 0)
+        rows.append(row | ({"label_0": 1, "label_1": 1} if i in tied else {}))
+    write_pairs(rows, folder, num_shards, row_group_size)
 
 
 def main() -> None:

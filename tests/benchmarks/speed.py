@@ -105,23 +105,33 @@ def encoding(folder):
     report(timed(step))
 
 
-def script(folder, full, cached, workers):
+def script(folder, full, cached, processes=1):
     """The real script through its launcher; seconds a step from its own log, behind the warmup."""
     with tempfile.TemporaryDirectory() as output_dir:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "pipeline"]
         command += ["--dataset_name", folder / "pairs", "--cache_dir", folder / "cache", "--output_dir", output_dir]
         command += ["--resolution", RESOLUTION, "--train_batch_size", PAIRS, "--use_8bit_adam", "--seed", 0]
-        command += ["--max_train_steps", WARMUP + STEPS, "--logging_steps", 1, "--dataloader_num_workers", workers]
+        command += ["--max_train_steps", WARMUP + STEPS, "--logging_steps", 1]
+        # Two processes have both cores to themselves.
+        command += ["--dataloader_num_workers", 1] if processes == 1 else []
         command += [] if full else ["--rank", RANK]
         command += ["--cache_latents"] if cached else []
         start = time.time()
-        subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL, env=env)
         events = EventAccumulator(str(next(Path(output_dir).glob("logs/**/events*")).parent)).Reload()
         speeds = [event.value for event in events.Scalars("pairs_per_second")][WARMUP:]
         first = events.Scalars("loss")[0].wall_time - start
-        seconds = statistics.mean(PAIRS / speed for speed in speeds)
+        seconds = statistics.mean(processes * PAIRS / speed for speed in speeds)
         return {"seconds": seconds, "gib": events.Scalars("peak_memory_gib")[-1].value, "first_step": first}
+
+
+def imports():
+    """What the script takes before it reads its arguments."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "train_diffusion_mapo_sdxl.py", "--help"], check=True, capture_output=True)
+    return {"seconds": time.perf_counter() - start, "gib": 0}
 
 
 def in_process(*words):
@@ -139,7 +149,9 @@ def measure(folder, rounds):
             results.setdefault(f"bare loop, {kind}", []).append(in_process("full" if full else "lora", folder))
             for cached in (True, False):
                 name = f"script, {kind}, {'cached' if cached else 'uncached'}"
-                results.setdefault(name, []).append(script(folder, full, cached, workers=1))
+                results.setdefault(name, []).append(script(folder, full, cached))
+        results.setdefault("script, LoRA, cached, 2 processes", []).append(script(folder, False, True, processes=2))
+        results.setdefault("imports", []).append(imports())
     return results
 
 
@@ -147,8 +159,9 @@ def table(results):
     def median(name, key="seconds"):
         return statistics.median(result[key] for result in results[name])
 
-    lines = ["| | s/step, median (least to most) | against the bare loop | against bare loop + encoding | peak GiB |"]
-    lines.append("|---|---|---|---|---|")
+    columns = ["", "s/step, median (least to most)", "against the bare loop", "against bare loop + encoding"]
+    columns += ["peak GiB", "s from launch to first step"]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
     for name, runs in results.items():
         seconds = [run["seconds"] for run in runs]
         kind = name.split(", ")[1] if ", " in name else None
@@ -158,7 +171,8 @@ def table(results):
             ratio = f"{median(name) / bare:.2f}"
             parts = f"{median(name) / (bare + median('encoding')):.2f}" if "uncached" in name else ""
         spread = f"{median(name):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
-        lines.append(f"| {name} | {spread} | {ratio} | {parts} | {median(name, 'gib'):.2f} |")
+        first = f"{median(name, 'first_step'):.1f}" if "first_step" in runs[0] else ""
+        lines.append(f"| {name} | {spread} | {ratio} | {parts} | {median(name, 'gib'):.2f} | {first} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,140 @@
+"""The script aligns a model: a small SDXL that draws photos learns to draw cartoons, of prompts that no pair has."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, scalars
+from diffusers import UNet2DConditionModel
+from trained_world import (
+    HELD_OUT,
+    PREFERRED,
+    SIZE,
+    SUBJECTS,
+    WEIGHTS,
+    draw,
+    draw_preferences,
+    load_pipeline,
+    measure,
+    sample,
+    shares,
+)
+
+
+IMAGES = 48
+
+
+@pytest.fixture(scope="module")
+def trained_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    load_pipeline().save_pretrained(folder / "pipeline")
+    draw_preferences(folder / "pairs", "cartoon")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_shares():
+    return shares(sample(load_pipeline(), IMAGES))
+
+
+@pytest.fixture
+def flags(trained_world, tmp_path):
+    return {
+        "pretrained_model_name_or_path": trained_world / "pipeline",
+        "dataset_name": trained_world / "pairs",
+        "cache_dir": tmp_path / "cache",
+        "cache_latents": True,
+        "output_dir": tmp_path / "out",
+        "resolution": SIZE,
+        "beta_mapo": 8,
+        "learning_rate": 2e-4,
+        "lr_warmup_steps": 0,
+        "train_batch_size": 16,
+        "max_train_steps": 100,
+        "num_validation_pairs": 48,
+        "seed": 0,
+    }
+
+
+# What must hold -----------------------------------------------------------------------------------------------------
+
+
+def align(script, flags, base_shares):
+    """Train, and require of the held-out pairs and prompts what a working script gives."""
+    out = run(script, flags)
+    pipeline = load_pipeline()
+    pipeline.unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
+    aligned = shares(sample(pipeline, IMAGES))
+    logged = {name: (values[0], values[100]) for name, values in scalars(out).items() if name.startswith("eval_")}
+    print(base_shares, aligned, logged, sep="\n")
+    assert aligned["cartoon"] > 0.9
+    assert aligned["right"] >= 0.95 * base_shares["right"]
+    before, after = logged["eval_chosen_mse"]
+    assert after < 0.5 * before
+    before, after = logged["eval_rejected_mse"]
+    assert after > 2 * before
+    before, after = logged["eval_margin"]
+    assert before < 0 < 0.2 < after
+    before, after = logged["eval_accuracy"]
+    assert before < 0.2 and after > 0.95
+
+
+def test_photos_become_cartoons_of_the_same_prompts(script, flags, base_shares):
+    assert base_shares["cartoon"] < 0.05
+    align(script, flags, base_shares)
+
+
+# Breaking it --------------------------------------------------------------------------------------------------------
+
+
+def flip_sign(script, patch):
+    logsigmoid = torch.nn.functional.logsigmoid
+    patch.setattr(torch.nn.functional, "logsigmoid", lambda margin: logsigmoid(-margin))
+
+
+def swap_pair(script, patch):
+    load_pair = script.load_pair
+
+    def swapped(*args):
+        pair = load_pair(*args)
+        return {**pair, "labels": pair["labels"][::-1]}
+
+    patch.setattr(script, "load_pair", swapped)
+
+
+def drop_prompt(script, patch):
+    encode_prompts = script.encode_prompts
+    patch.setattr(script, "encode_prompts", lambda pipeline, prompts: encode_prompts(pipeline, len(prompts) * [""]))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("damage", [flip_sign, swap_pair, drop_prompt])
+def test_a_broken_script_is_found_out(script, flags, base_shares, monkeypatch, damage):
+    damage(script, monkeypatch)
+    with pytest.raises(AssertionError) as found:
+        align(script, flags, base_shares)
+    print(f"{damage.__name__}: {found.value}")
+
+
+# The world itself ---------------------------------------------------------------------------------------------------
+
+
+def test_what_an_image_shows_is_measured_well():
+    """Of 480 true images of each kind, at most one of a hundred is taken for something else."""
+    rng = np.random.default_rng(5)
+    for style, framed in (("photo", False), ("photo", True), ("cartoon", False)):
+        wrong = 0
+        for shape, colour in 20 * SUBJECTS:
+            image = draw(shape, colour, style, rng, SIZE, framed=framed)
+            truth = {"shape": shape, "colour": colour, "cartoon": style == "cartoon", "framed": framed}
+            wrong += measure(image) != truth
+        assert wrong <= 4
+
+
+def test_held_out_captions_are_in_no_preference():
+    assert not set(HELD_OUT) & set(PREFERRED) and set(HELD_OUT) | set(PREFERRED) == set(SUBJECTS)
+    assert {shape for shape, _ in HELD_OUT} == {shape for shape, _ in PREFERRED}
+    assert {colour for _, colour in HELD_OUT} == {colour for _, colour in PREFERRED}
+
+
+def test_weights_are_small_enough_to_ship():
+    assert WEIGHTS.stat().st_size < 5e6

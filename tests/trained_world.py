@@ -1,0 +1,317 @@
+"""The small world after schooling: a small SDXL that draws photos of coloured shapes, and pairs to align it with.
+
+The pipeline has every part of SDXL at 32 px and has learned, from drawings of `small_world.py`, to draw "a red circle"
+as a photo, half of the time in a dark frame; its VAE has seen cartoons as well. Its weights are those of
+`trained_world.safetensors` (float16), which `--train` makes in half an hour on two CPU cores. `measure` says by fixed
+rules on pixels what an image shows.
+
+    python tests/trained_world.py FOLDER            # writes FOLDER/pipeline and FOLDER/pairs (cartoons over photos)
+    python tests/trained_world.py --train FOLDER    # trains the weights again, into FOLDER
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_world import (
+    COLOURS,
+    SHAPES,
+    build_scheduler,
+    build_tokenizer,
+    caption,
+    draw,
+    pair,
+    text_config,
+    write_pairs,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+
+SIZE = 32
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+SUBJECTS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+# One colour of each shape and more is kept out of every preference data set, and measured.
+HELD_OUT = [("circle", "red"), ("square", "blue"), ("triangle", "green"), ("star", "yellow"), ("circle", "purple")]
+HELD_OUT += [("star", "orange")]
+PREFERRED = [subject for subject in SUBJECTS if subject not in HELD_OUT]
+
+
+def build_pipeline() -> StableDiffusionXLPipeline:
+    """The pipeline before it has learned anything."""
+    tokenizer, tokenizer_2 = build_tokenizer("<|endoftext|>"), build_tokenizer("!")
+    config, config_2 = text_config(len(tokenizer), 32, "quick_gelu"), text_config(len(tokenizer_2), 32, "gelu")
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(1, 2),
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        force_upcast=False,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config_2),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=build_scheduler("epsilon"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+MODELS = ("vae", "text_encoder", "text_encoder_2", "unet")
+
+
+def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionXLPipeline:
+    """The pipeline as it was trained, in float32."""
+    pipeline = build_pipeline()
+    state = load_file(weights)
+    for name in MODELS:
+        prefix = f"{name}."
+        part = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+        getattr(pipeline, name).load_state_dict(part)
+    pipeline.vae.register_to_config(scaling_factor=state["scaling_factor"].item())
+    return pipeline
+
+
+def save_weights(pipeline: StableDiffusionXLPipeline, weights: Path) -> None:
+    state = {"scaling_factor": torch.tensor(pipeline.vae.config.scaling_factor)}
+    for name in MODELS:
+        state |= {f"{name}.{key}": value.half() for key, value in getattr(pipeline, name).state_dict().items()}
+    save_file(state, weights)
+
+
+def pixels(images: list[Image.Image]) -> torch.Tensor:
+    """Images as (B, 3, H, W) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
+    """Teach the VAE to give its images back, and set its scaling factor to the latents' spread."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    for step in range(steps):
+        batch = images[torch.randint(len(images), (32,))]
+        posterior = vae.encode(batch).latent_dist
+        loss = (vae.decode(posterior.sample()).sample - batch).abs().mean() + 1e-5 * posterior.kl().mean() / 1024
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"VAE step {step}: loss {loss.item():.4f}", flush=True)
+    with torch.no_grad():
+        latents = vae.encode(images[:512]).latent_dist.sample()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+
+
+def encode_captions(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As SDXL does: the last layer but one of both encoders, and the second one's projection."""
+    hidden = []
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        tokens = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        output = encoder(tokens, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+    return torch.cat(hidden, dim=-1), output.text_embeds
+
+
+def train_denoiser(
+    pipeline: StableDiffusionXLPipeline, images: torch.Tensor, subjects: torch.Tensor, steps: int
+) -> None:
+    """Teach UNet and text encoders to denoise; a tenth of the captions is dropped, for classifier-free guidance."""
+    captions = [caption(*subject) for subject in SUBJECTS]
+    with torch.no_grad():
+        latents = torch.cat([pipeline.vae.encode(batch).latent_dist.sample() for batch in images.split(256)])
+    latents *= pipeline.vae.config.scaling_factor
+    models = [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.03)
+    average = EMAModel(parameters, decay=0.999)
+    alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
+    time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]], dtype=torch.float32)
+    for step in range(steps):
+        chosen = torch.randint(len(latents), (64,))
+        noise, timesteps = torch.randn(64, *latents.shape[1:]), torch.randint(1000, (64,))
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents[chosen] + (1 - alpha).sqrt() * noise
+        prompt_embeds, pooled = encode_captions(pipeline, captions)
+        kept = torch.rand(64) > 0.1
+        prompt_embeds = prompt_embeds[subjects[chosen]] * kept.view(-1, 1, 1)
+        conditions = {
+            "text_embeds": pooled[subjects[chosen]] * kept.view(-1, 1),
+            "time_ids": time_ids.expand(64, -1),
+        }
+        loss = (pipeline.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample - noise).pow(2)
+        loss = loss.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.step(parameters)
+        if step % 100 == 0:
+            print(f"UNet step {step}: loss {loss.item():.4f}", flush=True)
+    average.copy_to(parameters)
+
+
+def train(folder: Path) -> None:
+    """Train the whole pipeline from drawings."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    subjects = torch.arange(24 * 300) % len(SUBJECTS)
+    photos = pixels([draw(*SUBJECTS[i], "photo", rng, SIZE, framed=rng.random() < 0.5) for i in subjects.tolist()])
+    cartoons = pixels([draw(*SUBJECTS[i], "cartoon", rng, SIZE) for i in subjects[:2400].tolist()])
+    pipeline = build_pipeline()
+    train_vae(pipeline.vae, torch.cat([photos[:2400], cartoons]), 1500)
+    train_denoiser(pipeline, photos, subjects, 4000)
+    save_weights(pipeline, folder / WEIGHTS.name)
+
+
+# What an image shows, by fixed rules on its pixels ------------------------------------------------------------------
+
+
+# Of each shape, how it answers to turns by a third, a fourth and a fifth.
+SYMMETRIES = {"circle": (0, 0, 0), "square": (0, 0.4, 0), "triangle": (0.7, 0, 0), "star": (0, 0, 0.75)}
+
+
+def object_mask(array: np.ndarray) -> np.ndarray:
+    """How much a pixel of (H, W, 3) is the object, in [0, 1]: shading keeps saturation, grey and black have none."""
+    saturation = (array.max(axis=2) - array.min(axis=2)) / (array.max(axis=2) + 0.15)
+    return (saturation / np.quantile(saturation, 0.97) / 0.3 - 0.67).clip(0, 1)
+
+
+def symmetries(mask: np.ndarray) -> np.ndarray:
+    """Sizes of the angular moments of order 3, 4 and 5 about the mask's centre, its far parts weighing most."""
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
+    points = x + 1j * y
+    radius = np.sqrt(mask.sum() / np.pi)
+    # Specks far from the object are none of it.
+    centre = (mask * points).sum() / mask.sum()
+    mask = mask * (abs(points - centre) < 2.2 * radius)
+    points = points - (mask * points).sum() / mask.sum()
+    directions, weights = np.exp(1j * np.angle(points)), mask * abs(points) ** 4
+    return np.array([abs((weights * directions**order).sum()) / weights.sum() for order in (3, 4, 5)])
+
+
+def hue(rgb: np.ndarray) -> complex:
+    """Hue as a direction in the plane of colours, chroma as its length; of (..., 3) the sum."""
+    turns = np.exp(2j * np.pi * np.arange(3) / 3)
+    return (rgb @ turns).sum()
+
+
+def measure(image: Image.Image) -> dict:
+    """What an image of SIZE shows: `shape`, `colour`, `cartoon` and `framed`.
+
+    The shape is that of the nearest symmetries, the colour that of the nearest hue. A cartoon has a white ground with
+    a dark outline; a frame is an outer ring far darker than the ring inside.
+    """
+    array = np.asarray(image) / 255
+    grey = array.mean(axis=2)
+    rings = [np.concatenate([grey[i, i:-i], grey[-i - 1, i:-i], grey[i:-i, i], grey[i:-i, -i - 1]]) for i in (1, 4)]
+    mask = object_mask(array)
+    found, seen = symmetries(mask), hue(array[mask > 0.5])
+    ground = grey[2:-2, 2:-2][mask[2:-2, 2:-2] < 0.5]
+    angles = {name: abs(np.angle(seen / hue(np.array(rgb, dtype=float)))) for name, rgb in COLOURS.items()}
+    return {
+        "shape": min(SHAPES, key=lambda shape: abs(found - SYMMETRIES[shape]).sum()),
+        "colour": min(angles, key=angles.get),
+        "cartoon": bool(np.median(ground) > 0.85 and (ground < 0.45).mean() > 0.01),
+        "framed": bool(rings[0].mean() < 0.6 * rings[1].mean()),
+    }
+
+
+def sample(pipeline: StableDiffusionXLPipeline, images: int, first_seed: int = 10_000) -> list[tuple]:
+    """Images of the held-out captions in turn, each from a seed of its own: [((shape, colour), image)]."""
+    pipeline.set_progress_bar_config(disable=True)
+    subjects = [HELD_OUT[i % len(HELD_OUT)] for i in range(images)]
+    drawn = []
+    for start in range(0, images, 48):
+        prompts = [caption(*subject) for subject in subjects[start : start + 48]]
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(prompts))]
+        drawn += pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators).images
+    return list(zip(subjects, drawn, strict=True))
+
+
+def shares(samples: list[tuple]) -> dict[str, float]:
+    """Share of cartoons, of frames, and of images with the right shape and colour."""
+    seen = [(subject, measure(image)) for subject, image in samples]
+    counts = {
+        "cartoon": sum(what["cartoon"] for _, what in seen),
+        "framed": sum(what["framed"] for _, what in seen),
+        "right": sum((what["shape"], what["colour"]) == subject for subject, what in seen),
+    }
+    return {name: count / len(seen) for name, count in counts.items()}
+
+
+# Preferences ---------------------------------------------------------------------------------------------------------
+
+
+# What the chosen and the rejected image are drawn as: (style, share in a frame).
+TASKS = {
+    "cartoon": (("cartoon", 0.0), ("photo", 0.5)),
+    "photo": (("photo", 0.5), ("cartoon", 0.0)),
+    "frame": (("photo", 0.0), ("photo", 1.0)),
+}
+
+
+def draw_preferences(folder: str | Path, task: str, num_pairs: int = 360, seed: int = 1) -> None:
+    """Write the pairs of a task; their captions name no style and no frame, and none is in HELD_OUT."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_pairs):
+        shape, colour = PREFERRED[i % len(PREFERRED)]
+        images = [
+            draw(shape, colour, style, np.random.default_rng([seed, i]), SIZE, framed=rng.random() < share)
+            for style, share in TASKS[task]
+        ]
+        rows.append(pair(*images, caption(shape, colour), first=rng.random() < 0.5))
+    write_pairs(rows, folder, num_shards=2, row_group_size=30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a small SDXL that can draw, and pairs to align it with.")
+    parser.add_argument("folder", type=Path, help="where to write pipeline/ and pairs/")
+    parser.add_argument("--task", choices=TASKS, default="cartoon", help="what is preferred")
+    parser.add_argument("--train", action="store_true", help="train the weights again instead, into the folder")
+    args = parser.parse_args()
+    if args.train:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        train(args.folder)
+        return
+    load_pipeline().save_pretrained(args.folder / "pipeline")
+    draw_preferences(args.folder / "pairs", args.task)
+    print(args.folder / "pipeline")
+    print(args.folder / "pairs")
+
+
+if __name__ == "__main__":
+    main()
