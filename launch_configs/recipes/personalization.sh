@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Personalization of one DreamBooth subject: chosen = its photos, rejected = the base model's own images of the prompts.
+# The whole train set is the batch: 1 GPU x 1 pair x 5 accumulated = 5 pairs a step for five photos (PAIRS), a LoRA,
+# learning rate 5e-5, beta 1024. The paper also trains the text encoders (5e-6), with textual inversion, which
+# this script does not; it names neither the rank nor the number of steps, so both are guesses here.
+# DATASET: rows of `caption` ("a photo of sks dog"), `chosen` and `rejected` images; PHOTOS: a folder of the photos;
+# PROMPTS: a text file of prompts with the subject.
+# Flags given to this file are added to the training command and win over its own.
+set -euo pipefail
+HERE=$(cd "$(dirname "$0")/../.." && pwd)
+DATASET=${DATASET:?Set DATASET to a folder of pairs (caption, chosen, rejected).}
+PHOTOS=${PHOTOS:?Set PHOTOS to a folder of photos of the subject.}
+PROMPTS=${PROMPTS:?Set PROMPTS to a text file with a prompt on each line.}
+PAIRS=${PAIRS:-5}
+OUTPUT=${OUTPUT:-mapo-personalization}
+
+accelerate launch --config_file "$HERE/launch_configs/single_gpu.yaml" \
+    "$HERE/train_diffusion_mapo_sdxl.py" \
+    --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+    --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+    --dataset_name "$DATASET" --chosen_column chosen --rejected_column rejected --cache_latents \
+    --rank 32 --beta_mapo 1024 --learning_rate 5e-5 --lr_warmup_steps 0 \
+    --train_batch_size 1 --gradient_accumulation_steps "$PAIRS" --max_train_steps 1000 \
+    --use_8bit_adam --gradient_checkpointing --mixed_precision bf16 --checkpointing_steps 250 \
+    --seed 0 --output_dir "$OUTPUT" "$@"
+
+# To compare, Table 1 (Aesthetic / SigLIP / DINOv2): DreamBooth 5.91 / 61.60 / 84.69, DCO 5.92 / 70.45 / 89.12,
+# MaPO 5.97 / 73.60 / 89.51.
+accelerate launch --num_processes 1 "$HERE/evaluate_diffusion_mapo_sdxl.py" \
+    --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+    --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --candidates "mapo=$OUTPUT" \
+    --prompts "$PROMPTS" --images_per_prompt 4 --reference_images "$PHOTOS" --scorers aesthetic siglip dinov2 \
+    --seed 0 --output_dir "$OUTPUT/evaluation"

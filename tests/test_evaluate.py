@@ -1,0 +1,699 @@
+"""The evaluation script: what is drawn, what the scorers say, what is written, and how wrong use ends."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, command_line
+from conftest import run as run_script
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_scorers import build_scorers, expected_score
+from small_world import build_pipeline, draw
+from transformers import AutoImageProcessor
+
+
+SCRIPT = ROOT / "evaluate_diffusion_mapo_sdxl.py"
+SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2"]
+# float32 itself leaves 1e-7 of a cosine, which some scores are a hundred times of.
+TOLERANCE = {"pickscore": 1e-5, "aesthetic": 1e-5, "hps": 5e-5, "clip": 5e-5, "siglip": 5e-5, "dinov2": 5e-5}
+# One in capitals with a comma, one longer than the scorers read.
+PROMPTS = ["a red circle", "An orange star, drawn by hand", "a blue square " * 30]
+SIZES = [(64, 64), (90, 50), (33, 57)]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[SCRIPT.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_images(folder, colour, seed):
+    folder.mkdir()
+    for index, (shape, size) in enumerate(zip(("circle", "star", "square"), SIZES, strict=True)):
+        image = draw(shape, colour, "photo", np.random.default_rng(seed + index), 96)
+        image.resize(size).save(folder / f"{index:05d}_0.png")
+
+
+def save_lora(folder):
+    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Folder with prompts, ready-made images (red, blue, references), a base pipeline, and candidates of each kind."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    for colour, seed in (("red", 0), ("blue", 10), ("green", 20)):
+        write_images(folder / colour, colour, seed)
+    build_pipeline(folder / "pipeline")
+    build_pipeline(folder / "other", seed=1)
+    shutil.copytree(folder / "other" / "unet", folder / "trained" / "unet")
+    shutil.copytree(folder / "other" / "unet", folder / "unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_lora(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory):
+    return build_scorers(tmp_path_factory.mktemp("scorers"))
+
+
+@pytest.fixture
+def ready(small, scorers, tmp_path):
+    """Flags that score images made already with one scorer."""
+    return {
+        "images": [f"red={small / 'red'}", f"blue={small / 'blue'}"],
+        "prompts": small / "prompts.txt",
+        "scorers": ["clip"],
+        "output_dir": tmp_path / "out",
+        **scorers,
+    }
+
+
+def drawing(small, sources, output_dir, **changes):
+    """Flags that draw with the small pipeline."""
+    return {
+        "pretrained_model_name_or_path": small / "pipeline",
+        "prompts": small / "prompts.txt",
+        "images_per_prompt": 2,
+        "num_inference_steps": 2,
+        "resolution": 64,
+        "batch_size": 4,
+        "scorers": ["clip"],
+        "output_dir": output_dir,
+        **sources,
+        **changes,
+    }
+
+
+CANDIDATES = {"full": "trained", "flat": "unet", "lora": "lora", "whole": "other"}
+
+
+@pytest.fixture(scope="module")
+def drawn(script, small, scorers, tmp_path_factory):
+    """Output of a run that draws the base and a candidate of each kind."""
+    candidates = [f"{name}={small / folder}" for name, folder in CANDIDATES.items()]
+    return run_script(script, drawing(small, scorers, tmp_path_factory.mktemp("drawn"), candidates=candidates))
+
+
+@pytest.fixture
+def copied(drawn, tmp_path):
+    """A copy of `drawn`, times of the files included."""
+    return shutil.copytree(drawn, tmp_path / "out")
+
+
+def records(output_dir):
+    return [json.loads(line) for line in (output_dir / "scores.jsonl").read_text().splitlines()]
+
+
+def refused(script, flags):
+    """The sentence that these flags end in."""
+    with pytest.raises(script.EvaluationError) as error:
+        run_script(script, flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(script, small, scorers, tmp_path_factory):
+    """Output of a run with every scorer."""
+    flags = {
+        "images": [f"red={small / 'red'}", f"blue={small / 'blue'}"],
+        "prompts": small / "prompts.txt",
+        "reference_images": small / "green",
+        "scorers": SCORERS,
+        "output_dir": tmp_path_factory.mktemp("scored"),
+        **scorers,
+    }
+    return flags, run_script(script, flags)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_scores_are_those_of_the_formulas(scored, small, scorers, scorer):
+    references = [Image.open(path).convert("RGB") for path in sorted((small / "green").iterdir())]
+    rows = records(scored[1])
+    assert [(row["model"], row["prompt_index"], row["image"]) for row in rows] == [
+        (model, prompt, 0) for model in ("red", "blue") for prompt in range(3)
+    ]
+    for row in rows:
+        image = Image.open(row["file"]).convert("RGB")
+        expected = expected_score(scorer, scorers, image, row["prompt"], references)
+        assert row[scorer] == pytest.approx(expected, rel=2e-6, abs=TOLERANCE[scorer])
+    assert len({row[scorer] for row in rows}) == len(rows)
+
+
+def test_negative_cosines_are_clip_scores_of_zero(script, scorers):
+    flags = {"images": ["a=b"], "prompts": "p", **scorers}
+    scorer = script.ClipScore(script.parse_args(command_line(flags)), "cpu")
+    scorer.cosines = lambda images, prompts: torch.tensor([-0.2, 0.3])
+    assert scorer.score([], []).tolist() == pytest.approx([0, 30])
+
+
+def test_neither_batch_nor_order_moves_a_score(script, small, scored, tmp_path):
+    flags, output_dir = scored
+    (tmp_path / "prompts.txt").write_text("\n".join(reversed(PROMPTS)))
+    for colour in ("red", "blue"):
+        (tmp_path / colour).mkdir()
+        for index in range(3):
+            shutil.copy(small / colour / f"{index:05d}_0.png", tmp_path / colour / f"{2 - index:05d}_0.png")
+    changes = {
+        "images": [f"blue={tmp_path / 'blue'}", f"red={tmp_path / 'red'}"],
+        "prompts": tmp_path / "prompts.txt",
+        "batch_size": 1,
+        "output_dir": tmp_path / "out",
+    }
+    again = {(row["model"], 2 - row["prompt_index"]): row for row in records(run_script(script, {**flags, **changes}))}
+    for row in records(output_dir):
+        other = again[row["model"], row["prompt_index"]]
+        for name in SCORERS:
+            assert other[name] == pytest.approx(row[name], rel=2e-6, abs=TOLERANCE[name])
+
+
+def test_images_pass_through_pillow_whatever_is_installed(script, scorers, monkeypatch):
+    asked, from_pretrained = [], AutoImageProcessor.from_pretrained
+
+    def noted(source, **options):
+        asked.append(options)
+        return from_pretrained(source, **options)
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", noted)
+    flags = {"images": ["a=b"], "prompts": "p", **scorers}
+    scorer = script.PickScore(script.parse_args(command_line(flags)), "cpu")
+    assert asked == [{"backend": "pil"}] and scorer.image_processor.backend == "pil"
+
+
+def test_scores_are_not_computed_in_tf32(scored):
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_cut_texts_are_counted(script, ready, caplog):
+    run_script(script, ready)
+    assert "clip reads only 77 tokens of 1 of the 3 prompts." in caplog.text
+
+
+def test_results_hold_scores_and_what_they_depend_on(scored, small, scorers):
+    _, output_dir = scored
+    rows = records(output_dir)
+    results = json.loads((output_dir / "results.json").read_text())
+    assert [(row["scorer"], row["model"]) for row in results["results"]] == [
+        (scorer, model) for scorer in SCORERS for model in ("red", "blue")
+    ]
+    for row in results["results"]:
+        mine = [record[row["scorer"]] for record in rows if record["model"] == row["model"]]
+        assert row["mean"] == pytest.approx(np.mean(mine))
+        if row["model"] == "blue":
+            base = [record[row["scorer"]] for record in rows if record["model"] == "red"]
+            assert row["win_rate"] == pytest.approx(np.mean(np.array(mine) > base))
+            assert 0 <= row["win_rate_low"] <= row["win_rate"] <= row["win_rate_high"] <= 1
+    assert results["facts"]["hps_weights"] == str(scorers["hps_weights"])
+    text = (output_dir / "results.md").read_text()
+    assert f"- model blue: {small / 'blue'}\n" in text
+    assert f"| pickscore | red | {results['results'][0]['mean']:.3f} |" in text
+    assert "%" not in next(line for line in text.splitlines() if "| red |" in line)
+
+
+def hide(weights, name):
+    return {key: weight for key, weight in weights.items() if key != name}
+
+
+def spoil(weights, name):
+    return {**weights, name: weights[name][..., :-1].contiguous()}
+
+
+@pytest.mark.parametrize("change", [hide, spoil])
+@pytest.mark.parametrize(
+    "flag, name",
+    [
+        ("clip_model", "visual_projection.weight"),
+        ("hps_weights", "visual.proj"),
+        ("aesthetic_weights", "layers.6.weight"),
+        ("dinov2_model", "layernorm.weight"),
+    ],
+)
+def test_wrong_weights(script, ready, small, tmp_path, flag, name, change):
+    path = Path(shutil.copytree(ready[flag], tmp_path / "x") if ready[flag].is_dir() else tmp_path / "x.pt")
+    if path.suffix == ".pt":
+        weights = torch.load(ready[flag])
+        nested = "state_dict" in weights
+        weights = change(weights["state_dict"] if nested else weights, name)
+        torch.save({"state_dict": weights} if nested else weights, path)
+    else:
+        file = path / "model.safetensors"
+        save_file(change(load_file(file), name), file, metadata={"format": "pt"})
+    flags = {**ready, flag: path, "scorers": [flag.partition("_")[0]], "reference_images": small / "green"}
+    assert refused(script, flags).startswith(f"--{flag} {path} cannot be loaded: ")
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("scorer", ["hps", "aesthetic"])
+def test_weights_that_would_run_code_are_refused(script, ready, tmp_path, scorer):
+    file = tmp_path / "x.pt"
+    torch.save({"state_dict": Trap(tmp_path / "trapped")}, file)
+    sentence = refused(script, {**ready, "scorers": [scorer], f"{scorer}_weights": file})
+    assert sentence.startswith(f"--{scorer}_weights {file} cannot be loaded: ")
+    assert not (tmp_path / "trapped").exists()
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_error_by_hand(script):
+    # The prompts' means are 2, 4 and 9: mean 5, deviations -3, -1 and 4.
+    mean, error = script.mean_and_error(np.array([[1.0, 3.0], [4.0, 4.0], [8.0, 10.0]]))
+    assert mean == 5
+    assert error == pytest.approx(math.sqrt((9 + 1 + 16) / 2) / math.sqrt(3))
+    assert script.mean_and_error(np.array([[1.0, 3.0]])) == (2, None)
+
+
+def test_win_rate_by_hand(script):
+    base = np.zeros((4, 2))
+    candidate = np.array([[1, 1], [1, -1], [0, -1], [0, 1]])
+    # 4 wins and 2 ties of 8.
+    assert script.win_rate(candidate, base)[0] == 5 / 8
+    assert script.win_rate(base + 1, base) == (1, 1, 1)
+    assert script.win_rate(base, base) == (0.5, 0.5, 0.5)
+
+
+def test_interval_of_wins_is_over_prompts(script):
+    wins = np.random.default_rng(1).random(400) < 0.6
+    rate, low, high = script.win_rate(wins[:, None] * 1.0, np.full((400, 1), 0.5))
+    half = 1.96 * math.sqrt(rate * (1 - rate) / 400)
+    assert [low, high] == pytest.approx([rate - half, rate + half], abs=0.01)
+    # Images that always agree with each other add no certainty.
+    doubled = script.win_rate(np.repeat(wins[:, None] * 1.0, 4, axis=1), np.full((400, 4), 0.5))
+    assert doubled == pytest.approx((rate, low, high))
+
+
+def test_grid_shows_largest_wins_then_largest_losses(script, tmp_path):
+    colours = {
+        name: tuple(np.random.default_rng(i).integers(256, size=3).tolist()) for i, name in enumerate("abcdefghijkl")
+    }
+    gains = dict(zip(colours, [1, -1, 5, -5, 0, 7, 3, -3, -9, -2, 2, 9], strict=True))
+    pairs = []
+    for name, colour in colours.items():
+        for model, shade in (("base", colour), ("new", colour[::-1])):
+            Image.new("RGB", (8, 8), shade).save(tmp_path / f"{model}-{name}.png")
+        record = {"prompt": f"prompt {name}"}
+        pairs.append(
+            tuple(
+                {**record, "model": model, "file": str(tmp_path / f"{model}-{name}.png"), "clip": 20 + gain}
+                for model, gain in (("base", 0), ("new", gains[name]))
+            )
+        )
+    grid = script.draw_grid("clip", pairs)
+    assert grid.size == (768, 20 + 8 * 424)
+    for row, name in enumerate("lfcgidhj"):
+        middle = 20 + row * 424 + 40 + 192
+        assert grid.getpixel((192, middle)) == colours[name]
+        assert grid.getpixel((576, middle)) == colours[name][::-1]
+
+
+def test_grid_is_written(drawn):
+    for name in CANDIDATES:
+        assert Image.open(drawn / f"grid-{name}.png").width == 768
+
+
+# Drawing -------------------------------------------------------------------------------------------------------------
+
+
+def plain_image(script, pipeline, place):
+    """An image by diffusers alone, one at a time."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(script.image_seed(0, *place))
+    return pipeline(
+        PROMPTS[place[0]], height=64, width=64, num_inference_steps=2, guidance_scale=5.0, generator=generator
+    ).images[0]
+
+
+def distance(a, b):
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
+
+
+@pytest.mark.parametrize("name", ["base", *CANDIDATES])
+def test_images_are_those_of_diffusers(script, small, drawn, name):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / ("other" if name == "whole" else "pipeline"))
+    if name in ("full", "flat"):
+        pipeline.unet = UNet2DConditionModel.from_pretrained(small / "other", subfolder="unet")
+    if name == "lora":
+        pipeline.load_lora_weights(small / "lora")
+    for place in ((0, 0), (2, 1)):
+        image = Image.open(drawn / "images" / name / f"{place[0]:05d}_{place[1]}.png")
+        # By batches or alone, the last bits of the latents differ.
+        assert distance(image, plain_image(script, pipeline, place)) <= 1
+        if name != "base":
+            assert distance(image, Image.open(drawn / "images" / "base" / f"{place[0]:05d}_{place[1]}.png")) > 1
+    assert len(list((drawn / "images" / name).glob("*.png"))) == 6
+
+
+def test_each_image_has_its_own_noise(script):
+    seeds = {script.image_seed(*numbers) for numbers in np.ndindex(3, 20, 20)}
+    assert len(seeds) == 1200
+
+
+def test_scheduler_and_settings_are_passed_on_and_logged(script, small, scorers, tmp_path):
+    flags = drawing(
+        small, scorers, tmp_path / "out", scheduler="DDIMScheduler", guidance_scale=1.5, seed=3, max_prompts=1
+    )
+    output_dir = run_script(script, {**flags, "images_per_prompt": 1})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(script.image_seed(3, 0, 0))
+    size = {"height": 64, "width": 64}
+    image = pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=1.5, generator=generator, **size).images[0]
+    assert distance(Image.open(output_dir / "images" / "base" / "00000_0.png"), image) == 0
+    text = (output_dir / "results.md").read_text()
+    for fact in ("scheduler: DDIMScheduler", "guidance_scale: 1.5", "seed: 3", "num_inference_steps: 2"):
+        assert f"- {fact}\n" in text
+
+
+def test_variant(script, small, scorers, drawn, tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    pipeline.save_pretrained(tmp_path / "pipeline", variant="fp16")
+    changes = {"pretrained_model_name_or_path": tmp_path / "pipeline", "images_per_prompt": 1}
+    flags = drawing(small, scorers, tmp_path / "out", **changes)
+    assert refused(script, flags).startswith(
+        f"--pretrained_model_name_or_path {tmp_path / 'pipeline'} cannot be loaded"
+    )
+    shutil.rmtree(tmp_path / "out")
+    output_dir = run_script(script, {**flags, "variant": "fp16"})
+    images = (Image.open(folder / "images" / "base" / "00000_0.png") for folder in (output_dir, drawn))
+    assert distance(*images) <= 1
+
+
+def test_half_precision_and_another_vae(script, small, scorers, tmp_path):
+    flags = drawing(small, scorers, tmp_path / "out", max_prompts=1, candidates=[f"lora={small / 'lora'}"])
+    output_dir = run_script(script, {**flags, "mixed_precision": "bf16"})
+    settings = json.loads((output_dir / "images" / "lora" / "settings.json").read_text())
+    assert settings["dtype"] == "torch.bfloat16"
+    vae = shutil.copytree(small / "other" / "vae", tmp_path / "vae")
+    changes = {"pretrained_vae_model_name_or_path": vae, "output_dir": tmp_path / "vae-out"}
+    other = run_script(script, {**flags, **changes})
+    assert distance(*(Image.open(folder / "images" / "base" / "00000_0.png") for folder in (output_dir, other))) > 8
+
+
+def state(folder):
+    """{path: (bytes, time)} of a folder's images."""
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*.png")}
+
+
+def again(script, small, scorers, output_dir, **changes):
+    candidates = [f"{name}={small / folder}" for name, folder in CANDIDATES.items()]
+    return run_script(script, drawing(small, scorers, output_dir, candidates=candidates, **changes))
+
+
+def test_only_missing_images_are_drawn_again(script, small, scorers, drawn, copied, monkeypatch):
+    lost = Path("full/00001_0.png")
+    batches, draw_images = [], script.draw_images
+
+    def noted(args, pipeline, prompts, places):
+        batches.append(places)
+        return draw_images(args, pipeline, prompts, places)
+
+    monkeypatch.setattr(script, "draw_images", noted)
+    before = state(copied / "images")
+    (copied / "images" / lost).unlink()
+    scores = (copied / "scores.jsonl").read_text().replace(str(drawn), str(copied))
+    again(script, small, scorers, copied)
+    # Beside the same neighbours as before: in another batch its last bits could differ.
+    assert batches == [[(0, 0), (0, 1), (1, 0), (1, 1)]]
+    after = state(copied / "images")
+    assert {path for path in before if before[path] != after[path]} == {lost}
+    assert after[lost][0] == before[lost][0]
+    assert (copied / "scores.jsonl").read_text() == scores
+
+
+def test_an_interrupted_run_goes_on(script, small, scorers, drawn, tmp_path, monkeypatch):
+    save, left = Image.Image.save, iter(range(3))
+
+    def torn(image, path, **options):
+        save(image, path, **options)
+        if next(left, None) is None:
+            Path(path).write_bytes(Path(path).read_bytes()[:50])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", torn)
+        again(script, small, scorers, tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("0*.png"))) == 3
+    again(script, small, scorers, tmp_path / "out")
+    images = {path: content for path, (content, _) in state(drawn / "images").items()}
+    assert {path: content for path, (content, _) in state(tmp_path / "out" / "images").items()} == images
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "another seed (0, now 1);"),
+        ({"num_inference_steps": 3}, "another num_inference_steps (2, now 3);"),
+        ({"scheduler": "DDIMScheduler"}, "another scheduler (EulerDiscreteScheduler, now DDIMScheduler);"),
+        ({"max_prompts": 2}, "another prompts_sha256 ("),
+        ({"mixed_precision": "bf16"}, "another dtype (torch.float32, now torch.bfloat16);"),
+    ],
+)
+def test_images_of_other_settings_are_not_mixed(script, small, scorers, drawn, change, named):
+    sentence = refused(script, drawing(small, scorers, drawn, **change))
+    assert f"The images in {drawn / 'images' / 'base'} were drawn with {named}" in sentence
+
+
+def test_retrained_weights_are_noticed(script, small, scorers, copied, tmp_path):
+    lora = shutil.copytree(small / "lora", tmp_path / "lora")
+    flags = drawing(small, scorers, tmp_path / "lora-out", candidates=[f"lora={lora}"], max_prompts=1)
+    run_script(script, flags)
+    run_script(script, flags)
+    os.utime(lora / "pytorch_lora_weights.safetensors", ns=(0, 0))
+    assert "drawn with another weights;" in refused(script, flags)
+
+
+def launch(flags, processes):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    command = [*launcher, str(SCRIPT), *command_line(flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_write_the_same(script, small, scorers, drawn, tmp_path, monkeypatch):
+    """Paths are relative so that even the paths in the files are the same."""
+    changes = {"scorers": SCORERS, "reference_images": small / "green", "batch_size": 2}
+    changes["candidates"] = [f"lora={small / 'lora'}"]
+    outputs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        flags = drawing(small, scorers, "out", **changes)
+        if processes == 1:
+            run_script(script, flags)
+        else:
+            done = launch(flags, processes)
+            assert done.returncode == 0, done.stderr
+        outputs.append(
+            {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        )
+    assert outputs[0].keys() == outputs[1].keys()
+    assert [name for name in outputs[0] if outputs[0][name] != outputs[1][name]] == []
+    assert len(outputs[0]) == 12 + 2 + 4
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(script, words):
+    return script.read_prompts(script.parse_args(["--images", "a=b", *map(str, words)]))
+
+
+def test_prompt_files(script, tmp_path):
+    rows = {"caption": PROMPTS, "number": [1, 2, 3]}
+    table = pa.table(rows)
+    pq.write_table(table, tmp_path / "x.parquet")
+    table.to_pandas().to_csv(tmp_path / "x.csv", index=False)
+    table.to_pandas().to_json(tmp_path / "x.jsonl", orient="records", lines=True)
+    (tmp_path / "x.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    for name in ("x.parquet", "x.csv", "x.jsonl"):
+        assert prompts_of(script, ["--prompts", tmp_path / name, "--prompt_column", "caption"]) == PROMPTS
+    assert prompts_of(script, ["--prompts", tmp_path / "x.txt"]) == PROMPTS
+    assert prompts_of(script, ["--prompts", tmp_path / "x.txt", "--max_prompts", 2]) == PROMPTS[:2]
+
+
+@pytest.mark.parametrize(
+    "words, name, column, split",
+    [
+        (["pickapic_v2"], "yuvalkirstain/pickapic_v2_no_images", "caption", "test_unique"),
+        (["partiprompts"], "nateraw/parti-prompts", "Prompt", "train"),
+        (["me/mine", "--prompt_column", "text", "--prompt_split", "dev"], "me/mine", "text", "dev"),
+    ],
+)
+def test_prompt_sets_of_the_hub(script, monkeypatch, words, name, column, split):
+    def load_dataset(asked, **options):
+        assert (asked, options) == (name, {"split": split, "streaming": True})
+        return [{column: prompt, "other": None} for prompt in PROMPTS]
+
+    monkeypatch.setattr(script.datasets, "load_dataset", load_dataset)
+    assert prompts_of(script, ["--prompts", *words]) == PROMPTS
+
+
+def test_hpdv2_is_four_files(script, tmp_path, monkeypatch):
+    def hf_hub_download(repo, name, subfolder, repo_type):
+        assert (repo, subfolder, repo_type) == ("zhwang/HPDv2", "benchmark", "dataset")
+        (tmp_path / name).write_text(json.dumps([f"{name} {i}" for i in range(2)]))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(script, "hf_hub_download", hf_hub_download)
+    prompts = prompts_of(script, ["--prompts", "hpdv2"])
+    assert len(prompts) == 8 and prompts[0] == "anime.json 0" and prompts[-1] == "photo.json 1"
+
+
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("x.txt", "a\n \nb\n", "row 1 is empty or no text"),
+        ("x.txt", "", "holds no prompt"),
+        ("x.csv", "prompt,n\na,1\n,2\n", "row 1 is empty or no text"),
+        ("x.csv", "text,n\na,1\n", "--prompt_column prompt is not among the columns text, n"),
+        ("x.jsonl", '{"prompt": 3}\n', "row 0 is empty or no text"),
+        ("x.jsonl", "{broken\n", "cannot be loaded"),
+        ("nowhere.txt", None, "cannot be loaded"),
+        ("nowhere/at-all", None, "cannot be loaded"),
+    ],
+)
+def test_wrong_prompts(script, ready, tmp_path, monkeypatch, name, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+    assert sentence in refused(script, {**ready, "prompts": name})
+
+
+# Wrong use -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "give --pretrained_model_name_or_path to draw images, or --images"),
+        (["--candidates", "a=b"], "--candidates needs --pretrained_model_name_or_path"),
+        (["--images", "a"], "'a' is not NAME=PATH"),
+        (["--images", "a/b=c"], "'a/b=c' is not NAME=PATH"),
+        (["--images", "a=b", "a=c"], "need names of their own, not a, a"),
+        (["--pretrained_model_name_or_path", "m", "--images", "base=b"], "need names of their own, not base, base"),
+        (["--images", "a=b", "--resolution", "100"], "--resolution must be a multiple of 8"),
+        (["--images", "a=b", "--scorers", "fid"], "invalid choice: 'fid'"),
+        (["--images", "a=b", "--scorers", "dinov2"], "--scorers dinov2 needs --reference_images"),
+        (["--images", "a=b", "--batch_size", "0"], "0 is out of range, it must be at least 1"),
+        (["--images", "a=b", "--scheduler", "Nothing"], "invalid choice: 'Nothing'"),
+    ],
+)
+def test_wrong_arguments(script, capsys, words, sentence):
+    with pytest.raises(SystemExit) as end:
+        script.parse_args(["--prompts", "p.txt", *words])
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_siglip_without_sentencepiece(script, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find_spec(name))
+    with pytest.raises(SystemExit):
+        script.parse_args(["--prompts", "p.txt", "--images", "a=b", "--scorers", "siglip"])
+    assert "--scorers siglip needs sentencepiece: pip install sentencepiece" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["clip_model", "hps_model", "hps_weights", "aesthetic_weights"])
+def test_missing_scorers_end_a_run_before_it_draws(script, small, scorers, tmp_path, flag):
+    changes = {flag: tmp_path / "nothing", "scorers": ["clip", "hps", "aesthetic"]}
+    assert refused(script, drawing(small, scorers, tmp_path / "out", **changes)).startswith(f"--{flag} {tmp_path}")
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_missing_and_unreadable_images(script, ready, small, tmp_path):
+    folder = shutil.copytree(small / "red", tmp_path / "red")
+    flags = {**ready, "images": [f"red={folder}"]}
+    (folder / "00001_0.png").write_bytes(b"no image")
+    assert refused(script, flags).startswith(f"Image {folder / '00001_0.png'} cannot be read, mend or delete it: ")
+    (folder / "00001_0.png").unlink()
+    assert refused(script, flags) == f"--images red={folder} lacks 1 of 3, e.g. {folder / '00001_0.png'}"
+    Image.open(folder / "00000_0.png").save(folder / "00001_0.jpg")
+    assert [row["file"] for row in records(run_script(script, flags))][1] == str(folder / "00001_0.jpg")
+
+
+def test_empty_references(script, ready, tmp_path):
+    flags = {**ready, "scorers": ["dinov2"], "reference_images": tmp_path}
+    assert refused(script, flags).startswith(f"--reference_images {tmp_path} holds no .png")
+
+
+def test_wrong_candidates(script, small, scorers, tmp_path):
+    flags = drawing(small, scorers, tmp_path / "out")
+    assert "--candidates x=" in refused(script, {**flags, "candidates": [f"x={tmp_path}"]})
+    unet = shutil.copytree(small / "unet", tmp_path / "narrow")
+    config = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 768}))
+    assert "its cross_attention_dim is 768, not 96" in refused(script, {**flags, "candidates": [f"x={unet}"]})
+    (unet / "config.json").write_text(json.dumps({"_class_name": "Transformer"}))
+    assert "its _class_name is Transformer" in refused(script, {**flags, "candidates": [f"x={unet}"]})
+    (unet / "config.json").write_text(json.dumps(config))
+    weights = load_file(unet / "diffusion_pytorch_model.safetensors")
+    save_file(hide(weights, "conv_in.weight"), unet / "diffusion_pytorch_model.safetensors")
+    sentence = refused(script, {**flags, "candidates": [f"x={unet}"]})
+    assert sentence.startswith(f"--candidates x={unet} cannot be loaded: ") and "conv_in.weight" in sentence
+    missing = refused(script, {**flags, "pretrained_model_name_or_path": tmp_path / "nothing"})
+    assert missing.startswith(f"--pretrained_model_name_or_path {tmp_path / 'nothing'} is no folder")
+
+
+def test_hub_ids_are_found_by_their_files(script, small, tmp_path, monkeypatch):
+    """A hub id is recognised as a folder is, and known by its commit."""
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(small / "trained", snapshot)
+
+    def hf_hub_download(repo, name, **options):
+        if not (snapshot / name).exists():
+            raise script.EntryNotFoundError(name)
+        return str(snapshot / name)
+
+    monkeypatch.setattr(script, "hf_hub_download", hf_hub_download)
+    words = ["--pretrained_model_name_or_path", str(small / "pipeline"), "--candidates", "x=me/mine", "--prompts", "p"]
+    base, candidate = script.find_systems(script.parse_args(words))
+    assert (base.kind, candidate.kind, candidate.source) == ("base", "unet", "me/mine")
+    assert candidate.weights == "c0ffee"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_ends_in_one_sentence(ready, tmp_path, processes):
+    done = launch({**ready, "images": [f"red={tmp_path}"]}, processes)
+    assert done.returncode != 0
+    sentence = f"error: --images red={tmp_path} lacks 3 of 3, e.g. {tmp_path / '00000_0.png'}"
+    # Two processes may write into one line.
+    assert sentence in done.stderr
+    assert not re.search(r'File ".*evaluate_diffusion', done.stderr)
