@@ -231,7 +231,7 @@ def hue(rgb: np.ndarray) -> complex:
 def measure(image: Image.Image) -> dict:
     """What an image of SIZE shows: `shape`, `colour`, `cartoon` and `framed`.
 
-    The shape is that of the nearest symmetries, the colour that of the nearest hue. A cartoon has a white ground with
+    The shape is that of the nearest symmetries, the colour that of the nearest hue. A cartoon has a white ground and
     a dark outline; a frame is an outer ring far darker than the ring inside.
     """
     array = np.asarray(image) / 255
@@ -239,12 +239,12 @@ def measure(image: Image.Image) -> dict:
     rings = [np.concatenate([grey[i, i:-i], grey[-i - 1, i:-i], grey[i:-i, i], grey[i:-i, -i - 1]]) for i in (1, 4)]
     mask = object_mask(array)
     found, seen = symmetries(mask), hue(array[mask > 0.5])
-    ground = grey[2:-2, 2:-2][mask[2:-2, 2:-2] < 0.5]
+    ground, dark = grey[2:-2, 2:-2][mask[2:-2, 2:-2] < 0.5], array[2:-2, 2:-2].max(axis=2) < 0.5
     angles = {name: abs(np.angle(seen / hue(np.array(rgb, dtype=float)))) for name, rgb in COLOURS.items()}
     return {
         "shape": min(SHAPES, key=lambda shape: abs(found - SYMMETRIES[shape]).sum()),
         "colour": min(angles, key=angles.get),
-        "cartoon": bool(np.median(ground) > 0.85 and (ground < 0.45).mean() > 0.01),
+        "cartoon": bool(np.median(ground) > 0.85 and dark.mean() > 0.01),
         "framed": bool(rings[0].mean() < 0.6 * rings[1].mean()),
     }
 
@@ -257,7 +257,7 @@ def sample(pipeline: StableDiffusionXLPipeline, images: int, first_seed: int = 1
     for start in range(0, images, 48):
         prompts = [caption(*subject) for subject in subjects[start : start + 48]]
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(prompts))]
-        drawn += pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators).images
+        drawn += pipeline(prompts, num_inference_steps=20, guidance_scale=2.0, generator=generators).images
     return list(zip(subjects, drawn, strict=True))
 
 

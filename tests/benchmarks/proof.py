@@ -31,8 +31,8 @@ from PIL import Image  # noqa: E402
 from trained_world import SIZE, TASKS, draw_preferences, load_pipeline, sample, shares  # noqa: E402
 
 
-STEPS, IMAGES = 150, 96
-LEARNING_RATES = {"full": "2e-4", "LoRA": "2e-3"}
+STEPS, IMAGES = 100, 96
+LEARNING_RATES = {"full": "2e-4", "LoRA": "1e-3"}
 LOSSES = {
     "SFT": ["--beta_mapo", "inf"],
     **{f"beta {beta}": ["--beta_mapo", str(beta)] for beta in (8, 32, 64, 128, 1024)},
@@ -48,7 +48,7 @@ def experiments():
     """All runs but for their seeds: {name: (task, base, flags)}; those without flags are the bases themselves."""
     runs = {"photo base": ("cartoon", "photo", None), "cartoon base": ("cartoon", "cartoon", None)}
     for task, kind in (("cartoon", "full"), ("frame", "full"), ("cartoon", "LoRA")):
-        rank = ["--rank", "16"] if kind == "LoRA" else []
+        rank = ["--rank", "64"] if kind == "LoRA" else []
         runs |= {f"{task}, {kind}, {loss}": (task, "photo", [*rank, *flags]) for loss, flags in LOSSES.items()}
     beta = ["--beta_mapo", "64"]
     runs["swapped labels"] = ("cartoon", "photo", beta + SWAPPED)
@@ -64,8 +64,19 @@ def command_line(folder, task, base, flags, seed, output_dir):
     words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", world / f"{base}-base"]
     words += ["--dataset_name", world / task, "--cache_dir", folder / "cache", "--cache_latents"]
     words += ["--resolution", SIZE, "--train_batch_size", 16, "--max_train_steps", STEPS]
-    words += ["--learning_rate", LEARNING_RATES[kind], "--lr_warmup_steps", 0, "--num_validation_pairs", 48]
-    words += ["--validation_steps", 25, "--logging_steps", 5, "--seed", seed, "--output_dir", output_dir]
+    words += ["--learning_rate", LEARNING_RATES[kind], "--lr_scheduler", "cosine", "--lr_warmup_steps", 0]
+    words += [
+        "--num_validation_pairs",
+        48,
+        "--validation_steps",
+        25,
+        "--logging_steps",
+        5,
+        "--seed",
+        seed,
+        "--output_dir",
+        output_dir,
+    ]
     return [str(word) for word in words + flags]
 
 
@@ -93,7 +104,7 @@ def prepare(folder):
     load_pipeline().save_pretrained(world / "photo-base")
     for task in TASKS:
         draw_preferences(world / task, task)
-    train(command_line(folder, "cartoon", "photo", ["--beta_mapo", "inf", "--max_train_steps", "300"], 0, out))
+    train(command_line(folder, "cartoon", "photo", ["--beta_mapo", "inf", "--max_train_steps", "200"], 0, out))
     load_aligned(world / "photo-base", out).save_pretrained(world / "cartoon-base")
 
 
@@ -151,7 +162,7 @@ def draw_figure(folder, lines):
 
     figure = pyplot.figure(figsize=(12, 5.6), layout="constrained")
     pictures, curves = figure.subfigures(2, 1, height_ratios=[1.2, 1])
-    titles = {"photo_base_0": "base model", "cartoon_full_beta_64_0": "aligned with MaPO, beta 64, 150 steps"}
+    titles = {"photo_base_0": "base model", "cartoon_full_beta_64_0": "aligned with MaPO, beta 64, 100 steps"}
     for axes, (name, title) in zip(pictures.subplots(1, 2), titles.items(), strict=True):
         image = Image.open(folder / f"{name}.png")
         axes.imshow(image.resize((4 * image.width, 4 * image.height), Image.Resampling.BICUBIC))
