@@ -65,18 +65,8 @@ def command_line(folder, task, base, flags, seed, output_dir):
     words += ["--dataset_name", world / task, "--cache_dir", folder / "cache", "--cache_latents"]
     words += ["--resolution", SIZE, "--train_batch_size", 16, "--max_train_steps", STEPS]
     words += ["--learning_rate", LEARNING_RATES[kind], "--lr_scheduler", "cosine", "--lr_warmup_steps", 0]
-    words += [
-        "--num_validation_pairs",
-        48,
-        "--validation_steps",
-        25,
-        "--logging_steps",
-        5,
-        "--seed",
-        seed,
-        "--output_dir",
-        output_dir,
-    ]
+    words += ["--num_validation_pairs", 48, "--validation_steps", 25, "--logging_steps", 5, "--seed", seed]
+    words += ["--output_dir", output_dir]
     return [str(word) for word in words + flags]
 
 
