@@ -1,8 +1,9 @@
-"""The recipes of launch_configs/recipes/: what they ask for parses, adds up to the paper's batch, and starts."""
+"""The recipes and all commands that the texts show: they parse, add up to the paper's batches, and start."""
 
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_words
 from small_world import draw_pairs
+from trained_world import draw_preferences, load_pipeline
 
 
 RECIPES = sorted((ROOT / "launch_configs" / "recipes").glob("*.sh"))
@@ -41,6 +43,14 @@ def commands(recipe, folder, *flags):
     env |= {"DATASET": "my/pairs", "PHOTOS": "photos", "PROMPTS": "prompts.txt"}
     subprocess.run(["bash", recipe, *flags], check=True, env=env, cwd=folder)
     return [json.loads(line) for line in (folder / "words").read_text().splitlines()]
+
+
+def load(path):
+    """A script as a module of its own."""
+    spec = importlib.util.spec_from_file_location("copied", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def split_command(words):
@@ -77,9 +87,7 @@ def test_recipe_adds_up_to_the_paper(script, tmp_path, recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_evaluation_of_a_recipe_parses(tmp_path, recipe):
     _, path, words = split_command(commands(recipe, tmp_path)[1])
-    spec = importlib.util.spec_from_file_location("evaluate", path)
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
+    evaluate = load(path)
     args = evaluate.parse_args(words)
     assert args.candidates == [("mapo", f"mapo-{recipe.stem.replace('_', '-')}")]
     assert set(args.scorers) <= set(evaluate.SCORERS)
@@ -107,3 +115,44 @@ def test_recipe_starts_on_the_small_world(script, world, tmp_path, recipe):
     out = run_words(script, words)
     weights = "pytorch_lora_weights.safetensors" if recipe.stem == "personalization" else "unet"
     assert (out / weights).exists()
+
+
+# Commands in the texts ----------------------------------------------------------------------------------------------
+
+
+def written_commands(text):
+    """The words of every `accelerate launch` of a text, behind the launcher's own."""
+    for command in re.findall(r"accelerate launch (?:[^\n`]*\\\n)*[^\n`]*\.py\b(?:[^\n`]*\\\n)*[^\n`]*", text):
+        words = shlex.split(command.replace("\\\n", " "), comments=True)
+        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        if "..." not in words and len(words) > start + 2:
+            yield words[start], words[start + 1 :]
+
+
+TEXTS = [(ROOT / "README.md").read_text()]
+TEXTS += [(ROOT / f"{name}_diffusion_mapo_sdxl.py").read_text().split('"""')[1] for name in ("train", "evaluate")]
+COMMANDS = [command for text in TEXTS for command in written_commands(text)]
+
+
+def test_texts_show_the_commands_of_every_use():
+    shown = [" ".join(words) for _, words in COMMANDS]
+    for flag in ("--rank", "--full_bf16", "--cache_latents", "--candidates", "--images", "--lr_scheduler cosine"):
+        assert any(flag in words for words in shown), flag
+    assert len(COMMANDS) >= 9
+
+
+@pytest.mark.parametrize("path, words", COMMANDS)
+def test_command_of_a_text_parses(path, words):
+    load(ROOT / path).parse_args(words)
+
+
+def test_first_command_of_the_readme_runs(script, tmp_path):
+    """Cut to two steps."""
+    path, words = COMMANDS[0]
+    load_pipeline().save_pretrained(tmp_path / "demo" / "pipeline")
+    draw_preferences(tmp_path / "demo" / "pairs", "cartoon", num_pairs=72)
+    words = [str(tmp_path / word) if word.startswith("demo/") else word for word in words]
+    words += ["--max_train_steps", "2", "--num_inference_steps", "2", "--cache_dir", str(tmp_path)]
+    out = run_words(script, words)
+    assert path == "train_diffusion_mapo_sdxl.py"
+    assert (out / "unet").exists() and (out / "validation" / "step-000002.png").exists()
