@@ -39,7 +39,7 @@ LOSSES = {
     "v1 beta 0.1": ["--loss_type", "mapo_v1", "--beta_mapo", "0.1"],
 }
 SWAPPED = ["--label_0_column", "label_1", "--label_1_column", "label_0"]
-# What --show puts on the picture.
+# What the second task is tried with, and --show puts on the picture.
 SHOWN = ("SFT", "beta 64", "beta 8", "v1 beta 0.1")
 CURVES = {"eval_margin": "margin", "eval_accuracy": "accuracy", "eval_chosen_mse": "chosen error"}
 
@@ -47,9 +47,10 @@ CURVES = {"eval_margin": "margin", "eval_accuracy": "accuracy", "eval_chosen_mse
 def experiments():
     """All runs but for their seeds: {name: (task, base, flags)}; those without flags are the bases themselves."""
     runs = {"photo base": ("cartoon", "photo", None), "cartoon base": ("cartoon", "cartoon", None)}
-    for task, kind in (("cartoon", "full"), ("frame", "full"), ("cartoon", "LoRA")):
-        rank = ["--rank", "64"] if kind == "LoRA" else []
-        runs |= {f"{task}, {kind}, {loss}": (task, "photo", [*rank, *flags]) for loss, flags in LOSSES.items()}
+    for loss, flags in LOSSES.items():
+        runs[f"cartoon, full, {loss}"] = ("cartoon", "photo", flags)
+        runs[f"cartoon, LoRA, {loss}"] = ("cartoon", "photo", ["--rank", "64", *flags])
+    runs |= {f"frame, full, {loss}": ("frame", "photo", LOSSES[loss]) for loss in SHOWN}
     beta = ["--beta_mapo", "64"]
     runs["swapped labels"] = ("cartoon", "photo", beta + SWAPPED)
     runs["swapped labels, from cartoon base"] = ("cartoon", "cartoon", beta + SWAPPED)
@@ -77,11 +78,11 @@ def train(command):
 
 
 def load_aligned(base, output_dir):
-    """The base, a folder, with the weights in `output_dir`, if any."""
+    """The base, a folder, with the trained weights."""
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
     if (output_dir / "unet").exists():
         pipeline.unet = diffusers.UNet2DConditionModel.from_pretrained(output_dir / "unet")
-    elif output_dir.exists():
+    else:
         pipeline.load_lora_weights(output_dir)
     return pipeline
 
@@ -105,13 +106,18 @@ def run(folder, name, seed):
     line = {"name": name, "seed": seed, "torch": torch.__version__, "diffusers": diffusers.__version__}
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     output_dir = folder / "runs" / f"{name} {seed}".translate(str.maketrans(" ", "_", ",%"))
-    if flags is not None:
+    if flags is None:
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder / "world" / f"{base}-base")
+    else:
         command = command_line(folder, task, base, flags, seed, output_dir)
-        train(command)
+        # The model card is written last.
+        if not (output_dir / "README.md").exists():
+            train(command)
+        pipeline = load_aligned(folder / "world" / f"{base}-base", output_dir)
         shown = shlex.join(command).replace(f"{ROOT}/", "").replace(str(folder), "FOLDER")
         metrics = {key: value for key, value in scalars(output_dir).items() if "second" not in key}
         line |= {"commit": commit, "command": shown, "metrics": metrics}
-    samples = sample(load_aligned(folder / "world" / f"{base}-base", output_dir), IMAGES)
+    samples = sample(pipeline, IMAGES)
     draw_grid(samples[:24]).save(folder / f"{output_dir.name}.png")
     return line | shares(samples)
 
