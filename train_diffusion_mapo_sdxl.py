@@ -78,7 +78,6 @@ import datasets
 import diffusers
 import fsspec
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 import transformers
@@ -90,6 +89,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    send_to_device,
     set_seed,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -101,6 +101,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
@@ -134,8 +135,8 @@ FOREIGN_FLAGS = {
     "True": "switches take no value, write the flag alone",
     "False": "switches take no value, leave the flag out (or write --no-remove_ties)",
 }
-# What safetensors and torch.save raise where a disk is full.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# What safetensors, torch.save and FSDP raise where a disk is full.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 CAPTION_TYPES = ("string", "large_string")
 IMAGE_TYPES = ("binary", "large_binary", "PIL.Image.Image")
 LABEL_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
@@ -146,6 +147,9 @@ class TrainingError(Exception):
 
 
 def one_line(error):
+    if isinstance(error, CheckpointException):
+        # One failure for each process that had one, with its stack.
+        error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())
 
 
@@ -174,166 +178,128 @@ POSITIVE = partial(bounded, kind=float, low=sys.float_info.min)
 POSITIVE_OR_INF = partial(bounded, kind=float, low=sys.float_info.min, high=math.inf)
 
 
-def add_model_arguments(group):
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
-    group.add_argument("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    group.add_argument("--revision", help="Revision of the pretrained model on the hub.")
-    group.add_argument("--variant", help="Variant of the pretrained weights, e.g. fp16.")
-    group.add_argument("--cache_dir", help="Where downloaded models and data sets are kept.")
-    group.add_argument(
-        "--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank (alpha = rank). None: the whole UNet."
-    )
+def add_model_arguments(add):
+    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
+    add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--revision", help="Revision of the pretrained model on the hub.")
+    add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
+    add("--cache_dir", help="Where downloaded models and data sets are kept.")
+    add("--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank (alpha = rank). None: the whole UNet.")
 
 
-def add_data_arguments(group):
-    group.add_argument("--dataset_name", required=True, help="Pairs: hub id or local folder that `datasets` reads.")
-    group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    group.add_argument("--dataset_split_name", help="Split to train on. None: the only split, else `train`.")
-    group.add_argument(
-        "--streaming", action="store_true", help="Read shards as they are needed instead of preparing the data set."
-    )
-    group.add_argument(
+def add_data_arguments(add):
+    add("--dataset_name", required=True, help="Pairs: hub id or local folder that `datasets` reads.")
+    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--dataset_split_name", help="Split to train on. None: the only split, else `train`.")
+    add("--streaming", action="store_true", help="Read shards as they are needed instead of preparing the data set.")
+    add(
         "--shuffle_buffer_size",
         type=COUNT,
         default=256,
-        help="With --streaming: pairs mixed at a time; twice as many are held in memory, encoded.",
+        help="Streamed pairs mixed at a time; two such blocks are held.",
     )
-    group.add_argument("--max_train_samples", type=COUNT, help="Use only this many rows of the data set.")
-    group.add_argument("--caption_column", default="caption", help="Column of the prompts.")
-    group.add_argument("--image_0_column", default="jpg_0", help="Column of the first images.")
-    group.add_argument("--image_1_column", default="jpg_1", help="Column of the second images.")
-    group.add_argument("--label_0_column", default="label_0", help="Column of the first images' labels.")
-    group.add_argument("--label_1_column", default="label_1", help="Column of the second images' labels.")
-    group.add_argument("--chosen_column", help="Column of the chosen images, for pairs in order (no labels).")
-    group.add_argument("--rejected_column", help="Column of the rejected images, for pairs in order (no labels).")
-    group.add_argument(
-        "--remove_ties",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Drop pairs of equal labels; kept ones are ordered at random at each visit.",
-    )
-    group.add_argument("--label_noise_prob", type=FRACTION, default=0.0, help="Probability of swapping a pair.")
-    group.add_argument(
-        "--max_bad_rows", type=FRACTION, default=0.01, help="Stop when more than this share of the rows is unusable."
-    )
-    group.add_argument("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
-    group.add_argument("--random_crop", action="store_true", help="Crop at random instead of at the centre.")
-    group.add_argument("--no_hflip", action="store_true", help="Never mirror the images.")
-    group.add_argument(
-        "--cache_latents",
-        action="store_true",
-        help="Encode each pair once, to files under --cache_dir that later runs read, and free the encoders' memory.",
-    )
-    group.add_argument("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that decode images.")
-    group.add_argument(
-        "--vae_encode_batch_size", type=COUNT, default=8, help="Images that pass through the VAE at a time."
-    )
+    add("--max_train_samples", type=COUNT, help="Use only this many rows of the data set.")
+    add("--caption_column", default="caption", help="Column of the prompts.")
+    add("--image_0_column", default="jpg_0", help="Column of the first images.")
+    add("--image_1_column", default="jpg_1", help="Column of the second images.")
+    add("--label_0_column", default="label_0", help="Column of the first images' labels.")
+    add("--label_1_column", default="label_1", help="Column of the second images' labels.")
+    add("--chosen_column", help="Column of the chosen images, for pairs in order (no labels).")
+    add("--rejected_column", help="Column of the rejected images, for pairs in order (no labels).")
+    ties = {"action": argparse.BooleanOptionalAction, "default": True}
+    add("--remove_ties", **ties, help="Drop pairs of equal labels; kept ones are ordered at random at each visit.")
+    add("--label_noise_prob", type=FRACTION, default=0.0, help="Probability of swapping a pair.")
+    add("--max_bad_rows", type=FRACTION, default=0.01, help="Stop when more than this share of the rows is unusable.")
+    add("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
+    add("--random_crop", action="store_true", help="Crop at random instead of at the centre.")
+    add("--no_hflip", action="store_true", help="Never mirror the images.")
+    add("--cache_latents", action="store_true", help="Encode each pair once, to files that later runs read.")
+    add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that decode images.")
+    add("--vae_encode_batch_size", type=COUNT, default=8, help="Images that pass through the VAE at a time.")
 
 
-def add_objective_arguments(group):
-    group.add_argument(
-        "--loss_type", choices=["mapo", "mapo_v1"], default="mapo", help="Published objective or first release's."
-    )
-    group.add_argument(
+def add_objective_arguments(add):
+    add("--loss_type", choices=["mapo", "mapo_v1"], default="mapo", help="Published objective or first release's.")
+    add(
         "--beta_mapo",
         type=POSITIVE_OR_INF,
         help="Temperature of the score; `inf` is supervised fine-tuning on the chosen images. None: 8, the paper's "
         "value for general preference alignment, or 0.1 for mapo_v1.",
     )
-    group.add_argument("--snr_value", type=POSITIVE, default=0.5, help="Scale of the errors in mapo_v1.")
+    add("--snr_value", type=POSITIVE, default=0.5, help="Scale of the errors in mapo_v1.")
 
 
-def add_training_arguments(group):
-    group.add_argument("--seed", type=SEED, help="Seed of every random choice. None: drawn and reported.")
-    group.add_argument("--train_batch_size", type=COUNT, default=4, help="Pairs per process and micro-step.")
-    group.add_argument("--num_train_epochs", type=COUNT, default=1, help="Visits of the data set.")
-    group.add_argument("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
-    group.add_argument("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimizer step.")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="Save memory, recompute activations.")
-    group.add_argument(
+def add_training_arguments(add):
+    add("--seed", type=SEED, help="Seed of every random choice. None: drawn and reported.")
+    add("--train_batch_size", type=COUNT, default=4, help="Pairs per process and micro-step.")
+    add("--num_train_epochs", type=COUNT, default=1, help="Visits of the data set.")
+    add("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimizer step.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory, recompute activations.")
+    precisions = ["no", "fp16", "bf16"]
+    add(
         "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="Precision of the computation and of the frozen weights; trained weights stay float32. "
-        "None: what accelerate is configured with.",
+        choices=precisions,
+        help="Of all but the trained weights. None: what accelerate is set to.",
     )
-    group.add_argument(
+    add(
         "--full_bf16",
         action="store_true",
-        help="Train the whole UNet in bfloat16 weights, rounded at random so that small updates count in the mean; "
-        "10 GiB less than float32, with noise.",
+        help="Whole UNet in bfloat16 weights, rounded at random; 10 GiB less, noise.",
     )
-    group.add_argument("--allow_tf32", action="store_true", help="Let float32 products run in TF32.")
-    group.add_argument("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
+    add("--allow_tf32", action="store_true", help="Let float32 products run in TF32.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
 
 
-def add_optimizer_arguments(group):
-    group.add_argument(
+def add_optimizer_arguments(add):
+    add(
         "--learning_rate",
         type=POSITIVE,
         default=1e-5,
         help="Learning rate. The 5e-4 that other scripts default to destroys a fully trained SDXL: the MaPO authors' "
         "commands pass 1e-5, the paper used 1e-7.",
     )
-    group.add_argument(
-        "--scale_lr", action="store_true", help="Multiply the learning rate by the pairs of an optimizer step."
-    )
-    group.add_argument(
-        "--lr_scheduler",
-        choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
-        default="constant",
-        help="Curve of the learning rate.",
-    )
-    group.add_argument("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
-    group.add_argument("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
-    group.add_argument("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    group.add_argument("--adam_beta1", type=BELOW_ONE, default=0.9, help="Adam's beta1.")
-    group.add_argument("--adam_beta2", type=BELOW_ONE, default=0.999, help="Adam's beta2.")
-    group.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay.")
-    group.add_argument("--adam_epsilon", type=POSITIVE, default=1e-8, help="Adam's epsilon.")
-    group.add_argument(
-        "--max_bad_steps",
-        type=COUNT,
-        default=10,
-        help="Stop after this many steps in a row without a finite gradient.",
-    )
-    group.add_argument("--max_grad_norm", type=POSITIVE, default=1.0, help="Gradients are clipped to this norm.")
+    add("--scale_lr", action="store_true", help="Multiply the learning rate by the pairs of an optimizer step.")
+    schedulers = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
+    add("--lr_scheduler", choices=schedulers, default="constant", help="Curve of the learning rate.")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
+    add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
+    add("--adam_beta1", type=BELOW_ONE, default=0.9, help="Adam's beta1.")
+    add("--adam_beta2", type=BELOW_ONE, default=0.999, help="Adam's beta2.")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay.")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="Adam's epsilon.")
+    add("--max_bad_steps", type=COUNT, default=10, help="Stop after this many steps in a row with no finite gradient.")
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="Gradients are clipped to this norm.")
 
 
-def add_output_arguments(group):
-    group.add_argument("--output_dir", default="mapo", help="Folder of all that is written.")
-    group.add_argument("--checkpointing_steps", type=COUNT, default=500, help="Optimizer steps between checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=COUNT, help="Newest checkpoints to keep.")
-    group.add_argument("--resume_from_checkpoint", help="`latest`, a checkpoint's path, or its name in output_dir.")
-    group.add_argument("--logging_dir", default="logs", help="Folder of the trackers' files, in output_dir.")
-    group.add_argument(
-        "--logging_steps",
-        type=COUNT,
-        default=10,
-        help="Optimizer steps between two log lines; only such a step waits for the device.",
-    )
-    group.add_argument(
-        "--report_to",
-        choices=[*TRACKERS, "all", "none"],
-        help="Tracker, `all` for those installed. None: tensorboard, if it is installed.",
-    )
-    group.add_argument("--tracker_name", default="mapo", help="Project name in the trackers.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload output_dir when all is saved.")
-    group.add_argument("--hub_model_id", help="Repository to upload to. None: the name of output_dir.")
-    group.add_argument("--hub_token", help="Token for the upload. None: the one of `hf auth login`.")
+def add_output_arguments(add):
+    add("--output_dir", default="mapo", help="Folder of all that is written.")
+    add("--checkpointing_steps", type=COUNT, default=500, help="Optimizer steps between checkpoints.")
+    add("--checkpoints_total_limit", type=COUNT, help="Newest checkpoints to keep.")
+    add("--resume_from_checkpoint", help="`latest`, a checkpoint's path, or its name in output_dir.")
+    add("--logging_dir", default="logs", help="Folder of the trackers' files, in output_dir.")
+    add("--logging_steps", type=COUNT, default=10, help="Steps between log lines, which alone wait for the device.")
+    trackers = [*TRACKERS, "all", "none"]
+    add("--report_to", choices=trackers, help="Tracker; `all` is those installed. None: tensorboard, if installed.")
+    add("--tracker_name", default="mapo", help="Project name in the trackers.")
+    add("--push_to_hub", action="store_true", help="Upload output_dir when all is saved.")
+    add("--hub_model_id", help="Repository to upload to. None: the name of output_dir.")
+    add("--hub_token", help="Token for the upload. None: the one of `hf auth login`.")
 
 
-def add_validation_arguments(group):
-    group.add_argument("--run_validation", action="store_true", help="Draw images of base and aligned model.")
-    group.add_argument("--validation_steps", type=COUNT, default=200, help="Optimizer steps between validations.")
-    group.add_argument("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts to draw.")
-    group.add_argument("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of a drawn image.")
-    group.add_argument("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance of the drawn images.")
-    group.add_argument("--validation_split", help="Split whose pairs are held out for the eval_ metrics.")
-    group.add_argument(
+def add_validation_arguments(add):
+    add("--run_validation", action="store_true", help="Draw images of base and aligned model.")
+    add("--validation_steps", type=COUNT, default=200, help="Optimizer steps between validations.")
+    add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts to draw.")
+    add("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of a drawn image.")
+    add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance of the drawn images.")
+    add("--validation_split", help="Split whose pairs are held out for the eval_ metrics.")
+    add(
         "--num_validation_pairs",
         type=COUNT,
-        help="Pairs of --validation_split to use, or without it the number of first pairs to keep out of training.",
+        help="Pairs to hold out: of --validation_split, else of the training rows.",
     )
 
 
@@ -345,13 +311,13 @@ def parse_args(input_args=None):
         "--dataset_name PAIRS [flags, see --help]",
         allow_abbrev=False,
     )
-    add_model_arguments(parser.add_argument_group("model"))
-    add_data_arguments(parser.add_argument_group("pairs"))
-    add_objective_arguments(parser.add_argument_group("objective"))
-    add_training_arguments(parser.add_argument_group("training"))
-    add_optimizer_arguments(parser.add_argument_group("optimizer"))
-    add_output_arguments(parser.add_argument_group("output"))
-    add_validation_arguments(parser.add_argument_group("validation"))
+    add_model_arguments(parser.add_argument_group("model").add_argument)
+    add_data_arguments(parser.add_argument_group("pairs").add_argument)
+    add_objective_arguments(parser.add_argument_group("objective").add_argument)
+    add_training_arguments(parser.add_argument_group("training").add_argument)
+    add_optimizer_arguments(parser.add_argument_group("optimizer").add_argument)
+    add_output_arguments(parser.add_argument_group("output").add_argument)
+    add_validation_arguments(parser.add_argument_group("validation").add_argument)
     args, unknown = parser.parse_known_args(input_args)
     for flag in unknown:
         name = flag.partition("=")[0]
@@ -368,55 +334,31 @@ def parse_args(input_args=None):
 
 def find_contradiction(args):
     """Return the first rule that these arguments break, as a sentence that names the flag, or None."""
+    missing = {name for name in ("bitsandbytes", "peft", *TRACKERS) if importlib.util.find_spec(name) is None}
+    num_held_out, split, most = args.num_validation_pairs, args.validation_split, args.max_train_samples
+    too_few = None not in (most, num_held_out) and split is None and num_held_out >= most
+    too_slow = args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr
+    leaks = args.hub_token is not None and args.report_to in ("wandb", "all")
+    rounds = args.rank is None and args.use_8bit_adam and args.mixed_precision == "bf16"
+    endless = args.streaming and args.max_train_steps is None
+    unbounded = args.streaming and split is not None and num_held_out is None
     rules = [
-        (
-            args.cache_latents and args.random_crop,
-            "--random_crop needs the images at each visit, --cache_latents keeps one crop of them",
-        ),
+        (args.cache_latents and args.random_crop, "--random_crop crops anew at each visit, --cache_latents keeps one"),
         (args.resolution % 8 != 0, "--resolution must be a multiple of 8, the VAE's reduction"),
+        (endless, "--streaming needs --max_train_steps, since a stream does not know its length"),
+        (bool(args.chosen_column) != bool(args.rejected_column), "--chosen_column and --rejected_column go together"),
+        (args.loss_type == "mapo_v1" and math.isinf(args.beta_mapo), "--beta_mapo inf is for --loss_type mapo alone"),
+        (too_few, "--num_validation_pairs leaves nothing of --max_train_samples to train on"),
+        (too_slow, "--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger"),
+        (unbounded, "--streaming with --validation_split needs --num_validation_pairs, the pairs to hold in memory"),
+        (leaks, "--report_to wandb would send --hub_token to the tracker; log in with `hf auth login` instead"),
+        (args.use_8bit_adam and "bitsandbytes" in missing, "--use_8bit_adam needs it: pip install bitsandbytes"),
         (
-            args.streaming and args.max_train_steps is None,
-            "--streaming needs --max_train_steps, since a stream does not know its length",
+            args.full_bf16 and not rounds,
+            "--full_bf16 needs --use_8bit_adam and --mixed_precision bf16, without --rank",
         ),
-        (
-            (args.chosen_column is None) != (args.rejected_column is None),
-            "--chosen_column and --rejected_column go together",
-        ),
-        (
-            args.loss_type == "mapo_v1" and math.isinf(args.beta_mapo),
-            "--beta_mapo inf is the SFT limit of --loss_type mapo; mapo_v1 has no such limit",
-        ),
-        (
-            None not in (args.max_train_samples, args.num_validation_pairs)
-            and args.validation_split is None
-            and args.num_validation_pairs >= args.max_train_samples,
-            "--num_validation_pairs leaves nothing of --max_train_samples to train on",
-        ),
-        (
-            args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr,
-            "--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger",
-        ),
-        (
-            args.streaming and args.validation_split is not None and args.num_validation_pairs is None,
-            "--streaming with --validation_split needs --num_validation_pairs, the pairs to hold in memory",
-        ),
-        (
-            args.report_to in ("wandb", "all") and args.hub_token is not None,
-            "--report_to wandb would send --hub_token to the tracker; log in with `hf auth login` instead",
-        ),
-        (
-            args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None,
-            "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes",
-        ),
-        (
-            args.full_bf16 and (args.rank is not None or not args.use_8bit_adam or args.mixed_precision != "bf16"),
-            "--full_bf16 is for the whole UNet (no --rank), with --use_8bit_adam and --mixed_precision bf16",
-        ),
-        (args.rank is not None and importlib.util.find_spec("peft") is None, "--rank needs peft: pip install peft"),
-        (
-            args.report_to in TRACKERS and importlib.util.find_spec(args.report_to) is None,
-            f"--report_to {args.report_to} needs its package: pip install {args.report_to}, or --report_to none",
-        ),
+        (args.rank is not None and "peft" in missing, "--rank needs peft: pip install peft"),
+        (args.report_to in missing, f"--report_to {args.report_to} needs it: pip install {args.report_to}"),
     ]
     return next((sentence for broken, sentence in rules if broken), None)
 
@@ -425,12 +367,7 @@ def find_contradiction(args):
 
 
 def log_phi(errors):
-    """
-    Logarithm of the score phi(l) = l / (exp(l) - 1) (eq. 11 at beta = 1), exact from l = 0 to where exp overflows.
-
-    Args:
-        errors: `(pairs,)` float64 tensor, not negative.
-    """
+    """Logarithm of the score phi(l) = l / (exp(l) - 1) (eq. 11 at beta = 1) of float64 errors, exact from 0 on."""
     small = errors < 1e-2
     series = -errors / 2 - errors**2 / 24 + errors**4 / 2880
     # The dead branch must not see 0: a NaN gradient there survives torch.where.
@@ -496,12 +433,8 @@ def preference_loss(args, noise_scheduler):
     """The objective that the arguments pick, as a function of the two errors alone."""
     if args.loss_type == "mapo":
         return partial(mapo_loss, beta=args.beta_mapo)
-    return partial(
-        mapo_v1_loss,
-        beta=args.beta_mapo,
-        snr_value=args.snr_value,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-    )
+    length = noise_scheduler.config.num_train_timesteps
+    return partial(mapo_v1_loss, beta=args.beta_mapo, snr_value=args.snr_value, num_train_timesteps=length)
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
@@ -616,10 +549,8 @@ def usable_rows(args, dataset):
     rows = np.arange(len(dataset))
     _, _, labels = pair_columns(args)
     if labels and args.remove_ties:
-        table = dataset.select_columns(list(labels)).with_format("arrow")[:]
-        label_0, label_1 = (table.column(label).cast("float64") for label in labels)
-        ties = pc.fill_null(pc.equal(label_0, label_1), False)
-        rows = rows[~ties.to_numpy(zero_copy_only=False)]
+        frame = dataset.select_columns(list(labels)).to_pandas().astype("float64")
+        rows = rows[frame[labels[0]] != frame[labels[1]]]
     return rows
 
 
@@ -823,7 +754,7 @@ class PairDataset(torch.utils.data.Dataset):
     own, seeded by (seed, position): neither processes nor workers, batches or restarts change what it sees.
     """
 
-    def __init__(self, args, dataset, latent_shape, num_train_timesteps):
+    def __init__(self, args, dataset, latent_shape=None, num_train_timesteps=None):
         self.args, self.dataset = args, dataset
         self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
 
@@ -833,6 +764,9 @@ class PairDataset(torch.utils.data.Dataset):
             return visit._replace(record=None), self.prepare(visit)
         except UnusableRow as reason:
             return visit._replace(record=None), str(reason)
+
+    def record(self, visit):
+        return visit.record or self.dataset[visit.row]
 
     def prepare(self, visit):
         args = self.args
@@ -848,7 +782,7 @@ class PairDataset(torch.utils.data.Dataset):
         if visit.cached is not None:
             pair = read_cached(visit.cached, flip)
         else:
-            pair = load_pair(args, visit.record or self.dataset[visit.row], crop_fractions, (flip,))
+            pair = load_pair(args, self.record(visit), crop_fractions, (flip,))
             pair["pixel_values"] = pair["pixel_values"][:, 0]
         labels = pair.pop("labels") or (1, 0)
         chosen = 0 if labels[0] > labels[1] or (labels[0] == labels[1] and tie < 0.5) else 1
@@ -897,17 +831,13 @@ class PairDataset(torch.utils.data.Dataset):
             batch_sampler=batches,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=self.collate,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_available(),
         )
 
 
 def hold_out(args, dataset):
-    """
-    The pairs that the eval_ metrics are computed on: the first usable ones of `dataset`, in its order.
-
-    Returns:
-        The records, to be indexed from 0, and the places they have in the data set: row numbers, or (shard, row).
-    """
+    """The first usable pairs, for the eval_ metrics, and their places: row numbers, or (shard, row) of a stream."""
     if args.validation_split is None and args.num_validation_pairs is None:
         return [], []
     if args.streaming:
@@ -921,6 +851,12 @@ def hold_out(args, dataset):
     if len(records) == 0:
         raise TrainingError("--validation_split or --num_validation_pairs: no pair was found to hold out.")
     return records, places
+
+
+def ignore_stop_signals(worker):
+    """SLURM and torchrun signal a loader's workers too; the process that reads from them decides."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def held_out_visits(records):
@@ -956,7 +892,7 @@ def load_pipeline(args, accelerator, weight_dtype):
             **parts,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(f"--{flag} {getattr(args, flag)} cannot be loaded: {one_line(error)}") from error
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         part.requires_grad_(False)
@@ -1156,18 +1092,11 @@ def read_cached(place, flip):
         }
 
 
-class PairImages(torch.utils.data.Dataset):
+class PairImages(PairDataset):
     """The images of visits in all orientations, to be encoded: (visit, what `load_pair` gives or why it cannot)."""
 
-    def __init__(self, args, dataset):
-        self.args, self.dataset = args, dataset
-
-    def __getitem__(self, visit):
-        try:
-            record = visit.record or self.dataset[visit.row]
-            return visit, load_pair(self.args, record, (0.5, 0.5), orientations(self.args))
-        except UnusableRow as reason:
-            return visit, str(reason)
+    def prepare(self, visit):
+        return load_pair(self.args, self.record(visit), (0.5, 0.5), orientations(self.args))
 
 
 class PairCache:
@@ -1203,7 +1132,7 @@ class PairCache:
 
     def write(self, name, save):
         """Let `save` write a file that appears under its name when it is whole."""
-        aside = self.folder / f"{name}.part"
+        aside = self.folder / f"{name}.{uuid.uuid4().hex}.part"
         try:
             save(aside)
             with aside.open("rb+") as file:
@@ -1232,6 +1161,7 @@ class PairCache:
         if self.missing(visits):
             self.scan()
         if missing := self.missing(visits):
+            self.check_room(len(missing))
             self.fill(missing)
         else:
             move_encoders(self.pipeline, torch.device("cpu"))
@@ -1247,6 +1177,7 @@ class PairCache:
             batch_sampler=[visits[start : start + size] for start in range(0, len(visits), size)],
             num_workers=self.args.dataloader_num_workers,
             collate_fn=list,
+            worker_init_fn=ignore_stop_signals,
             # Nothing is random here; without it the loader would draw from the process' own generator.
             generator=torch.Generator(),
         )
@@ -1285,13 +1216,18 @@ class PairCache:
         save = partial(save_file, tensors, metadata={"pairs": json.dumps(header)})
         self.write(f"{uuid.uuid4().hex}.safetensors", save)
 
-    def gib_for(self, pairs):
-        """GiB that this many pairs take, if each has a prompt of its own."""
+    def check_room(self, pairs):
+        """Say what room this many pairs need, if each has a prompt of its own, or raise if there is less."""
         pipeline, vae = self.pipeline, self.pipeline.vae
         latents = vae.config.latent_channels * (self.args.resolution // pipeline.vae_scale_factor) ** 2
         moments = 4 * len(orientations(self.args)) * latents * vae.dtype.itemsize
         embeds = pipeline.tokenizer.model_max_length * pipeline.unet.config.cross_attention_dim
-        return pairs * (moments + embeds * pipeline.text_encoder.dtype.itemsize) / 2**30
+        needed = pairs * (moments + embeds * pipeline.text_encoder.dtype.itemsize) / 2**30
+        free = shutil.disk_usage(self.folder).free / 2**30
+        space = f"{pairs} pairs need {needed:.3g} GiB in {self.folder}, where {free:.3g} GiB are free"
+        if needed > free:
+            raise TrainingError(f"--cache_latents: {space}.")
+        return space
 
     def fill_together(self, accelerator, visits):
         """Encode what is missing of these visits, each process its share, and free the encoders' device."""
@@ -1300,11 +1236,7 @@ class PairCache:
         for rank, num_processes in ((accelerator.process_index, accelerator.num_processes), local):
             with failing_together(f"--cache_latents: pairs could not be encoded into {self.folder}", Exception):
                 mine = self.missing(visits[rank::num_processes])
-                pairs = num_processes * len(mine)
-                needed, free = self.gib_for(pairs), shutil.disk_usage(self.folder).free / 2**30
-                space = f"{pairs} pairs need {needed:.3g} GiB in {self.folder}, where {free:.3g} GiB are free"
-                if needed > free:
-                    raise TrainingError(f"--cache_latents: {space}.")
+                space = self.check_room(num_processes * len(mine))
                 if mine:
                     logger.info(f"Encoding once: {space}.")
                     self.fill(mine, disable=not accelerator.is_local_main_process)
@@ -1316,9 +1248,13 @@ def encoders_digest(pipeline):
     """A hash of all that turns images and captions into latents and embeddings."""
     digest = hashlib.sha256()
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        digest.update(tokenizer.backend_tokenizer.model.__getstate__())
+        digest.update(f"{tokenizer.special_tokens_map} {tokenizer.model_max_length}".encode())
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        digest.update(str(part).encode())
+        config = part.config if isinstance(part.config, dict) else part.config.to_dict()
+        # Names that begin with an underscore tell where it came from.
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
+        digest.update(f"{part} {sorted(config.items(), key=str)}".encode())
         for name, tensor in part.state_dict().items():
             digest.update(f"{name} {tensor.dtype}".encode())
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
@@ -1329,7 +1265,7 @@ def cache_folder(args, encoders, held_out):
     """Where pairs are cached: a folder for everything that changes what is stored."""
     builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
     settings = [encoders, builder.cache_dir, pick_split(args), args.max_train_samples, args.streaming]
-    settings += [args.remove_ties, *pair_columns(args), args.resolution, orientations(args)]
+    settings += [args.remove_ties, *pair_columns(args), args.resolution, orientations(args), args.allow_tf32]
     if held_out:
         settings += [args.validation_split, args.num_validation_pairs]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -1343,36 +1279,19 @@ def global_batch_size(args, accelerator):
     return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
 
 
-def to_device(batch, device):
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 
 
-class MetricWindow:
-    """Weighted means of metrics over steps and processes, summed on the device until they are asked for."""
+def weighted(metrics, weight):
+    """What a batch adds to the sums of METRICS and of the weights, on the device."""
+    values = [metrics[name].double() for name in METRICS]
+    return weight * torch.stack([*values, torch.ones_like(values[0])])
 
-    def __init__(self, accelerator, totals=None):
-        self.accelerator, self.names, self.sums = accelerator, [], 0
-        if totals and accelerator.is_main_process:
-            self.sums = torch.tensor(totals, dtype=torch.float64, device=accelerator.device)
 
-    def add(self, metrics, weight):
-        self.names = list(metrics)
-        values = torch.stack([value.detach().double() for value in metrics.values()])
-        self.sums = self.sums + weight * torch.cat([values, torch.ones_like(values[:1])])
-
-    def totals(self):
-        """Sums over all processes since the last flush; waits for the device and for the other processes."""
-        sums = torch.as_tensor(self.sums, device=self.accelerator.device).expand(len(self.names) + 1)
-        return self.accelerator.reduce(sums.clone(), reduction="sum").tolist()
-
-    def flush(self, prefix=""):
-        """The means since the last flush, by name; waits as `totals` does."""
-        *sums, weight = self.totals()
-        self.sums = 0
-        return {prefix + name: value / weight if weight else math.nan for name, value in zip(self.names, sums)}
+def means(accelerator, sums, prefix=""):
+    """Weighted means over all processes, by name; waits for the device and for the other processes."""
+    *totals, weight = accelerator.reduce(sums).tolist()
+    return {prefix + name: total / weight if weight else math.nan for name, total in zip(METRICS, totals)}
 
 
 def warn_of_bad_rows(batch):
@@ -1380,29 +1299,17 @@ def warn_of_bad_rows(batch):
         logger.warning(f"Skipped {row}: it {reason}.", main_process_only=False)
 
 
-class RowAccount:
-    """Counts rows read and rows that could not be used, over all processes and over restarts."""
+def count_rows(run):
+    """Rows read and rows that could not be used, over all processes and over restarts."""
+    return [sum(counts) for counts in zip(*gather_object([(run.rows_read, run.rows_bad)]), strict=True)]
 
-    def __init__(self, args, accelerator, state, num_rows):
-        self.limit, self.accelerator = args.max_bad_rows, accelerator
-        self.enough = min(ROWS_BEFORE_JUDGEMENT, num_rows or ROWS_BEFORE_JUDGEMENT)
-        carried = (state["rows_read"], state["rows_bad"]) if state and accelerator.is_main_process else (0, 0)
-        self.read, self.bad = carried
 
-    def add(self, batch):
-        self.read += len(batch["rows"])
-        self.bad += len(batch["bad_rows"])
-        warn_of_bad_rows(batch)
-
-    def totals(self):
-        return [sum(counts) for counts in zip(*gather_object([(self.read, self.bad)]), strict=True)]
-
-    def complaint(self, at_end=False):
-        """The sentence that ends the run, the same on all processes, or None while the bad rows are few."""
-        read, bad = self.totals()
-        if bad > self.limit * read and (at_end or read >= self.enough):
-            return f"{bad} of {read} rows could not be used, more than --max_bad_rows {self.limit} allows."
-        return None
+def too_many_bad_rows(run, enough=0):
+    """The sentence that ends the run, the same on all processes, or None while the bad rows are few."""
+    read, bad = count_rows(run)
+    if read >= enough and bad > run.args.max_bad_rows * read:
+        return f"{bad} of {read} rows could not be used, more than --max_bad_rows {run.args.max_bad_rows} allows."
+    return None
 
 
 class StopRequest:
@@ -1444,24 +1351,10 @@ class StopRequest:
         return int(number)
 
 
-class Speedometer:
-    """Pairs a second, checkpoints and validations left out, and the peak of memory."""
-
-    def __init__(self, accelerator, pairs_per_step, step):
-        self.device, self.pairs_per_step = accelerator.device, pairs_per_step
-        self.restart(step)
-
-    def restart(self, step):
-        self.step, self.time = step, time.perf_counter()
-
-    def flush(self, step):
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        speed = (step - self.step) * self.pairs_per_step / (time.perf_counter() - self.time)
-        self.restart(step)
-        return {"pairs_per_second": speed, "peak_memory_gib": peak}
+def peak_memory_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @dataclass
@@ -1476,30 +1369,31 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     noise_scheduler: DDPMScheduler
     loss_function: Callable
-    stop: StopRequest
-    account: RowAccount
-    window: MetricWindow
-    held_out: PairDataset | None
+    held_out: PairDataset
     held_out_cache: PairCache | None
     validation_prompts: list
-    weight_dtype: torch.dtype
-    base_images: list | None = None
-    step: int = 0
-    pairs_seen: int = 0
-    # Counted on the device: reading them waits for it.
+    stop: StopRequest
+    enough_rows: int
+    # Summed up and counted on the device: reading them waits for it.
+    sums: torch.Tensor
     bad_steps: torch.Tensor | int = 0
     skipped_steps: torch.Tensor | int = 0
+    step: int = 0
+    pairs_seen: int = 0
+    rows_read: int = 0
+    rows_bad: int = 0
+    base_images: list | None = None
 
     def autocast(self):
         """accelerate's own would do nothing under DeepSpeed. Casts that are recomputed anyway need not be kept."""
-        device, enabled = self.accelerator.device.type, self.weight_dtype != torch.float32
-        kept = not self.args.gradient_checkpointing
-        return torch.autocast(device, dtype=self.weight_dtype, enabled=enabled, cache_enabled=kept)
+        dtype, kept = self.pipeline.text_encoder.dtype, not self.args.gradient_checkpointing
+        enabled = dtype != torch.float32
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=enabled, cache_enabled=kept)
 
 
 def preference_step(run, batch):
     """The objective on a batch: the scalar loss with its gradient, and all metrics as detached scalars."""
-    batch = to_device(batch, run.accelerator.device)
+    batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
     encoded = encode_pairs(run.args, run.pipeline, batch)
     with run.autocast():
         errors = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
@@ -1594,15 +1488,33 @@ def load_trained_weights(args, unet, folder):
 def register_checkpoint_hooks(args, accelerator):
     """Let checkpoints hold the trained weights in diffusers' format in place of accelerate's own whole copy."""
 
+    failures = []
+
+    def deferred(write):
+        def attempt(*args, **kwargs):
+            try:
+                return write(*args, **kwargs)
+            except WRITE_ERRORS as error:
+                failures.append(error)
+
+        return attempt
+
     def save_hook(models, weights, folder):
         save_trained_weights(args, accelerator, models[0], Path(folder))
         weights.clear()
+        if failures:
+            raise failures.pop()
 
     def load_hook(models, folder):
         # DeepSpeed and FSDP have loaded their own shards by now and leave no model to load.
         while models:
             load_trained_weights(args, accelerator.unwrap_model(models.pop()), Path(folder))
 
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Its processes meet behind the writing: one that cannot write comes there with the others, then fails.
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        engine.checkpoint_engine.save = deferred(engine.checkpoint_engine.save)
+        engine._copy_recovery_script = deferred(engine._copy_recovery_script)
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
 
@@ -1620,13 +1532,11 @@ FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token")
 
 def checkpoint_layout(args, accelerator):
     """How a checkpoint is split over the processes; None where any number of them can go on with it."""
-    split = [
-        kind.value
-        for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-        if accelerator.distributed_type == kind
-    ]
-    split += ["a stream"] if args.streaming else []
-    return f"{' and '.join(split)} over {accelerator.num_processes} processes" if split else None
+    plugin = accelerator.state.deepspeed_plugin
+    kinds = [f"DeepSpeed ZeRO-{plugin.zero_stage}"] if plugin else []
+    kinds += ["FSDP"] if accelerator.distributed_type == DistributedType.FSDP else []
+    kinds += ["a stream"] if args.streaming else []
+    return f"{' and '.join(kinds)} over {accelerator.num_processes} processes" if kinds else None
 
 
 def find_checkpoint(args, accelerator):
@@ -1666,18 +1576,21 @@ def resume(run, checkpoint, state):
     """Register how checkpoints hold the weights, and go on from one if there is one."""
     register_checkpoint_hooks(run.args, run.accelerator)
     if checkpoint is not None:
-        run.accelerator.load_state(checkpoint)
-        run.step, run.pairs_seen = state["step"], state["pairs_seen"]
-        run.bad_steps, run.skipped_steps = (
-            torch.tensor(state[name], device=run.accelerator.device) for name in ("bad_steps", "skipped_steps")
-        )
+        # A damaged file fails in as many ways as there are formats.
+        with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded", Exception):
+            run.accelerator.load_state(checkpoint)
+        for name in ("step", "pairs_seen", "bad_steps", "skipped_steps"):
+            setattr(run, name, state[name])
+        if run.accelerator.is_main_process:
+            run.rows_read, run.rows_bad = state["rows_read"], state["rows_bad"]
+            run.sums += run.sums.new_tensor(state["window"])
 
 
 def save_checkpoint(run, cursor):
     """Write checkpoint-{step} by all processes, whole or not at all, and only then drop the oldest ones."""
     args, accelerator = run.args, run.accelerator
     output_dir = Path(args.output_dir)
-    rows_read, rows_bad = run.account.totals()
+    rows_read, rows_bad = count_rows(run)
     state = {
         "step": run.step,
         "pairs_seen": run.pairs_seen,
@@ -1685,13 +1598,13 @@ def save_checkpoint(run, cursor):
         "skipped_steps": int(run.skipped_steps),
         "layout": checkpoint_layout(args, accelerator),
         "cursors": gather_object([cursor]),
-        "window": run.window.totals(),
+        "window": accelerator.reduce(run.sums).tolist(),
         "rows_read": rows_read,
         "rows_bad": rows_bad,
         "args": {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME},
     }
     with written_aside(accelerator, output_dir / f"checkpoint-{run.step}") as folder:
-        accelerator.save_state(folder)
+        accelerator.save_state(folder, save_latest=False)
         if accelerator.is_main_process:
             (folder / "mapo_state.json").write_text(json.dumps(state, indent=2))
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
@@ -1742,22 +1655,20 @@ def evaluate_pairs(run):
     None if the run was asked to stop.
     """
     args, accelerator, pairs = run.args, run.accelerator, run.held_out
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
     visits = held_out_visits(pairs.dataset)
     chunks = [visits[start : start + args.train_batch_size] for start in range(0, len(visits), args.train_batch_size)]
-    # Every rank takes as many forward passes: split weights are gathered in step.
-    rounds = math.ceil(len(chunks) / num_processes)
-    mine = (chunks + chunks[:1] * (rounds * num_processes - len(chunks)))[rank::num_processes]
-    if run.held_out_cache is not None:
-        mine = map(run.held_out_cache.filled, mine)
-    window = MetricWindow(accelerator)
-    for index, batch in enumerate(pairs.loader(mine)):
-        if run.stop.asked():
-            return None
-        warn_of_bad_rows(batch)
-        counted = index * num_processes + rank < len(chunks)
-        window.add(preference_step(run, batch)[1], batch["num_usable"] * counted)
-    return window.flush("eval_")
+    # Every rank takes as many forward passes, since split weights are gathered in step; those added weigh nothing.
+    own = len(chunks[accelerator.process_index :: accelerator.num_processes])
+    sums = torch.zeros_like(run.sums)
+    with accelerator.split_between_processes(chunks, apply_padding=True) as mine:
+        if run.held_out_cache is not None:
+            mine = map(run.held_out_cache.filled, mine)
+        for index, batch in enumerate(pairs.loader(mine)):
+            if run.stop.asked():
+                return None
+            warn_of_bad_rows(batch)
+            sums += weighted(preference_step(run, batch)[1], batch["num_usable"] * (index < own))
+    return means(accelerator, sums, "eval_")
 
 
 @torch.no_grad()
@@ -1831,7 +1742,7 @@ def log_grid(run, grid):
 def validate(run):
     """Log the eval_ metrics (and return them) and the grid of images; nothing that training depends on is touched."""
     run.unet.eval()
-    metrics = evaluate_pairs(run) if run.held_out is not None else None
+    metrics = evaluate_pairs(run) if len(run.held_out.dataset) > 0 else None
     if metrics:
         with tracking(run.accelerator):
             run.accelerator.log(metrics, step=run.step)
@@ -1938,24 +1849,28 @@ def build_accelerator(args):
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
-        raise TrainingError("--mixed_precision fp16 needs a GPU, on CPU write bf16 or no.")
     if accelerator.distributed_type == DistributedType.FSDP and args.use_8bit_adam:
         raise TrainingError(
             "--use_8bit_adam: bitsandbytes cannot step split weights, use launch_configs/deepspeed_zero2.yaml."
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.full_bf16:
-        raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights, use launch_configs/multi_gpu.yaml.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if args.full_bf16:
+            raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights, use launch_configs/multi_gpu.yaml.")
+        if weight_dtype == torch.float16:
+            raise TrainingError(
+                "--mixed_precision fp16: DeepSpeed would clip gradients that are still scaled, use bf16 or "
+                "launch_configs/multi_gpu.yaml."
+            )
         # DeepSpeed clips by itself and must be told the batch size, having no prepared loader. Its own half-precision
         # modes would round the trained weights too; torch's autocast does not.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["fp16"], config["bf16"] = {"enabled": False}, {"enabled": False}
-        if weight_dtype != torch.float32:
-            dtype = str(weight_dtype).removeprefix("torch.")
-            config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+        if weight_dtype == torch.bfloat16:
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed_precision fp16 needs a GPU, on CPU write bf16 or no.")
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
@@ -1988,10 +1903,7 @@ def update_weights(run):
     """
     One optimizer step, left out on the device where the gradient is not finite, where it is zero because no row was
     usable, and from --max_bad_steps on. bitsandbytes cannot do that and has the host wait for the decision; DeepSpeed
-    has made its step by now.
-
-    Returns:
-        The gradient's norm before clipping and whether it is finite, both on the device.
+    does so by itself. Returns the gradient's norm before clipping and whether it is finite, both on the device.
     """
     args, accelerator, optimizer = run.args, run.accelerator, run.optimizer.optimizer
     grad_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
@@ -2017,12 +1929,9 @@ def update_weights(run):
 
 def check_gradients(run, rows):
     """End a run whose gradients are not finite any more; nothing is saved over the last good checkpoint."""
-    bad_steps = int(run.bad_steps)
-    if bad_steps == 0:
-        return
-    applied = run.accelerator.distributed_type == DistributedType.DEEPSPEED
-    logger.warning(f"Step {run.step}: no finite gradient in {bad_steps} steps, {'' if applied else 'not '}applied.")
-    limit = 1 if applied else run.args.max_bad_steps
+    bad_steps, limit = int(run.bad_steps), run.args.max_bad_steps
+    if bad_steps > 0:
+        logger.warning(f"Step {run.step}: no finite gradient in {bad_steps} steps, not applied.")
     if bad_steps >= limit:
         step = run.step - bad_steps + limit
         named = ", ".join(sorted(set(gather_object(rows[step]))))
@@ -2045,7 +1954,7 @@ def steady_batches(run, pairs, batches):
 
 def stop_at_broken_source(run, cursor, counts):
     """End the run at the last step whose pairs were all read; all that the present one has summed up is forgotten."""
-    run.window.sums, run.account.read, run.account.bad = counts
+    run.sums, run.rows_read, run.rows_bad = counts
     failures = "; ".join(failure for failure in gather_object([run.stop.failure]) if failure)
     kept = "nothing was trained yet"
     if run.step > 0:
@@ -2068,7 +1977,7 @@ def stop_at_signal(run, cursor, number, saved):
 def train(run, batches, cursor):
     """The training loop, to --max_train_steps."""
     args, accelerator = run.args, run.accelerator
-    speed = Speedometer(accelerator, global_batch_size(args, accelerator), run.step)
+    first_step, started = run.step, time.perf_counter()
     progress = tqdm(
         total=args.max_train_steps, initial=run.step, desc="Steps", disable=not accelerator.is_local_main_process
     )
@@ -2076,41 +1985,51 @@ def train(run, batches, cursor):
     rows = {}
     for batch in batches if run.step < args.max_train_steps else ():
         if run.step + 1 not in rows:
-            counts = run.window.sums, run.account.read, run.account.bad
-        run.account.add(batch)
+            counts = run.sums, run.rows_read, run.rows_bad
+        run.rows_read, run.rows_bad = run.rows_read + len(batch["rows"]), run.rows_bad + len(batch["bad_rows"])
+        warn_of_bad_rows(batch)
         rows.setdefault(run.step + 1, []).extend(batch["rows"])
         with accelerator.accumulate(run.unet):
             loss, metrics = preference_step(run, batch)
-            run.window.add(metrics, batch["num_usable"])
+            run.sums = run.sums + weighted(metrics, batch["num_usable"])
+            # Asked before DeepSpeed makes its step, which it does in the backward pass.
+            signal_number = run.stop.asked() if accelerator.sync_gradients else 0
+            if signal_number == StopRequest.SOURCE_FAILED:
+                stop_at_broken_source(run, cursor, counts)
             # A row that could not be used weighs nothing; the mean is over all places of the batch.
             accelerator.backward(loss * batch["num_usable"] / args.train_batch_size)
             if not accelerator.sync_gradients:
                 continue
-            signal_number = run.stop.asked()
-            if signal_number == StopRequest.SOURCE_FAILED:
-                stop_at_broken_source(run, cursor, counts)
             learning_rate = run.lr_scheduler.get_last_lr()[0]
             grad_norm, finite = update_weights(run)
-        run.window.sums = torch.where(finite, run.window.sums, counts[0])
+        run.sums = torch.where(finite, run.sums, counts[0])
         cursor = batch["cursor"]
         progress.update(1)
 
         last, saved = run.step == args.max_train_steps, run.step % args.checkpointing_steps == 0
         logged = last or run.step % args.logging_steps == 0
-        if logged or saved or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if logged or saved:
             check_gradients(run, rows)
             rows = {}
         complaint = None
         if logged:
-            logs = {**run.window.flush(), "grad_norm": float(grad_norm), "lr": learning_rate, **speed.flush(run.step)}
+            logs = {**means(accelerator, run.sums), "grad_norm": float(grad_norm), "lr": learning_rate}
+            logs["skipped_steps"], logs["peak_memory_gib"] = (
+                int(run.skipped_steps),
+                peak_memory_gib(accelerator.device),
+            )
+            pairs = (run.step - first_step) * global_batch_size(args, accelerator)
+            logs["pairs_per_second"] = pairs / (time.perf_counter() - started)
             with tracking(accelerator):
-                accelerator.log({**logs, "skipped_steps": int(run.skipped_steps)}, step=run.step)
+                accelerator.log(logs, step=run.step)
+            run.sums = torch.zeros_like(run.sums)
+            first_step, started = run.step, time.perf_counter()
             shown = {"loss": ".4f", "accuracy": ".2f", "pairs_per_second": ".2f"}
             progress.set_postfix({name: format(logs[name], digits) for name, digits in shown.items()})
-            complaint = run.account.complaint()
+            complaint = too_many_bad_rows(run, run.enough_rows)
         if saved or complaint:
             save_checkpoint(run, cursor)
-            speed.restart(run.step)
+            first_step, started = run.step, time.perf_counter()
         if complaint:
             raise TrainingError(f"Stopped at step {run.step}, whose checkpoint is saved: {complaint}")
         stop_at_signal(run, cursor, signal_number, saved)
@@ -2118,7 +2037,7 @@ def train(run, batches, cursor):
             break
         if run.step % args.validation_steps == 0:
             validate(run)
-            speed.restart(run.step)
+            first_step, started = run.step, time.perf_counter()
             stop_at_signal(run, cursor, run.stop.asked(), saved)
     progress.close()
 
@@ -2135,9 +2054,8 @@ def finish(run):
         if run.args.push_to_hub:
             push_to_hub(run.args, output_dir)
     run.accelerator.wait_for_everyone()
-    rows_read, rows_bad = run.account.totals()
-    logger.info(f"{rows_bad} of {rows_read} rows read could not be used.")
-    complaint = run.account.complaint(at_end=True)
+    logger.info("{1} of {0} rows read could not be used.".format(*count_rows(run)))
+    complaint = too_many_bad_rows(run)
     end_training(run.accelerator)
     if complaint is not None:
         raise TrainingError(f"All is saved, but {complaint}")
@@ -2166,8 +2084,9 @@ def open_caches(args, accelerator, pipeline, dataset, rows, held_out):
     if not args.cache_latents:
         return None, None
     encoders = encoders_digest(pipeline)
-    cache = PairCache(args, accelerator, pipeline, dataset, cache_folder(args, encoders, held_out=False))
-    held_out_cache = PairCache(args, accelerator, pipeline, held_out, cache_folder(args, encoders, held_out=True))
+    with failing_together("--cache_latents: the cache cannot be opened", Exception):
+        cache = PairCache(args, accelerator, pipeline, dataset, cache_folder(args, encoders, held_out=False))
+        held_out_cache = PairCache(args, accelerator, pipeline, held_out, cache_folder(args, encoders, held_out=True))
     held_out_cache.fill_together(accelerator, held_out_visits(held_out))
     if rows is not None:
         cache.fill_together(accelerator, [Visit(int(row)) for row in rows])
@@ -2195,13 +2114,11 @@ def main(args):
     parameters = make_trainable(args, pipeline.unet)
     optimizer, lr_scheduler = build_optimizer(args, accelerator, parameters)
     unet, optimizer, lr_scheduler = accelerator.prepare(pipeline.unet, optimizer, lr_scheduler)
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise TrainingError("--gradient_accumulation_steps: the launch config has another number, leave it out there.")
 
-    visit_to_tensors = partial(
-        PairDataset,
-        args,
-        latent_shape=latent_shape,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-    )
+    sizes = latent_shape, noise_scheduler.config.num_train_timesteps
+    pairs, held_out_pairs = PairDataset(args, dataset, *sizes), PairDataset(args, held_out, *sizes)
     cursor = state["cursors"][accelerator.process_index] if state and args.streaming else None
     pairs_seen = state["pairs_seen"] if state else 0
     batches = training_batches(args, accelerator, dataset, rows, set(left_out), cache, pairs_seen, cursor)
@@ -2215,14 +2132,13 @@ def main(args):
             optimizer,
             lr_scheduler,
             noise_scheduler,
-            loss_function=preference_loss(args, noise_scheduler),
-            stop=stop,
-            account=RowAccount(args, accelerator, state, None if rows is None else len(rows)),
-            window=MetricWindow(accelerator, state and state["window"]),
-            held_out=visit_to_tensors(held_out) if held_out else None,
-            held_out_cache=held_out_cache,
-            validation_prompts=validation_prompts,
-            weight_dtype=weight_dtype,
+            preference_loss(args, noise_scheduler),
+            held_out_pairs,
+            held_out_cache,
+            validation_prompts,
+            stop,
+            ROWS_BEFORE_JUDGEMENT if rows is None else min(ROWS_BEFORE_JUDGEMENT, len(rows)),
+            sums=torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=accelerator.device),
         )
         start_trackers(args, accelerator)
         logger.info("***** Running training *****")
@@ -2238,7 +2154,7 @@ def main(args):
         if 0 < run.step < args.max_train_steps and run.step % args.validation_steps == 0:
             # The one that followed this checkpoint may have been cut short; it gives the same once more.
             validate(run)
-        train(run, steady_batches(run, visit_to_tensors(dataset), batches), cursor)
+        train(run, steady_batches(run, pairs, batches), cursor)
         finish(run)
 
 

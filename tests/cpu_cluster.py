@@ -23,7 +23,11 @@ def gloo_backend(self, *args, **kwargs):
     return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
 
 
-if __name__ == "__main__":
+def main():
     PartialState._prepare_backend = gloo_backend
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -588,6 +588,14 @@ def test_pipeline_without_unet(script, flags, world, tmp_path):
     assert "--pretrained_model_name_or_path" in complaint(script, flags | {"pretrained_model_name_or_path": folder})
 
 
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "text_encoder_2"])
+def test_truncated_weights(script, flags, world, tmp_path, part):
+    folder = shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    weights = next((folder / part).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "--pretrained_model_name_or_path" in complaint(script, flags | {"pretrained_model_name_or_path": folder})
+
+
 @pytest.mark.parametrize("rank", [4, None], ids=["lora", "full"])
 def test_fp16_on_cpu(script, flags, no_weights, rank):
     """accelerate lets it pass, but then neither casts nor scales the loss."""

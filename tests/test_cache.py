@@ -157,14 +157,19 @@ def test_the_key_knows_all_that_changes_what_is_stored(script, flags, world, tmp
         {"caption_column": "other"},
         {"chosen_column": "jpg_0", "rejected_column": "jpg_1"},
         {"no-remove_ties": True},
+        {"allow_tf32": True},
         {"held_out": True},
         {"held_out": True, "num_validation_pairs": 3},
     ]
     found = [folder(**changes) for changes in others]
-    for change in ("vae", "text_encoder", "text_encoder_2", "dtype"):
+    for change in ("vae", "text_encoder", "text_encoder_2", "dtype", "pad_token", "eos_token_id"):
         pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
         if change == "dtype":
             pipeline.vae.to(torch.bfloat16)
+        elif change == "pad_token":
+            pipeline.tokenizer_2.pad_token = "a"
+        elif change == "eos_token_id":
+            pipeline.text_encoder.config.eos_token_id = 5
         else:
             with torch.no_grad():
                 next(getattr(pipeline, change).parameters()).flatten()[0].add_(1e-3)
@@ -242,6 +247,28 @@ def test_a_cached_epoch_of_a_stream_reads_no_image(script, flags, monkeypatch):
     run(script, flags)
     # The held-out ones are found by reading; not one row behind them.
     assert len(read) <= 8
+
+
+def test_two_processes_may_write_the_same_file(script, flags, world, tmp_path):
+    """As two ranks do that read the same shards of a stream."""
+    args = script.parse_args(command_line(flags))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    one, other = (script.PairCache(args, accelerator, pipeline, [], tmp_path / "shared") for _ in range(2))
+
+    def overtaken(path):
+        other.write("0.json", lambda path: path.write_text("[1]"))
+        path.write_text("[1]")
+
+    one.write("0.json", overtaken)
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["0.json"]
+
+
+def test_a_stream_that_will_not_fit_is_one_sentence(script, flags, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+    flags.update(streaming=True, num_validation_pairs=None)
+    with pytest.raises(script.TrainingError, match=r"--cache_latents: 48 pairs need 0\.\d+ GiB in .*mapo_latents"):
+        run(script, flags)
 
 
 @pytest.mark.parametrize("where", ["estimate", "write"])

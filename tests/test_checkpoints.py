@@ -216,6 +216,15 @@ def test_what_is_no_checkpoint_is_refused(script, flags, tmp_path, asked):
         run(script, {**flags, "resume_from_checkpoint": asked})
 
 
+@pytest.mark.parametrize("file", ["optimizer.bin", "pytorch_lora_weights.safetensors", "random_states_0.pkl"])
+def test_damaged_checkpoint_is_one_sentence(script, flags, file):
+    folder = run(script, {**flags, "checkpointing_steps": 2}) / "checkpoint-2"
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(script.TrainingError, match=f"--resume_from_checkpoint {folder} cannot be loaded: ") as error:
+        run(script, {**flags, "resume_from_checkpoint": folder})
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("rank", [4, None])
 def test_resumed_run_with_nothing_left_to_do_ends_well(script, flags, tmp_path, rank):
     flags.update(rank=rank, checkpointing_steps=4, num_validation_pairs=4)

@@ -39,11 +39,11 @@ def free_port():
         return server.getsockname()[1]
 
 
-def commands(config, flags):
-    """The command line of each machine's launcher."""
-    wrapper = [] if config == "cpu" else [ROOT / "tests" / "cpu_cluster.py"]
+def commands(config, flags, file=None, wrapper=ROOT / "tests" / "cpu_cluster.py"):
+    """The command line of each machine's launcher; `file` may stand in for the config's own."""
+    wrapper = [] if config == "cpu" else [wrapper]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", ROOT / "launch_configs" / f"{config}.yaml"]
+    launcher += ["--config_file", file or ROOT / "launch_configs" / f"{config}.yaml"]
     training = [*wrapper, SCRIPT, *command_line(flags)]
     if config in ALONE:
         return [[*launcher, *training]]
@@ -80,9 +80,9 @@ def run_together(command_lines, env, timeout):
         return statuses, output.read()
 
 
-def launch_config(config, flags, timeout=TIMEOUT):
+def launch_config(config, flags, **changes):
     env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    return run_together(commands(config, flags), env, timeout)
+    return run_together(commands(config, flags, **changes), env, TIMEOUT)
 
 
 def launch_well(config, flags):
@@ -253,6 +253,109 @@ def test_8bit_adam_is_refused_under_fsdp2(kind_flags, tmp_path):
     assert statuses == [1]
     assert "error: --use_8bit_adam: " in output and "launch_configs/deepspeed_zero2.yaml" in output
     assert '/train_diffusion_mapo_sdxl.py", line' not in output
+
+
+# Faults under configs that split ------------------------------------------------------------------------------------
+
+
+FAULTY = """
+import functools, os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_faults import Fault, full_disk, install, not_finite, signalled
+del os.environ["ACCELERATE_USE_CPU"]
+import cpu_cluster
+if os.environ["RANK"] == {rank!r}:
+    install({fault})
+cpu_cluster.main()
+"""
+SPLIT = [
+    "deepspeed_zero2",
+    pytest.param("deepspeed_zero3", marks=pytest.mark.matrix),
+    pytest.param("fsdp2", marks=pytest.mark.matrix),
+]
+
+
+@pytest.fixture
+def short_flags(kind_flags, tmp_path):
+    """A checkpoint at each of five steps, and no validation."""
+    flags = {**kind_flags, **settings("fsdp2", "lora", "32bit", tmp_path / "out")}
+    return {
+        **flags,
+        "max_train_steps": 5,
+        "checkpointing_steps": 1,
+        "run_validation": None,
+        "num_validation_pairs": None,
+    }
+
+
+def launch_faulty(kind, flags, rank, fault, folder):
+    """The script over two processes, of which one has a fault; returns the launcher's status and the whole output."""
+    wrapper = folder / "faulty.py"
+    wrapper.write_text(FAULTY.format(tests=str(ROOT / "tests"), rank=str(rank), fault=fault))
+    (status,), output = launch_config(kind, flags, wrapper=wrapper)
+    assert '/train_diffusion_mapo_sdxl.py", line' not in output, output
+    return status, output
+
+
+def checkpoints(out):
+    return sorted(path.name for path in out.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kind", SPLIT)
+def test_full_disk_of_one_process_ends_all_in_one_sentence(short_flags, tmp_path, kind, rank):
+    fault = "Fault('checkpoint', (2,), functools.partial(full_disk, 2000))"
+    status, output = launch_faulty(kind, short_flags, rank, fault, tmp_path)
+    out = short_flags["output_dir"]
+    assert status == 1 and f"error: {out / 'checkpoint-2'} could not be written" in output, output
+    assert checkpoints(out) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_bad_step_of_one_process_is_left_out_by_all(short_flags, tmp_path, kind):
+    fault = "Fault('step', (2,), functools.partial(not_finite, 'nan loss'))"
+    status, output = launch_faulty(kind, short_flags, 1, fault, tmp_path)
+    assert status == 0 and "Step 2: no finite gradient in 1 steps, not applied" in output, output
+    out = short_flags["output_dir"]
+    assert list(curves(out)["skipped_steps"].values()) == [0, 1, 1, 1, 1]
+    assert_equal(trained(out / "checkpoint-1"), trained(out / "checkpoint-2"))
+    before, after = trained(out / "checkpoint-2"), trained(out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_signal_to_one_process_stops_all_and_the_run_goes_on_exactly(short_flags, tmp_path, kind):
+    flags = {**short_flags, "checkpointing_steps": 4}
+    fault = "Fault('step', (3,), functools.partial(signalled, signal.SIGTERM))"
+    status, output = launch_faulty(kind, flags, 1, fault, tmp_path)
+    out = flags["output_dir"]
+    assert status == 1 and "Stopped by SIGTERM at step 3" in output, output
+    assert checkpoints(out) == ["checkpoint-3"]
+    launch_well(kind, {**flags, "resume_from_checkpoint": "latest"})
+    whole = launch_well(kind, {**flags, "output_dir": tmp_path / "whole"})
+    assert curves(out) == curves(whole)
+    assert_equal(trained(out), trained(whole))
+
+
+@pytest.mark.matrix
+def test_checkpoint_of_another_stage_is_refused(short_flags):
+    launch_well("deepspeed_zero2", {**short_flags, "max_train_steps": 1})
+    statuses, output = launch_config("deepspeed_zero3", {**short_flags, "resume_from_checkpoint": "latest"})
+    assert statuses == [1] and "was written by DeepSpeed ZeRO-2 over 2 processes" in output, output
+
+
+@pytest.mark.matrix
+def test_accumulation_in_a_launch_config_is_refused(short_flags, tmp_path):
+    text = (ROOT / "launch_configs" / "deepspeed_zero2.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text.replace("  zero_stage", "  gradient_accumulation_steps: 3\n  zero_stage"))
+    statuses, output = launch_config("deepspeed_zero2", short_flags, file=tmp_path / "own.yaml")
+    assert statuses == [1] and "error: --gradient_accumulation_steps: the launch config has another" in output, output
+
+
+@pytest.mark.matrix
+def test_fp16_is_refused_under_deepspeed(short_flags):
+    statuses, output = launch_config("deepspeed_zero2", {**short_flags, "mixed_precision": "fp16"})
+    assert statuses == [1] and "error: --mixed_precision fp16: DeepSpeed would clip gradients" in output, output
 
 
 # The files ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -1288,13 +1289,11 @@ def test_too_many_bad_rows_stop_the_run_after_a_checkpoint(
 
 @pytest.mark.parametrize("limit, stops", [(2 / 12, False), (0.16, True), (0, True), (1, False)])
 def test_the_limit_of_bad_rows_is_a_share_of_what_was_read(script, limit, stops):
-    account = script.RowAccount.__new__(script.RowAccount)
-    account.limit, account.enough, account.read, account.bad = limit, 12, 12, 2
-    account.totals = lambda: [account.read, account.bad]
-    assert (account.complaint() is not None) == stops
-    account.read, account.bad = 11, 11
-    assert account.complaint() is None
-    assert (account.complaint(at_end=True) is not None) == (limit < 1)
+    run = SimpleNamespace(args=SimpleNamespace(max_bad_rows=limit), rows_read=12, rows_bad=2)
+    assert (script.too_many_bad_rows(run, enough=12) is not None) == stops
+    run.rows_read = run.rows_bad = 11
+    assert script.too_many_bad_rows(run, enough=12) is None
+    assert (script.too_many_bad_rows(run) is not None) == (limit < 1)
 
 
 @pytest.mark.parametrize("use_8bit_adam", [None, True], ids=["32bit", "8bit"])

@@ -63,6 +63,28 @@ def test_no_step_that_is_not_logged_reads_the_device(script, flags, tmp_path, mo
     assert len(counter.windows) == 3 and counter.windows[1:] == [{}, {}]
 
 
+def without_waiting(function):
+    """The function, which raises where it waits for the GPU."""
+
+    def call(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return call
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA alone says when it is waited for")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_gpu(script, flags, tmp_path, monkeypatch, variant):
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    for name in ("preference_step", "update_weights"):
+        monkeypatch.setattr(script, name, without_waiting(getattr(script, name)))
+    run(script, {**flags, "cache_dir": tmp_path, **VARIANTS[variant]})
+
+
 def test_8bit_adam_waits_once_a_step_to_leave_bad_updates_out(script, flags, monkeypatch):
     """bitsandbytes has no way to leave an update out on the device."""
     flags.update(max_train_steps=6, logging_steps=3, use_8bit_adam=True)
