@@ -24,6 +24,8 @@
 #     "datasets>=5.2",
 #     "peft>=0.18",
 #     "sentencepiece",
+#     "protobuf",
+#     "ftfy",
 # ]
 # ///
 """Draw images with SDXL and its aligned versions, and score them with the preference models of the MaPO paper.
@@ -48,6 +50,7 @@ Run the same command again to go on where it stopped. `--output_dir` holds `imag
 import argparse
 import contextlib
 import hashlib
+import html
 import importlib.util
 import itertools
 import json
@@ -76,10 +79,11 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import check_min_version
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, Dinov2Model, SiglipModel
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 
 check_min_version("0.36.0")
@@ -146,6 +150,19 @@ def check_complete(missing):
     """Refuse a model whose file lacks weights, which the libraries would draw at random."""
     if missing:
         raise ValueError(f"it lacks {len(missing)} weights, e.g. {min(missing)}")
+
+
+@contextlib.contextmanager
+def failing_together():
+    """Turn an EvaluationError of one process or more into one of all."""
+    problem = None
+    try:
+        yield
+    except EvaluationError as error:
+        problem = str(error)
+    problems = [problem for problem in gather_object([problem]) if problem is not None]
+    if problems:
+        raise EvaluationError(problems[0])
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
@@ -270,8 +287,12 @@ def parse_args(input_args=None):
             "--scorers dinov2 needs --reference_images, the folder of images to compare with",
         ),
         (
-            "siglip" in args.scorers and importlib.util.find_spec("sentencepiece") is None,
-            "--scorers siglip needs sentencepiece: pip install sentencepiece",
+            "siglip" in args.scorers and not (is_sentencepiece_available() and is_protobuf_available()),
+            "--scorers siglip needs its tokenizer's libraries: pip install sentencepiece protobuf",
+        ),
+        (
+            "hps" in args.scorers and importlib.util.find_spec("ftfy") is None,
+            "--scorers hps needs ftfy: pip install ftfy",
         ),
     ]
     problem = next((sentence for broken, sentence in rules if broken), None)
@@ -315,7 +336,7 @@ def read_image(path):
     """Decode one image to RGB; EvaluationError if Pillow cannot."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     # Pillow raises most of the built-in exceptions on one broken file or another.
     except Exception as error:
         raise EvaluationError(f"Image {path} cannot be read, mend or delete it: {one_line(error)}") from error
@@ -395,6 +416,9 @@ def weights_stamp(file):
     if "snapshots" in folder.parts:
         return folder.parts[folder.parts.index("snapshots") + 1]
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")])
+    if file.name == LORA_FILE:
+        # Beside the checkpoints of its training, which come and go.
+        files = [file]
     return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
@@ -493,6 +517,16 @@ def draw_images(args, pipeline, prompts, places):
     ).images
 
 
+def draw_missing(args, accelerator, system, pipeline, prompts, batches):
+    """Draw these batches of places and write the images that are not there yet."""
+    pipeline.vae.enable_slicing()
+    pipeline.set_progress_bar_config(disable=True)
+    for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
+        for place, image in zip(batch, draw_images(args, pipeline, prompts, batch), strict=True):
+            if not system.image(*place).exists():
+                write_whole(system.image(*place), partial(image.save, format="PNG"))
+
+
 def generation_settings(args, systems, prompts, scheduler, dtype):
     """For each system all that moves its images; the batch size and the processes move them by rounding at most."""
     named = ["pretrained_model_name_or_path", "variant", "pretrained_vae_model_name_or_path"]
@@ -563,17 +597,12 @@ def generate(args, accelerator, dtype, systems, prompts):
     accelerator.wait_for_everyone()
     for system, its_batches in zip(systems, missing, strict=True):
         mine = its_batches[accelerator.process_index :: accelerator.num_processes]
-        if mine:
-            pipeline = load_pipeline(args, system, scheduler, dtype).to(accelerator.device)
-            pipeline.vae.enable_slicing()
-            pipeline.set_progress_bar_config(disable=True)
-            for batch in tqdm(mine, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
-                for place, image in zip(batch, draw_images(args, pipeline, prompts, batch), strict=True):
-                    if not system.image(*place).exists():
-                        write_whole(system.image(*place), partial(image.save, format="PNG"))
-            del pipeline
-            accelerator.free_memory()
-    accelerator.wait_for_everyone()
+        with failing_together():
+            if mine:
+                pipeline = load_pipeline(args, system, scheduler, dtype).to(accelerator.device)
+                draw_missing(args, accelerator, system, pipeline, prompts, mine)
+                del pipeline
+        accelerator.free_memory()
     return settings[0]
 
 
@@ -688,12 +717,12 @@ def from_open_clip(weights):
 
 
 def fit_into_square(image, side):
-    """Shrink or enlarge to `side` pixels in the longer direction, and centre on black."""
-    scale = side / max(image.size)
-    image = image.resize([round(length * scale) for length in image.size], Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    """[3, side, side] from 0 to 1: the image brought to `side` pixels in the longer direction, centred on black."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    height, width = (round(length * side / max(image.size)) for length in pixels.shape[-2:])
+    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    left, top = (side - width) // 2, (side - height) // 2
+    return F.pad(pixels, (left, side - width - left, top, side - height - top))[0]
 
 
 class HPS(Scorer):
@@ -701,8 +730,8 @@ class HPS(Scorer):
     Human Preference Score v2.1: 100 x cosine, about 30 for SDXL (arXiv 2306.09341, github.com/tgxs002/HPSv2).
 
     The weights are those of open_clip's ViT-H-14; --hps_model gives the same architecture's config and vocabulary. A
-    whole image is seen, fitted into a black square, where CLIP would cut out its centre. HPSv2's tokenizer also mends
-    wrongly decoded characters and straightens curly quotes, which is not done here.
+    whole image is seen, fitted into a black square, where CLIP would cut out its centre, and texts are mended as by
+    open_clip. HPSv2 itself computes in float16, and resized without antialiasing before torchvision 0.17.
     """
 
     model_flag = "hps_model"
@@ -712,15 +741,24 @@ class HPS(Scorer):
             config = CLIPConfig.from_pretrained(args.hps_model)
         with loading("hps_weights", args.hps_weights):
             weights = torch.load(find_weights(args.hps_weights), map_location="cpu", weights_only=True)
+            if "state_dict" not in weights:
+                raise ValueError("it holds no state_dict")
             weights = from_open_clip(weights["state_dict"])
         return self.load_weights(
             "hps_weights", args.hps_weights, pretrained_model_name_or_path=None, config=config, state_dict=weights
         )
 
     def embed_images(self, images):
-        self.image_processor.do_resize = self.image_processor.do_center_crop = False
         side = self.model.config.vision_config.image_size
-        return super().embed_images([fit_into_square(image, side) for image in images])
+        mean, std = (torch.tensor(getattr(self.image_processor, f"image_{name}")) for name in ("mean", "std"))
+        pixels = torch.stack([fit_into_square(image, side) for image in images])
+        pixels = ((pixels - mean[:, None, None]) / std[:, None, None]).to(self.device)
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    def embed_texts(self, prompts):
+        import ftfy
+
+        return super().embed_texts([html.unescape(html.unescape(ftfy.fix_text(prompt))) for prompt in prompts])
 
     def score(self, images, prompts):
         return 100 * self.cosines(images, prompts)
@@ -794,6 +832,12 @@ SCORERS = {
 }
 
 
+def warn_of_long_texts(name, scorer, texts):
+    long = sum(len(ids) > scorer.max_tokens() for ids in scorer.tokenizer(sorted(texts)).input_ids)
+    if long > 0:
+        logger.warning(f"{name} reads only {scorer.max_tokens()} tokens of {long} of the {len(texts)} prompts.")
+
+
 @torch.no_grad()
 def score_images(args, accelerator, records):
     """
@@ -806,23 +850,19 @@ def score_images(args, accelerator, records):
     batches = [records[i : i + args.batch_size] for i in range(0, len(records), args.batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     for name in args.scorers:
-        scorer = SCORERS[name](args, accelerator.device)
-        if scorer.tokenizer is not None:
-            texts = sorted({record["prompt"] for record in records})
-            long = sum(len(ids) > scorer.max_tokens() for ids in scorer.tokenizer(texts).input_ids)
-            if long > 0:
-                logger.warning(
-                    f"{name} reads only {scorer.max_tokens()} tokens of {long} of the {len(texts)} prompts."
-                )
-        scores = []
-        for batch in tqdm(mine, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process):
-            images = [read_image(record["file"]) for record in batch]
-            scores.append(scorer.score(images, [record["prompt"] for record in batch]).tolist())
+        with failing_together():
+            scorer = SCORERS[name](args, accelerator.device)
+            if scorer.reads_text:
+                warn_of_long_texts(name, scorer, {record["prompt"] for record in records})
+            scores = []
+            for batch in tqdm(mine, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process):
+                images = [read_image(record["file"]) for record in batch]
+                scores.append(scorer.score(images, [record["prompt"] for record in batch]).tolist())
+            del scorer
         for rank, its_scores in gather_object([(accelerator.process_index, scores)]):
             for batch, batch_scores in zip(batches[rank :: accelerator.num_processes], its_scores, strict=True):
                 for record, score in zip(batch, batch_scores, strict=True):
                     record[name] = round(score, 6)
-        del scorer
         accelerator.free_memory()
 
 
@@ -974,7 +1014,7 @@ def build_accelerator(args):
     try:
         # Processes wait for the slowest, which may draw for hours.
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
+            mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))]
         )
     except ValueError as error:
         raise EvaluationError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error

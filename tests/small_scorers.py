@@ -47,7 +47,8 @@ def clip_config(tokenizer, projection_dim, hidden_act):
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        # As the published configs have it, wrongly.
+        eos_token_id=2,
         pad_token_id=tokenizer.pad_token_id,
         hidden_act=hidden_act,
         **shared,
@@ -153,7 +154,8 @@ def build_scorers(folder):
         save_clip(folder / "clip", tokenizer)
         save_clip(folder / "vit-l-14", tokenizer, projection_dim=768)
         save_clip(folder / "vit-h-14", tokenizer, weights=False)
-        torch.save({"state_dict": open_clip_weights(len(tokenizer))}, folder / "hps.pt")
+        weights = {name: weight.half() for name, weight in open_clip_weights(len(tokenizer)).items()}
+        torch.save({"state_dict": weights}, folder / "hps.pt")
         head = {
             f"layers.{i}.weight": torch.randn(shape[::-1]) / shape[0] ** 0.5 for i, shape in AESTHETIC_LAYERS.items()
         }
@@ -200,11 +202,13 @@ def centre(image, shortest=SIDE):
 
 
 def whole(image):
-    """All of an image in a black square."""
-    pixels = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    """All of an image in a black square; each channel resized as floats by Pillow."""
+    pixels = np.zeros((SIDE, SIDE, 3))
     width, height = (round(length * SIDE / max(image.size)) for length in image.size)
     left, top = (SIDE - width) // 2, (SIDE - height) // 2
-    pixels[top : top + height, left : left + width] = image.resize((width, height), Image.Resampling.BICUBIC)
+    for channel, plane in enumerate(image.split()):
+        plane = Image.fromarray(np.asarray(plane, dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+        pixels[top : top + height, left : left + width, channel] = plane
     return to_pixels(pixels)
 
 
@@ -275,7 +279,7 @@ def expected_score(scorer, flags, image, prompt, references=()):
     if scorer == "clip":
         return max(100 * cosine(*clip_vectors(flags["clip_model"], flags["clip_model"], image, prompt)[:2]), 0)
     if scorer == "hps":
-        weights = torch.load(flags["hps_weights"])["state_dict"]
+        weights = {name: weight.float() for name, weight in torch.load(flags["hps_weights"])["state_dict"].items()}
         return 100 * cosine(*open_clip_vectors(weights, flags["hps_model"], image, prompt))
     if scorer == "aesthetic":
         x = clip_vectors(flags["aesthetic_model"], flags["aesthetic_model"], image, prompt)[0]

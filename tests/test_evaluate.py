@@ -30,7 +30,7 @@ from transformers import AutoImageProcessor
 SCRIPT = ROOT / "evaluate_diffusion_mapo_sdxl.py"
 SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2"]
 # float32 itself leaves 1e-7 of a cosine, which some scores are a hundred times of.
-TOLERANCE = {"pickscore": 1e-5, "aesthetic": 1e-5, "hps": 5e-5, "clip": 5e-5, "siglip": 5e-5, "dinov2": 5e-5}
+TOLERANCE = {"pickscore": 1e-5, "aesthetic": 1e-5, "hps": 3e-5, "clip": 3e-5, "siglip": 3e-5, "dinov2": 3e-5}
 # One in capitals with a comma, one longer than the scorers read.
 PROMPTS = ["a red circle", "An orange star, drawn by hand", "a blue square " * 30]
 SIZES = [(64, 64), (90, 50), (33, 57)]
@@ -163,7 +163,7 @@ def test_scores_are_those_of_the_formulas(scored, small, scorers, scorer):
     for row in rows:
         image = Image.open(row["file"]).convert("RGB")
         expected = expected_score(scorer, scorers, image, row["prompt"], references)
-        assert row[scorer] == pytest.approx(expected, rel=2e-6, abs=TOLERANCE[scorer])
+        assert row[scorer] == pytest.approx(expected, rel=0, abs=TOLERANCE[scorer])
     assert len({row[scorer] for row in rows}) == len(rows)
 
 
@@ -191,7 +191,15 @@ def test_neither_batch_nor_order_moves_a_score(script, small, scored, tmp_path):
     for row in records(output_dir):
         other = again[row["model"], row["prompt_index"]]
         for name in SCORERS:
-            assert other[name] == pytest.approx(row[name], rel=2e-6, abs=TOLERANCE[name])
+            assert other[name] == pytest.approx(row[name], rel=0, abs=TOLERANCE[name])
+
+
+def test_hps_mends_texts_as_open_clip(script, scorers, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script.Scorer, "embed_texts", lambda self, prompts: seen.extend(prompts))
+    args = script.parse_args(command_line({"images": ["a=b"], "prompts": "p", **scorers}))
+    script.HPS(args, "cpu").embed_texts(["the cat’s “hat”", "a &amp;amp; b"])
+    assert seen == ['the cat\'s "hat"', "a & b"]
 
 
 def test_images_pass_through_pillow_whatever_is_installed(script, scorers, monkeypatch):
@@ -503,7 +511,7 @@ def launch(flags, processes):
     if processes == 1:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
     command = [*launcher, str(SCRIPT), *command_line(flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_write_the_same(script, small, scorers, drawn, tmp_path, monkeypatch):
@@ -624,11 +632,10 @@ def test_wrong_arguments(script, capsys, words, sentence):
 
 
 def test_siglip_without_sentencepiece(script, capsys, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find_spec(name))
+    monkeypatch.setattr(script, "is_protobuf_available", lambda: False)
     with pytest.raises(SystemExit):
         script.parse_args(["--prompts", "p.txt", "--images", "a=b", "--scorers", "siglip"])
-    assert "--scorers siglip needs sentencepiece: pip install sentencepiece" in capsys.readouterr().err
+    assert "pip install sentencepiece protobuf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["clip_model", "hps_model", "hps_weights", "aesthetic_weights"])
@@ -689,11 +696,12 @@ def test_hub_ids_are_found_by_their_files(script, small, tmp_path, monkeypatch):
     assert candidate.weights == "c0ffee"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_command_ends_in_one_sentence(ready, tmp_path, processes):
-    done = launch({**ready, "images": [f"red={tmp_path}"]}, processes)
+def test_a_fault_of_one_process_ends_all_in_one_sentence(ready, small, tmp_path):
+    """The second image is the second process's."""
+    folder = shutil.copytree(small / "red", tmp_path / "red")
+    (folder / "00001_0.png").write_bytes(b"no image")
+    done = launch({**ready, "images": [f"red={folder}"], "batch_size": 1}, 2)
     assert done.returncode != 0
-    sentence = f"error: --images red={tmp_path} lacks 3 of 3, e.g. {tmp_path / '00000_0.png'}"
     # Two processes may write into one line.
-    assert sentence in done.stderr
+    assert f"error: Image {folder / '00001_0.png'} cannot be read" in done.stderr
     assert not re.search(r'File ".*evaluate_diffusion', done.stderr)

@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, run_words
-from small_world import draw_pairs
+from conftest import ROOT, command_line, run_words
+from small_scorers import build_scorers
+from small_world import draw, draw_pairs
 from trained_world import draw_preferences, load_pipeline
 
 
@@ -60,6 +62,11 @@ def split_command(words):
     return dict(zip(options[::2], options[1::2], strict=True)), words[script], words[script + 1 :]
 
 
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory):
+    return build_scorers(tmp_path_factory.mktemp("scorers"))
+
+
 def test_every_set_up_of_the_paper_has_a_recipe():
     assert {recipe.stem for recipe in RECIPES} == set(PAPER)
 
@@ -94,8 +101,8 @@ def test_evaluation_of_a_recipe_parses(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipe_starts_on_the_small_world(script, world, tmp_path, recipe):
-    """The recipe's own command, cut to one step of two pairs of the small world, through the script."""
+def test_recipe_starts_on_the_small_world(script, world, scorers, tmp_path, recipe):
+    """The recipe's own commands, cut to one step of two pairs of the small world and to one image."""
     if recipe.stem == "personalization":
         pairs = tmp_path / "pairs"
         draw_pairs(pairs, num_pairs=5, num_shards=1)
@@ -111,10 +118,19 @@ def test_recipe_starts_on_the_small_world(script, world, tmp_path, recipe):
     small += " --train_batch_size 2 --gradient_accumulation_steps 1 --max_train_steps 1 --dataloader_num_workers 0"
     if recipe.stem != "personalization":
         small += " --num_validation_pairs 4 --num_inference_steps 1 --validation_prompts circle"
-    _, _, words = split_command(commands(recipe, tmp_path, *shlex.split(small))[0])
-    out = run_words(script, words)
+    training, evaluation = (split_command(words)[2] for words in commands(recipe, tmp_path, *shlex.split(small)))
+    out = run_words(script, training)
     weights = "pytorch_lora_weights.safetensors" if recipe.stem == "personalization" else "unet"
     assert (out / weights).exists()
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    draw("circle", "red", "photo", np.random.default_rng(0), 96).save(tmp_path / "photo.png")
+    small = f"--pretrained_model_name_or_path {model} --pretrained_vae_model_name_or_path {model}/vae"
+    small += f" --candidates mapo={out} --prompts {tmp_path}/prompts.txt --reference_images {tmp_path}"
+    small += f" --images_per_prompt 1 --num_inference_steps 1 --resolution 64 --output_dir {out}/evaluation"
+    words = [*evaluation, *shlex.split(small), *command_line(scorers)]
+    evaluated = run_words(load(ROOT / "evaluate_diffusion_mapo_sdxl.py"), words)
+    results = json.loads((evaluated / "results.json").read_text())["results"]
+    assert {row["model"] for row in results} == {"base", "mapo"}
 
 
 # Commands in the texts ----------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
 
 # The paper has a vision-language model judge culture on the HPDv2 prompts, which no script here does, and shows its
 # scores as a plot (Figure 3a), without numbers. What these scores tell is what the training did to image quality.
-accelerate launch --num_processes 4 "$HERE/evaluate_diffusion_mapo_sdxl.py" \
+accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
+    "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
     --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --candidates "mapo=$OUTPUT" \
-    --prompts hpdv2 --scorers hps clip aesthetic --seed 0 --output_dir "$OUTPUT/evaluation"
+    --prompts hpdv2 --scorers hps clip aesthetic --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT/evaluation"

@@ -20,7 +20,8 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
     --seed 0 --output_dir "$OUTPUT" "$@"
 
 # To compare, Table 2 (Aesthetic / HPS v2.1 / PickScore): SDXL 6.03 / 30.0 / 22.4, MaPO 6.34 / 31.2 / 22.9.
-accelerate launch --num_processes 8 "$HERE/evaluate_diffusion_mapo_sdxl.py" \
+accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 8 \
+    "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
     --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --candidates "mapo=$OUTPUT" \
-    --prompts pickapic_v2 --scorers aesthetic hps pickscore --seed 0 --output_dir "$OUTPUT/evaluation"
+    --prompts pickapic_v2 --scorers aesthetic hps pickscore --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT/evaluation"

@@ -26,8 +26,9 @@ accelerate launch --config_file "$HERE/launch_configs/single_gpu.yaml" \
 
 # To compare, Table 1 (Aesthetic / SigLIP / DINOv2): DreamBooth 5.91 / 61.60 / 84.69, DCO 5.92 / 70.45 / 89.12,
 # MaPO 5.97 / 73.60 / 89.51.
-accelerate launch --num_processes 1 "$HERE/evaluate_diffusion_mapo_sdxl.py" \
+accelerate launch --config_file "$HERE/launch_configs/single_gpu.yaml" \
+    "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
     --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --candidates "mapo=$OUTPUT" \
     --prompts "$PROMPTS" --images_per_prompt 4 --reference_images "$PHOTOS" --scorers aesthetic siglip dinov2 \
-    --seed 0 --output_dir "$OUTPUT/evaluation"
+    --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT/evaluation"
