@@ -47,9 +47,8 @@ CURVES = {"eval_margin": "margin", "eval_accuracy": "accuracy", "eval_chosen_mse
 def experiments():
     """All runs but for their seeds: {name: (task, base, flags)}; those without flags are the bases themselves."""
     runs = {"photo base": ("cartoon", "photo", None), "cartoon base": ("cartoon", "cartoon", None)}
-    for loss, flags in LOSSES.items():
-        runs[f"cartoon, full, {loss}"] = ("cartoon", "photo", flags)
-        runs[f"cartoon, LoRA, {loss}"] = ("cartoon", "photo", ["--rank", "64", *flags])
+    for kind, rank in (("full", []), ("LoRA", ["--rank", "64"])):
+        runs |= {f"cartoon, {kind}, {loss}": ("cartoon", "photo", rank + flags) for loss, flags in LOSSES.items()}
     runs |= {f"frame, full, {loss}": ("frame", "photo", LOSSES[loss]) for loss in SHOWN}
     beta = ["--beta_mapo", "64"]
     runs["swapped labels"] = ("cartoon", "photo", beta + SWAPPED)
