@@ -333,9 +333,9 @@ def test_newest_checkpoints_are_kept(script, flags, limit, kept):
     assert not hidden(out)
 
 
-def save_on_a_full_disk(accelerator, folder):
+def save_on_a_full_disk(accelerator, folder, **options):
     """The first checkpoint fits, the second does not."""
-    SAVE_STATE(accelerator, folder)
+    SAVE_STATE(accelerator, folder, **options)
     if "checkpoint-4" in str(folder):
         (Path(folder) / "optimizer.bin").write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
