@@ -196,7 +196,7 @@ def add_data_arguments(add):
         "--shuffle_buffer_size",
         type=COUNT,
         default=256,
-        help="Streamed pairs mixed at a time; two such blocks are held.",
+        help="Streamed pairs mixed at a time; two such blocks and the one in use are held.",
     )
     add("--max_train_samples", type=COUNT, help="Use only this many rows of the data set.")
     add("--caption_column", default="caption", help="Column of the prompts.")
@@ -236,16 +236,15 @@ def add_training_arguments(add):
     add("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimizer step.")
     add("--gradient_checkpointing", action="store_true", help="Save memory, recompute activations.")
-    precisions = ["no", "fp16", "bf16"]
     add(
         "--mixed_precision",
-        choices=precisions,
-        help="Of all but the trained weights. None: what accelerate is set to.",
+        choices=["no", "fp16", "bf16"],
+        help="Precision of the computation and of frozen weights. None: what accelerate is set to.",
     )
     add(
         "--full_bf16",
         action="store_true",
-        help="Whole UNet in bfloat16 weights, rounded at random; 10 GiB less, noise.",
+        help="Train the whole UNet in bfloat16 weights, rounded at random: 10 GiB less than float32, with noise.",
     )
     add("--allow_tf32", action="store_true", help="Let float32 products run in TF32.")
     add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
@@ -352,13 +351,16 @@ def find_contradiction(args):
         (too_slow, "--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger"),
         (unbounded, "--streaming with --validation_split needs --num_validation_pairs, the pairs to hold in memory"),
         (leaks, "--report_to wandb would send --hub_token to the tracker; log in with `hf auth login` instead"),
-        (args.use_8bit_adam and "bitsandbytes" in missing, "--use_8bit_adam needs it: pip install bitsandbytes"),
+        (
+            args.use_8bit_adam and "bitsandbytes" in missing,
+            "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes",
+        ),
         (
             args.full_bf16 and not rounds,
             "--full_bf16 needs --use_8bit_adam and --mixed_precision bf16, without --rank",
         ),
         (args.rank is not None and "peft" in missing, "--rank needs peft: pip install peft"),
-        (args.report_to in missing, f"--report_to {args.report_to} needs it: pip install {args.report_to}"),
+        (args.report_to in missing, f"--report_to {args.report_to} needs its package: pip install {args.report_to}"),
     ]
     return next((sentence for broken, sentence in rules if broken), None)
 
@@ -1914,7 +1916,7 @@ def update_weights(run):
     run.bad_steps = torch.where(finite & (run.bad_steps < args.max_bad_steps), 0, run.bad_steps + 1)
     run.skipped_steps = run.skipped_steps + (run.bad_steps > 0)
     left_out = (run.bad_steps > 0) | (grad_norm == 0)
-    # The scaler of fp16 leaves such steps out by itself, and learns its scale from them.
+    # The scaler of fp16 leaves steps that are not finite out by itself, and learns its scale from them.
     if accelerator.scaler is None and isinstance(optimizer, torch.optim.AdamW):
         optimizer.found_inf = left_out.float()
         run.optimizer.step()
@@ -2013,13 +2015,15 @@ def train(run, batches, cursor):
             rows = {}
         complaint = None
         if logged:
-            logs = {**means(accelerator, run.sums), "grad_norm": float(grad_norm), "lr": learning_rate}
-            logs["skipped_steps"], logs["peak_memory_gib"] = (
-                int(run.skipped_steps),
-                peak_memory_gib(accelerator.device),
-            )
             pairs = (run.step - first_step) * global_batch_size(args, accelerator)
-            logs["pairs_per_second"] = pairs / (time.perf_counter() - started)
+            logs = {
+                **means(accelerator, run.sums),
+                "grad_norm": float(grad_norm),
+                "lr": learning_rate,
+                "skipped_steps": int(run.skipped_steps),
+                "pairs_per_second": pairs / (time.perf_counter() - started),
+                "peak_memory_gib": peak_memory_gib(accelerator.device),
+            }
             with tracking(accelerator):
                 accelerator.log(logs, step=run.step)
             run.sums = torch.zeros_like(run.sums)
