@@ -34,24 +34,24 @@ The 500 Pick-a-Pic v2 test prompts, base model against a LoRA and a whole UNet (
 
     accelerate launch evaluate_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
-        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
-        --candidates lora=mapo-lora full=mapo-full --prompts pickapic_v2 --mixed_precision bf16 \
-        --output_dir evaluation
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --prompts pickapic_v2 \
+        --candidates lora=mapo-lora full=mapo-full --mixed_precision bf16 --output_dir evaluation
 
 Images made elsewhere, `00000_0.png` (prompt 0, image 0), `00001_0.png`, ... in a folder for each model:
 
     accelerate launch evaluate_diffusion_mapo_sdxl.py --images sdxl=images/sdxl mapo=images/mapo \
         --prompts prompts.txt --output_dir evaluation
 
-Run the same command again to go on where it stopped. `--output_dir` holds `images/NAME/` with its `settings.json`,
-`scores.jsonl` (one image a line), `results.md`, `results.json`, and `grid-NAME.png` with the largest wins and losses.
+Run the same command again to resume. `--output_dir` holds `images/NAME/` with its `settings.json`, `scores.jsonl` (one
+image per line), `results.md`, `results.json`, and `grid-NAME.png` with the largest wins and losses.
+
+Scorers also work alone: `PickScore("cuda").score(images, prompts)` scores PIL images in RGB.
 """
 
 import argparse
 import contextlib
 import hashlib
 import html
-import importlib.util
 import itertools
 import json
 import logging
@@ -59,9 +59,9 @@ import math
 import os
 import re
 import sys
-import textwrap
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,334 +75,228 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import check_min_version
+from diffusers.utils import make_image_grid
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, Dinov2Model, SiglipModel
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-
-check_min_version("0.36.0")
 
 logger = get_logger(__name__)
 
-# (hub id, column, split) of the known prompt sets; HPDv2 is four files, see `read_hpdv2`.
-PROMPT_SETS = {
-    "pickapic_v2": ("yuvalkirstain/pickapic_v2_no_images", "caption", "test_unique"),
-    "partiprompts": ("nateraw/parti-prompts", "Prompt", "train"),
-}
-HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
-PROMPT_FILES = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# What a candidate is, by the first of these files that its folder or hub id holds.
-CANDIDATE_FILES = {
-    "model_index.json": "pipeline",
-    "unet/config.json": "unet",
-    LORA_FILE: "lora",
-    "config.json": "unet",
-}
-# What the scorers are made of, each a flag; `_weights` are files, given as a path or as HUB_ID/FILE.
-SCORER_SOURCES = {
-    "pickscore_model": "yuvalkirstain/PickScore_v1",
-    "pickscore_processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "hps_model": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "hps_weights": "xswu/HPSv2/HPS_v2.1_compressed.pt",
-    "aesthetic_model": "openai/clip-vit-large-patch14",
-    "aesthetic_weights": "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-    "clip_model": "openai/clip-vit-large-patch14",
-    "siglip_model": "google/siglip-so400m-patch14-384",
-    "dinov2_model": "facebook/dinov2-base",
-}
-# Settings of the base that results.md leaves out.
-NOT_FACTS = ("pretrained_model_name_or_path", "base_weights", "scheduler_config", "kind", "source", "weights")
-BOOTSTRAP_SAMPLES = 2000
-# Largest wins, and as many largest losses, that a grid shows.
-GRID_ROWS = 4
+
+# Errors and files ----------------------------------------------------------------------------------------------------
 
 
 class EvaluationError(Exception):
     """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
 
 
-def one_line(error):
-    return " ".join(str(error).split())
-
-
 @contextlib.contextmanager
-def loading(flag, source):
-    """Name the flag and the file or hub id of whatever fails to load."""
+def naming(subject, fault="cannot be loaded"):
+    """Turn any error into an EvaluationError that names the flag or file at fault, and gives the reason."""
     try:
         yield
     except EvaluationError:
         raise
-    # One broken file or another raises most of the built-in exceptions.
+    # Broken files raise most of the built-in exceptions.
     except Exception as error:
-        reason = one_line(error) or type(error).__name__
-        raise EvaluationError(f"--{flag} {source} cannot be loaded: {reason}") from error
-
-
-def check_complete(missing):
-    """Refuse a model whose file lacks weights, which the libraries would draw at random."""
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} weights, e.g. {min(missing)}")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EvaluationError(f"{subject} {fault}: {reason}") from error
 
 
 @contextlib.contextmanager
 def failing_together():
-    """Turn an EvaluationError of one process or more into one of all."""
+    """Raise an EvaluationError of one process on all of them; none leaves before all have arrived."""
     problem = None
     try:
         yield
     except EvaluationError as error:
         problem = str(error)
-    problems = [problem for problem in gather_object([problem]) if problem is not None]
-    if problems:
-        raise EvaluationError(problems[0])
+    problem = next(filter(None, gather_object([problem])), None)
+    if problem is not None:
+        raise EvaluationError(problem)
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def find_file(source, name):
+    """Path of a file in a local folder, or of a hub id (then downloaded); None if there is no such file."""
+    path = Path(source) / name
+    if Path(source).is_dir():
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name))
+    except (OSError, ValueError):
+        return None
+
+
+def load_complete(architecture, source, **options):
+    """`from_pretrained`, but a file that lacks weights is an error: the libraries would draw them at random."""
+    model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}")
+    return model
+
+
+def read_image(path):
+    """Decode one image to RGB; EvaluationError if Pillow cannot."""
+    with naming(f"Image {path}", "cannot be read, fix or delete it"), Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def write_whole(path, write):
+    """Call `write(path)` on a hidden neighbour that then takes the path's place, so nobody sees half a file."""
+    aside = path.with_name(f".incomplete-{path.name}")
+    with naming(f"--output_dir: {path}", "cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        os.replace(aside, path)
+
+
+def write_text(path, text):
+    write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def in_batches(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
-def bounded(text, kind, low, high=sys.float_info.max):
-    """Parse a number in [low, high] for argparse."""
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from error
-    if not low <= value <= high:
-        limits = f"at least {low}" if high > 1e300 else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {limits}")
-    return value
-
-
-COUNT = partial(bounded, kind=int, low=1)
-SEED = partial(bounded, kind=int, low=0, high=2**32 - 1)
-NOT_NEGATIVE = partial(bounded, kind=float, low=0)
+def count(text):
+    """Parse a whole number from 1 for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def named_source(text):
     """Parse NAME=PATH for argparse."""
-    name, _, source = text.partition("=")
-    if not source or not re.fullmatch(r"\w[\w.-]*", name):
+    match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
-    return name, source
+    return match.groups()
 
 
-def add_generation_arguments(group):
-    group.add_argument(
-        "--pretrained_model_name_or_path", help="Base SDXL pipeline, shown as `base`: hub id or folder."
-    )
-    group.add_argument(
-        "--pretrained_vae_model_name_or_path", help="VAE of all models, e.g. madebyollin/sdxl-vae-fp16-fix."
-    )
-    group.add_argument("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
-    group.add_argument(
-        "--candidates",
-        nargs="+",
-        type=named_source,
-        default=[],
-        metavar="NAME=PATH",
-        help="Models to compare with the base: UNets (as `unet/` in training's --output_dir), LoRAs, or pipelines; "
-        "folders or hub ids.",
-    )
-    group.add_argument(
-        "--scheduler", choices=[kind.name for kind in KarrasDiffusionSchedulers], help="None: the base's."
-    )
-    group.add_argument("--num_inference_steps", type=COUNT, default=50, help="Denoising steps.")
-    group.add_argument("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Classifier-free guidance.")
-    group.add_argument("--resolution", type=COUNT, default=1024, help="Side of the images in pixels.")
-    group.add_argument("--seed", type=SEED, default=0, help="Seed of the images' noise.")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="None: what accelerate is set to.")
+def add_image_arguments(parser):
+    add = parser.add_argument_group("prompts and images").add_argument
+    add("--prompts", required=True, help="pickapic_v2, hpdv2, partiprompts, a .txt/.csv/.jsonl/.parquet, or a hub id.")
+    add("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
+    add("--prompt_split", default="test", help="Split of the hub data set.")
+    add("--max_prompts", type=count, help="Use only the first prompts.")
+    add("--images_per_prompt", type=count, default=1, help="Images of each prompt.")
+    add("--batch_size", type=count, default=4, help="Images per process and forward pass.")
+    add("--output_dir", default="evaluation", help="Folder for everything that the run writes.")
+    named = {"nargs": "+", "type": named_source, "default": []}
+    shown = "Folders of images named by prompt and image, 00012_0.png. Without a base pipeline, the first is the base."
+    add("--images", **named, metavar="NAME=FOLDER", help=shown)
+
+    add = parser.add_argument_group("drawing").add_argument
+    add("--pretrained_model_name_or_path", help="Base SDXL pipeline, called `base`: hub id or local folder.")
+    add("--pretrained_vae_model_name_or_path", help="VAE of all models, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
+    shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training."
+    add("--candidates", **named, metavar="NAME=PATH", help=shown)
+    schedulers = [kind.name for kind in diffusers.schedulers.KarrasDiffusionSchedulers]
+    add("--scheduler", choices=schedulers, help="Scheduler of all models. Without it, the base's.")
+    add("--num_inference_steps", type=count, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
+    add("--resolution", type=count, default=1024, help="Side of the images in pixels.")
+    add("--seed", type=int, default=0, help="Seed of the images' noise.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
 
 
-def add_data_arguments(group):
-    group.add_argument(
-        "--images",
-        nargs="+",
-        type=named_source,
-        default=[],
-        metavar="NAME=FOLDER",
-        help="Images made already, named by prompt (five digits) and image, both from zero: 00012_0.png. "
-        "The first folder is the base if there is no base pipeline.",
-    )
-    group.add_argument(
-        "--prompts",
-        required=True,
-        help="A .txt with a prompt a line, a .csv, .jsonl or .parquet, pickapic_v2, hpdv2, partiprompts, or a hub id.",
-    )
-    group.add_argument("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
-    group.add_argument("--prompt_split", default="test", help="Split of the hub data set.")
-    group.add_argument("--max_prompts", type=COUNT, help="Use only this many first prompts.")
-    group.add_argument("--images_per_prompt", type=COUNT, default=1, help="Images of each prompt.")
-    group.add_argument("--reference_images", help="Folder of the subject's images, for --scorers dinov2.")
-    group.add_argument("--batch_size", type=COUNT, default=4, help="Images drawn or scored at a time, per process.")
-    group.add_argument("--output_dir", default="evaluation", help="Folder of all that is written.")
-
-
-def add_scorer_arguments(group):
-    group.add_argument(
-        "--scorers",
-        nargs="+",
-        choices=list(SCORERS),
-        default=["pickscore", "hps", "aesthetic", "clip"],
-        help="Scores.",
-    )
-    for flag, source in SCORER_SOURCES.items():
-        kind = "file, or HUB_ID/FILE" if flag.endswith("weights") else "hub id or folder"
-        group.add_argument(f"--{flag}", default=source, help=f"A {kind}; %(default)s.")
+def add_scorer_arguments(parser):
+    shown = "A weights file is given as a path or as HUB_ID/FILE, any other source as a hub id or local folder."
+    add = parser.add_argument_group("scores", shown).add_argument
+    add("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS)[:4], help="Scores to compute.")
+    add("--reference_images", help="Local folder of the subject's images, for dinov2.")
+    for name, scorer in SCORERS.items():
+        for part, source in scorer.sources.items():
+            add(f"--{name}_{part}", default=source, help=f"Source of {name}.")
 
 
 def parse_args(input_args=None):
-    """Parse the command line (or `input_args`), refusing contradictory flags in one sentence."""
+    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        usage="accelerate launch evaluate_diffusion_mapo_sdxl.py --pretrained_model_name_or_path MODEL "
-        "--candidates NAME=PATH --prompts PROMPTS [flags, see --help]",
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --candidates NAME=PATH [...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add_data_arguments(parser.add_argument_group("prompts and images"))
-    add_generation_arguments(parser.add_argument_group("generation"))
-    add_scorer_arguments(parser.add_argument_group("scores"))
+    add_image_arguments(parser)
+    add_scorer_arguments(parser)
     args = parser.parse_args(input_args)
-    generated = [] if args.pretrained_model_name_or_path is None else [("base", None)]
-    names = [name for name, _ in generated + args.candidates + args.images]
+    base = [] if args.pretrained_model_name_or_path is None else [("base", None)]
+    names = [name for name, _ in base + args.candidates + args.images]
     rules = [
-        (not names, "give --pretrained_model_name_or_path to draw images, or --images to score those made already"),
-        (
-            bool(args.candidates) and not generated,
-            "--candidates needs --pretrained_model_name_or_path, which they are compared with",
-        ),
-        (
-            len(set(names)) < len(names),
-            f"--candidates and --images need names of their own, not {', '.join(names)}",
-        ),
-        (args.resolution % 8 != 0, "--resolution must be a multiple of 8, the VAE's reduction"),
-        (
-            "dinov2" in args.scorers and args.reference_images is None,
-            "--scorers dinov2 needs --reference_images, the folder of images to compare with",
-        ),
-        (
-            "siglip" in args.scorers and not (is_sentencepiece_available() and is_protobuf_available()),
-            "--scorers siglip needs its tokenizer's libraries: pip install sentencepiece protobuf",
-        ),
-        (
-            "hps" in args.scorers and importlib.util.find_spec("ftfy") is None,
-            "--scorers hps needs ftfy: pip install ftfy",
-        ),
+        (not names, "give --pretrained_model_name_or_path to draw images, or --images to score existing ones"),
+        (args.candidates and not base, "--candidates needs --pretrained_model_name_or_path to compare with"),
+        (len(set(names)) < len(names), f"--candidates and --images need different names, not {', '.join(names)}"),
+        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
+        (args.seed < 0, "--seed must be at least 0"),
+        (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
+        ("dinov2" in args.scorers and not args.reference_images, "--scorers dinov2 needs --reference_images"),
     ]
-    problem = next((sentence for broken, sentence in rules if broken), None)
-    if problem is not None:
-        parser.error(problem)
+    needed = [(name, package) for name in args.scorers for package in SCORERS[name].packages]
+    rules += [(not find_spec(package), f"--scorers {name} needs: pip install {package}") for name, package in needed]
+    for broken, sentence in rules:
+        if broken:
+            parser.error(sentence)
     return args
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Prompts and models --------------------------------------------------------------------------------------------------
 
 
-def find_file(source, name):
-    """Path of a file in a local folder, or of a hub id (then downloaded); None where there is none of that name."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name))
-    except (EntryNotFoundError, OSError, ValueError):
-        return None
-
-
-def find_weights(source):
-    """Path of a weights file, given as a path or as HUB_ID/FILE."""
-    folder, name = os.path.split(source)
-    path = find_file(folder or ".", name)
-    if path is None:
-        raise FileNotFoundError("it is no file, nor can it be had from the hub")
-    return path
-
-
-def find_references(args):
-    """The images of --reference_images."""
-    paths = sorted(path for path in Path(args.reference_images).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise EvaluationError(f"--reference_images {args.reference_images} holds no {', '.join(IMAGE_SUFFIXES)} file.")
-    return paths
-
-
-def read_image(path):
-    """Decode one image to RGB; EvaluationError if Pillow cannot."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    # Pillow raises most of the built-in exceptions on one broken file or another.
-    except Exception as error:
-        raise EvaluationError(f"Image {path} cannot be read, mend or delete it: {one_line(error)}") from error
-
-
-def read_hpdv2():
-    """
-    The 3,200 benchmark prompts of HPDv2 (arXiv 2306.09341), 800 of each style in the order of HPDV2_STYLES: lists of
-    strings in `benchmark/STYLE.json` of the hub data set `zhwang/HPDv2`.
-    """
-    for style in HPDV2_STYLES:
-        path = hf_hub_download("zhwang/HPDv2", f"{style}.json", subfolder="benchmark", repo_type="dataset")
-        yield from json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def prompt_rows(args):
-    """Iterate over the prompts as they are stored, whatever they are."""
-    path = Path(args.prompts)
-    if args.prompts == "hpdv2":
-        yield from read_hpdv2()
-    elif path.suffix == ".txt":
-        with path.open(encoding="utf-8-sig") as file:
-            yield from (line.rstrip("\n") for line in file)
-    else:
-        name, column, split = PROMPT_SETS.get(args.prompts, (args.prompts, args.prompt_column, args.prompt_split))
-        options = {"split": split}
-        if path.suffix in PROMPT_FILES:
-            name, options = PROMPT_FILES[path.suffix], {"split": "train", "data_files": str(path)}
-        for row in datasets.load_dataset(name, streaming=True, **options):
-            if column not in row:
-                raise EvaluationError(f"--prompt_column {column} is not among the columns {', '.join(row)}.")
-            yield row[column]
+# Column and source of each known prompt set; HPDv2 (arXiv 2306.09341) is a list of prompts for each style.
+HPDV2 = [f"hf://datasets/zhwang/HPDv2/benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")]
+PROMPT_SETS = {
+    "pickapic_v2": ("caption", {"path": "yuvalkirstain/pickapic_v2_no_images", "split": "test_unique"}),
+    "hpdv2": ("text", {"path": "json", "split": "train", "data_files": HPDV2}),
+    "partiprompts": ("Prompt", {"path": "nateraw/parti-prompts", "split": "train"}),
+}
+PROMPT_FILES = {".txt": "text", ".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def read_prompts(args):
-    """
-    The prompts of --prompts, at most --max_prompts.
-
-    Raises:
-        EvaluationError: they cannot be read, there is none, or a row holds no text.
-    """
-    with loading("prompts", args.prompts):
-        prompts = list(itertools.islice(prompt_rows(args), args.max_prompts))
+    """The first --max_prompts prompts; EvaluationError if there are none, or one is not text."""
+    suffix = Path(args.prompts).suffix
+    column, source = args.prompt_column, {"path": args.prompts, "split": args.prompt_split}
+    if args.prompts in PROMPT_SETS:
+        column, source = PROMPT_SETS[args.prompts]
+    elif suffix in PROMPT_FILES:
+        source = {"path": PROMPT_FILES[suffix], "split": "train", "data_files": args.prompts}
+    if suffix == ".txt":
+        column, source["encoding"] = "text", "utf-8-sig"
+    prompts = []
+    with naming(f"--prompts {args.prompts}"):
+        for row in itertools.islice(datasets.load_dataset(streaming=True, **source), args.max_prompts):
+            if column not in row:
+                raise EvaluationError(f"--prompt_column {column} is not among the columns {', '.join(row)}.")
+            prompts.append(row[column])
     if not prompts:
         raise EvaluationError(f"--prompts {args.prompts} holds no prompt.")
-    for row, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise EvaluationError(f"--prompts {args.prompts}: row {row} is empty or no text.")
+            raise EvaluationError(f"--prompts {args.prompts}: row {i} is empty or not text.")
     return prompts
 
 
-# Models to compare ---------------------------------------------------------------------------------------------------
-
-
 class System(NamedTuple):
-    """
-    What is evaluated: `kind` is base, pipeline, unet, lora or images; `source` a folder or hub id; `folder` that of
-    its images; `weights` tells retrained weights from those that drew the images: sizes and times of a local folder's
-    files, or the hub's commit.
-    """
+    """A model under evaluation; messages call it `shown`, `folder` holds its images, `version` tells its weights."""
 
     name: str
     kind: str
+    load: object
     source: str
+    shown: str
     folder: Path
-    weights: dict | str | None = None
+    version: str | None = None
 
     def image(self, prompt, number):
         """Path of an image, by the numbers of its prompt and of the image among those of the prompt."""
@@ -410,94 +304,121 @@ class System(NamedTuple):
         return next((path for path in paths if path.exists()), paths[0])
 
 
-def weights_stamp(file):
-    """`System.weights` for the folder of this file."""
-    folder = file.parent
-    if "snapshots" in folder.parts:
-        return folder.parts[folder.parts.index("snapshots") + 1]
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")])
-    if file.name == LORA_FILE:
-        # Beside the checkpoints of its training, which come and go.
-        files = [file]
-    return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+def load_base(args, *_, **parts):
+    return StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path, variant=args.variant, **parts)
 
 
-def find_candidate(args, name, source, folder):
-    """Recognise a candidate by the files it holds; a UNet must be of the base's kind."""
-    found = ((kind, find_file(source, file)) for file, kind in CANDIDATE_FILES.items())
-    kind, file = next(((kind, file) for kind, file in found if file is not None), (None, None))
-    flag = f"--candidates {name}={source}"
-    if kind is None:
-        raise EvaluationError(f"{flag} is no folder or reachable hub id with one of {', '.join(CANDIDATE_FILES)}.")
-    if kind == "lora" and importlib.util.find_spec("peft") is None:
-        raise EvaluationError(f"{flag} is a LoRA, which needs peft: pip install peft")
-    if kind == "unet":
-        config = json.loads(file.read_text())
-        with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-            base = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, subfolder="unet")
-        for key in ("_class_name", "cross_attention_dim", "in_channels"):
-            if config.get(key) != base[key]:
-                raise EvaluationError(
-                    f"{flag} is no UNet of the base's kind: its {key} is {config.get(key)}, not {base[key]}."
-                )
-    return System(name, kind, source, folder, weights_stamp(file))
+def load_whole(args, source, **parts):
+    return StableDiffusionXLPipeline.from_pretrained(source, **parts)
+
+
+def load_with_unet(args, source, subfolder=None, **parts):
+    """The base with this UNet, which must take the base's latents and prompts."""
+    unet = load_complete(UNet2DConditionModel, source, subfolder=subfolder, torch_dtype=parts["torch_dtype"])
+    base = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, subfolder="unet")
+    for key in ("cross_attention_dim", "in_channels"):
+        if unet.config[key] != base[key]:
+            raise ValueError(f"its {key} is {unet.config[key]}, not {base[key]} as in the base")
+    return load_base(args, unet=unet, **parts)
+
+
+def load_with_lora(args, source, **parts):
+    pipeline = load_base(args, **parts)
+    pipeline.load_lora_weights(source, weight_name=LORA_FILE)
+    return pipeline
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# The first of these files that a model holds tells its kind, and who makes a pipeline of it on the CPU.
+BASE = {"model_index.json": ("base", load_base)}
+CANDIDATES = {
+    "model_index.json": ("pipeline", load_whole),
+    "unet/config.json": ("unet", partial(load_with_unet, subfolder="unet")),
+    LORA_FILE: ("lora", load_with_lora),
+    "config.json": ("unet", load_with_unet),
+}
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def weights_version(file):
+    """The commit of a file in a hub snapshot; elsewhere, a digest of the sizes and times of the weights around it."""
+    if "snapshots" in file.parts:
+        return file.parts[file.parts.index("snapshots") + 1]
+    paths = [file] if file.name == LORA_FILE else sorted(file.parent.rglob("*.safetensors"))
+    return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
 
 
 def find_systems(args):
-    """All that is to be evaluated, the base first."""
-    images = Path(args.output_dir) / "images"
-    systems = []
-    if args.pretrained_model_name_or_path is not None:
-        source = args.pretrained_model_name_or_path
-        file = find_file(source, "model_index.json")
-        if file is None:
-            raise EvaluationError(
-                f"--pretrained_model_name_or_path {source} is no folder or reachable hub id with a model_index.json."
-            )
-        systems.append(System("base", "base", source, images / "base", weights_stamp(file)))
-    systems += [find_candidate(args, name, source, images / name) for name, source in args.candidates]
-    return systems + [System(name, "images", folder, Path(folder)) for name, folder in args.images]
+    """All models under evaluation, the base first; EvaluationError if one is of no known kind."""
+    base, systems = args.pretrained_model_name_or_path, []
+    asked = [] if base is None else [("base", base, f"--pretrained_model_name_or_path {base}", BASE)]
+    asked += [(name, source, f"--candidates {name}={source}", CANDIDATES) for name, source in args.candidates]
+    for name, source, shown, kinds in asked:
+        found = ((kind, find_file(source, file)) for file, kind in kinds.items())
+        kind, file = next(((kind, file) for kind, file in found if file), (None, None))
+        if kind is None:
+            raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
+        folder = Path(args.output_dir) / "images" / name
+        systems.append(System(name, *kind, source, shown, folder, weights_version(file)))
+    for name, folder in args.images:
+        systems.append(System(name, "images", None, folder, f"--images {name}={folder}", Path(folder)))
+    return systems
 
 
-# Generation ----------------------------------------------------------------------------------------------------------
+# Drawing -------------------------------------------------------------------------------------------------------------
 
 
-def load_scheduler(args):
-    """The one scheduler of all models, made from the base's config."""
-    source = args.pretrained_model_name_or_path
-    with loading("pretrained_model_name_or_path", source):
-        config = EulerDiscreteScheduler.load_config(source, subfolder="scheduler")
-    name = args.scheduler or config["_class_name"]
-    with loading("scheduler", name):
-        return getattr(diffusers, name).from_config(config)
+def load_shared_parts(args, accelerator):
+    """The scheduler, the VAE and the dtype of all pipelines, as options of `from_pretrained`."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    parts = {"torch_dtype": dtype, "use_safetensors": True}
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    if vae is not None:
+        with naming(f"--pretrained_vae_model_name_or_path {vae}"):
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, **parts)
+    with naming(f"--pretrained_model_name_or_path {base}"):
+        config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
+        parts["scheduler"] = getattr(diffusers, args.scheduler or config["_class_name"]).from_config(config)
+    return {**parts, "add_watermarker": False}
 
 
-def load_pipeline(args, system, scheduler, dtype):
-    """The system's SDXL pipeline on the CPU: its own part, and all else from the base (a pipeline brings its own)."""
-    options = {"torch_dtype": dtype, "use_safetensors": True}
-    parts = {"scheduler": scheduler, "add_watermarker": False}
-    named = f"{system.name}={system.source}"
-    if args.pretrained_vae_model_name_or_path is not None:
-        with loading("pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path):
-            parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
-    if system.kind == "pipeline":
-        with loading("candidates", named):
-            return StableDiffusionXLPipeline.from_pretrained(system.source, **parts, **options)
-    if system.kind == "unet":
-        with loading("candidates", named):
-            subfolder = "unet" if find_file(system.source, "unet/config.json") else None
-            parts["unet"], info = UNet2DConditionModel.from_pretrained(
-                system.source, subfolder=subfolder, output_loading_info=True, **options
-            )
-            check_complete(info["missing_keys"])
-    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, variant=args.variant, **parts, **options
-        )
-    if system.kind == "lora":
-        with loading("candidates", named):
-            pipeline.load_lora_weights(system.source, weight_name=LORA_FILE)
-    return pipeline
+def collect_settings(args, systems, prompts, parts):
+    """The flags, and all else that the results depend on."""
+    settings = {
+        **vars(args),
+        "num_prompts": len(prompts),
+        "prompts_digest": digest(prompts),
+        "models": {s.name: {"kind": s.kind, "source": s.source, "version": s.version} for s in systems},
+        "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
+    }
+    if parts:
+        settings["dtype"] = str(parts["torch_dtype"])
+        settings["scheduler"] = type(parts["scheduler"]).__name__
+        settings["scheduler_config"] = json.loads(parts["scheduler"].to_json_string())
+    return settings
+
+
+def image_settings(settings, system):
+    """The settings that the images of one model depend on; batches and processes only move their rounding."""
+    names = ["pretrained_vae_model_name_or_path", "variant", "seed", "num_inference_steps", "guidance_scale"]
+    names += ["resolution", "dtype", "scheduler", "scheduler_config", "prompts_digest", "versions"]
+    models = {"model": settings["models"][system.name], "base": settings["models"]["base"]}
+    return {**models, **{name: settings[name] for name in names}}
+
+
+def check_settings(settings, system):
+    """Refuse to mix images of different settings."""
+    path, now = system.folder / "settings.json", image_settings(settings, system)
+    with naming(path):
+        drawn = path.exists() and any(system.folder.glob("*.png"))
+        before = json.loads(path.read_text(encoding="utf-8")) if drawn else now
+    for name in now:
+        if before.get(name) != now[name]:
+            change = f"another {name} ({before.get(name)}, now {now[name]})"
+            raise EvaluationError(f"{system.folder} was drawn with {change}: delete it or change --output_dir.")
 
 
 def image_seed(seed, prompt, number):
@@ -506,19 +427,17 @@ def image_seed(seed, prompt, number):
 
 
 def draw_images(args, pipeline, prompts, places):
-    """Images of the places [(prompt's number, image's number)], whose noise depends on the place alone."""
-    return pipeline(
-        [prompts[prompt] for prompt, _ in places],
-        height=args.resolution,
-        width=args.resolution,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=[torch.Generator().manual_seed(image_seed(args.seed, *place)) for place in places],
-    ).images
+    """Images of the places [(prompt's number, image's number)]; each has its own noise, wherever it is drawn."""
+    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+    options["generator"] = [torch.Generator().manual_seed(image_seed(args.seed, *place)) for place in places]
+    texts = [prompts[prompt] for prompt, _ in places]
+    return pipeline(texts, height=args.resolution, width=args.resolution, **options).images
 
 
-def draw_missing(args, accelerator, system, pipeline, prompts, batches):
-    """Draw these batches of places and write the images that are not there yet."""
+def draw_batches(args, accelerator, system, prompts, batches, parts):
+    """Draw these batches of places and write the images that do not exist yet."""
+    with naming(system.shown):
+        pipeline = system.load(args, system.source, **parts).to(accelerator.device)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
@@ -527,127 +446,73 @@ def draw_missing(args, accelerator, system, pipeline, prompts, batches):
                 write_whole(system.image(*place), partial(image.save, format="PNG"))
 
 
-def generation_settings(args, systems, prompts, scheduler, dtype):
-    """For each system all that moves its images; the batch size and the processes move them by rounding at most."""
-    named = ["pretrained_model_name_or_path", "variant", "pretrained_vae_model_name_or_path"]
-    named += ["seed", "num_inference_steps", "guidance_scale", "resolution"]
-    shared = {
-        **{name: getattr(args, name) for name in named},
-        "base_weights": systems[0].weights,
-        "dtype": str(dtype),
-        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "scheduler": type(scheduler).__name__,
-        "scheduler_config": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
-        **{library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
-    }
-    own = [{"kind": system.kind, "source": system.source, "weights": system.weights} for system in systems]
-    # As they come back from a file.
-    return json.loads(json.dumps([{**shared, **settings} for settings in own]))
-
-
-def check_settings(system, settings):
-    """Refuse to mix images of different settings."""
-    path = system.folder / "settings.json"
-    stored = json.loads(path.read_text()) if path.exists() else settings
-    for name, value in settings.items():
-        if stored.get(name) != value:
-            shown = "" if isinstance(value, dict) else f" ({stored.get(name)}, now {value})"
-            raise EvaluationError(
-                f"The images in {system.folder} were drawn with another {name}{shown}; delete that folder or choose "
-                "another --output_dir."
-            )
-
-
-def write_whole(path, write):
-    """Call `write(path)` on a hidden neighbour that then takes the path's place: no reader sees half a file."""
-    aside = path.with_name(f".incomplete-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        raise EvaluationError(f"--output_dir: {path} cannot be written: {one_line(error)}") from error
-
-
-def write_text(path, text):
-    write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))
-
-
-def generate(args, accelerator, dtype, systems, prompts):
-    """
-    Draw what is missing of the systems' images, in batches dealt out to the processes, and write each in one piece.
-    The batches are those of a run from the start, so that an image comes out the same after any interruption.
-
-    Returns:
-        The base's settings.
-    """
-    scheduler = load_scheduler(args)
-    places = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
-    batches = [places[i : i + args.batch_size] for i in range(0, len(places), args.batch_size)]
-    settings = generation_settings(args, systems, prompts, scheduler, dtype)
-    missing = []
-    for system, its_settings in zip(systems, settings, strict=True):
-        check_settings(system, its_settings)
-        missing.append([batch for batch in batches if not all(system.image(*place).exists() for place in batch)])
-    # No process writes while another still looks at what there is.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for system, its_settings in zip(systems, settings, strict=True):
-            write_text(system.folder / "settings.json", json.dumps(its_settings, indent=2) + "\n")
-    accelerator.wait_for_everyone()
+def draw_missing(args, accelerator, systems, prompts, places, settings, parts):
+    """Draw missing images. Batches are those of a run from the start, so an interruption changes no image."""
+    batches, missing = in_batches(places, args.batch_size), []
+    # No process writes before all have looked.
+    with failing_together():
+        for system in systems:
+            check_settings(settings, system)
+            missing.append([batch for batch in batches if not all(system.image(*place).exists() for place in batch)])
     for system, its_batches in zip(systems, missing, strict=True):
-        mine = its_batches[accelerator.process_index :: accelerator.num_processes]
         with failing_together():
+            if accelerator.is_main_process:
+                write_text(system.folder / "settings.json", json.dumps(image_settings(settings, system), indent=2))
+            mine = its_batches[accelerator.process_index :: accelerator.num_processes]
             if mine:
-                pipeline = load_pipeline(args, system, scheduler, dtype).to(accelerator.device)
-                draw_missing(args, accelerator, system, pipeline, prompts, mine)
-                del pipeline
+                draw_batches(args, accelerator, system, prompts, mine, parts)
         accelerator.free_memory()
-    return settings[0]
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
 
 
+def find_references(folder):
+    """Paths of the images in a folder."""
+    return sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def read_weights(source):
+    return torch.load(find_file(*os.path.split(source)), map_location="cpu", weights_only=True)
+
+
 class Scorer:
     """
-    A published model and what it says of images; `score` is the number that is reported.
+    A published model. `score(images, prompts)` takes N PIL images in RGB and N strings, and returns [N] scores.
 
-    Images pass through Pillow whatever else is installed, and texts are filled up to one length, so that a score
-    depends neither on the machine nor on the batch. All is float32.
+    Images pass through Pillow whatever else is installed, and texts are padded to one length, so that a score depends
+    neither on the machine nor on the batch. All is float32.
+
+    Keyword arguments give other hub ids, folders or files than the class's `sources`.
     """
 
+    sources = {}
     architecture = CLIPModel
-    model_flag = processor_flag = None
+    packages = ()
     reads_text = True
 
-    def __init__(self, args, device):
-        self.device = device
-        self.model = self.load_model(args).eval().requires_grad_(False).to(device)
-        source = getattr(args, self.processor_flag or self.model_flag)
-        with loading(self.processor_flag or self.model_flag, source):
-            self.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-            self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
+    def __init__(self, device, **sources):
+        if not sources.keys() <= self.sources.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.sources)}, not {', '.join(sources)}")
+        self.device, self.sources = device, {**self.sources, **sources}
+        self.model = self.load_model().eval().requires_grad_(False).to(device)
+        source = self.sources.get("processor", self.sources["model"])
+        self.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
 
-    def load_model(self, args):
-        return self.load_weights(self.model_flag, getattr(args, self.model_flag))
-
-    def load_weights(self, flag, shown, **source):
-        """The architecture with every weight found; `source` is for `from_pretrained`, None: the hub id `shown`."""
-        source = source or {"pretrained_model_name_or_path": shown}
-        with loading(flag, shown):
-            model, info = self.architecture.from_pretrained(
-                **source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            check_complete(info["missing_keys"])
-        return model
+    def load_model(self):
+        return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)
 
     def max_tokens(self):
         return self.model.config.text_config.max_position_embeddings
 
+    def to_pixels(self, images):
+        """[N, 3, H, W], normalised."""
+        return self.image_processor(images, return_tensors="pt").pixel_values
+
     def embed_images(self, images):
         """Unit vectors [N, D] of N images."""
-        pixels = self.image_processor(images, return_tensors="pt").pixel_values.to(self.device)
+        pixels = self.to_pixels(images).to(self.device)
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
     def embed_texts(self, prompts):
@@ -666,16 +531,16 @@ class Scorer:
 class PickScore(Scorer):
     """exp(logit_scale) x cosine, about 22 for SDXL (arXiv 2305.01569, model card of yuvalkirstain/PickScore_v1)."""
 
-    model_flag, processor_flag = "pickscore_model", "pickscore_processor"
+    sources = {"model": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
     def score(self, images, prompts):
         return self.model.logit_scale.exp() * self.cosines(images, prompts)
 
 
-class ClipScore(Scorer):
+class CLIP(Scorer):
     """max(100 x cosine, 0) (arXiv 2104.08718, with the factor 100 of torchmetrics)."""
 
-    model_flag = "clip_model"
+    sources = {"model": "openai/clip-vit-large-patch14"}
 
     def score(self, images, prompts):
         return (100 * self.cosines(images, prompts)).clamp(min=0)
@@ -729,31 +594,24 @@ class HPS(Scorer):
     """
     Human Preference Score v2.1: 100 x cosine, about 30 for SDXL (arXiv 2306.09341, github.com/tgxs002/HPSv2).
 
-    The weights are those of open_clip's ViT-H-14; --hps_model gives the same architecture's config and vocabulary. A
-    whole image is seen, fitted into a black square, where CLIP would cut out its centre, and texts are mended as by
-    open_clip. HPSv2 itself computes in float16, and resized without antialiasing before torchvision 0.17.
+    The weights are those of open_clip's ViT-H-14; `model` gives the same architecture's config and vocabulary. The
+    model sees the whole image, fitted into a black square, where CLIP would cut out its centre, and texts are fixed as
+    by open_clip. HPSv2 itself computes in float16, and resized without antialiasing before torchvision 0.17.
     """
 
-    model_flag = "hps_model"
+    sources = {"model": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
+    packages = ("ftfy",)
 
-    def load_model(self, args):
-        with loading("hps_model", args.hps_model):
-            config = CLIPConfig.from_pretrained(args.hps_model)
-        with loading("hps_weights", args.hps_weights):
-            weights = torch.load(find_weights(args.hps_weights), map_location="cpu", weights_only=True)
-            if "state_dict" not in weights:
-                raise ValueError("it holds no state_dict")
-            weights = from_open_clip(weights["state_dict"])
-        return self.load_weights(
-            "hps_weights", args.hps_weights, pretrained_model_name_or_path=None, config=config, state_dict=weights
-        )
+    def load_model(self):
+        config = CLIPConfig.from_pretrained(self.sources["model"])
+        weights = from_open_clip(read_weights(self.sources["weights"])["state_dict"])
+        return load_complete(self.architecture, None, config=config, state_dict=weights, dtype=torch.float32)
 
-    def embed_images(self, images):
+    def to_pixels(self, images):
         side = self.model.config.vision_config.image_size
         mean, std = (torch.tensor(getattr(self.image_processor, f"image_{name}")) for name in ("mean", "std"))
         pixels = torch.stack([fit_into_square(image, side) for image in images])
-        pixels = ((pixels - mean[:, None, None]) / std[:, None, None]).to(self.device)
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
 
     def embed_texts(self, prompts):
         import ftfy
@@ -771,19 +629,19 @@ class Aesthetic(Scorer):
     `sac+logos+ava1-l14-linearMSE.pth`). The prompt plays no part.
     """
 
-    model_flag = "aesthetic_model"
+    weights = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+    sources = {"model": "openai/clip-vit-large-patch14", "weights": weights}
     reads_text = False
 
-    def __init__(self, args, device):
-        super().__init__(args, device)
+    def __init__(self, device, **sources):
+        super().__init__(device, **sources)
         self.head = nn.Sequential(
             *(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity()),
             *(nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1)),
         )
-        with loading("aesthetic_weights", args.aesthetic_weights):
-            weights = torch.load(find_weights(args.aesthetic_weights), map_location="cpu", weights_only=True)
-            self.head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
-        self.head.to(device)
+        weights = read_weights(self.sources["weights"])
+        self.head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
+        self.head.requires_grad_(False).to(device)
 
     def score(self, images, prompts):
         return self.head(self.embed_images(images))[:, 0]
@@ -792,8 +650,9 @@ class Aesthetic(Scorer):
 class SigLIP(Scorer):
     """100 x sigmoid(exp(logit_scale) x cosine + logit_bias): how probably they match (arXiv 2303.15343)."""
 
+    sources = {"model": "google/siglip-so400m-patch14-384"}
     architecture = SiglipModel
-    model_flag = "siglip_model"
+    packages = ("sentencepiece",)
 
     def score(self, images, prompts):
         logits = self.model.logit_scale.exp() * self.cosines(images, prompts) + self.model.logit_bias
@@ -802,67 +661,56 @@ class SigLIP(Scorer):
 
 class DINOv2(Scorer):
     """
-    100 x the mean cosine of the CLS vectors of an image and each of --reference_images: the subject fidelity of
+    100 x the mean cosine of the CLS vectors of an image and each of the images in a folder: the subject fidelity of
     DreamBooth (arXiv 2208.12242) with DINOv2 in place of DINO. The prompt plays no part.
     """
 
+    sources = {"model": "facebook/dinov2-base"}
     architecture = Dinov2Model
-    model_flag = "dinov2_model"
     reads_text = False
 
-    def __init__(self, args, device):
-        super().__init__(args, device)
-        self.references = self.embed_images([read_image(path) for path in find_references(args)])
+    def __init__(self, device, reference_images, **sources):
+        super().__init__(device, **sources)
+        self.references = self.embed_images([read_image(path) for path in find_references(reference_images)])
 
     def embed_images(self, images):
-        pixels = self.image_processor(images, return_tensors="pt").pixel_values.to(self.device)
+        pixels = self.to_pixels(images).to(self.device)
         return F.normalize(self.model(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
 
     def score(self, images, prompts):
         return 100 * (self.embed_images(images) @ self.references.T).mean(dim=1)
 
 
-SCORERS = {
-    "pickscore": PickScore,
-    "hps": HPS,
-    "aesthetic": Aesthetic,
-    "clip": ClipScore,
-    "siglip": SigLIP,
-    "dinov2": DINOv2,
-}
+SCORERS = {scorer.__name__.lower(): scorer for scorer in (PickScore, HPS, Aesthetic, CLIP, SigLIP, DINOv2)}
 
 
-def warn_of_long_texts(name, scorer, texts):
-    long = sum(len(ids) > scorer.max_tokens() for ids in scorer.tokenizer(sorted(texts)).input_ids)
-    if long > 0:
-        logger.warning(f"{name} reads only {scorer.max_tokens()} tokens of {long} of the {len(texts)} prompts.")
+def build_scorer(args, name, device):
+    sources = {part: getattr(args, f"{name}_{part}") for part in SCORERS[name].sources}
+    references = (args.reference_images,) if name == "dinov2" else ()
+    with naming(" ".join(f"--{name}_{part} {source}" for part, source in sources.items())):
+        return SCORERS[name](device, *references, **sources)
 
 
-@torch.no_grad()
 def score_images(args, accelerator, records):
-    """
-    Add its scores to each record (keys file and prompt), in batches dealt out to the processes.
-
-    A score is rounded to six decimals; it is the same for any number of processes.
-    """
-    # Convolutions would run in TF32 where there is such.
+    """Add each scorer's score to the records (keys file and prompt), rounded to six decimals."""
+    # cuDNN would run the convolutions in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    batches = [records[i : i + args.batch_size] for i in range(0, len(records), args.batch_size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    batches = in_batches(range(len(records)), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
     for name in args.scorers:
+        scores = []
         with failing_together():
-            scorer = SCORERS[name](args, accelerator.device)
-            if scorer.reads_text:
-                warn_of_long_texts(name, scorer, {record["prompt"] for record in records})
-            scores = []
-            for batch in tqdm(mine, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process):
-                images = [read_image(record["file"]) for record in batch]
-                scores.append(scorer.score(images, [record["prompt"] for record in batch]).tolist())
+            scorer = build_scorer(args, name, accelerator.device)
+            texts = sorted({record["prompt"] for record in records}) if scorer.reads_text else []
+            long = [text for text in texts if len(scorer.tokenizer(text).input_ids) > scorer.max_tokens()]
+            if long:
+                logger.warning(f"{name} reads only {scorer.max_tokens()} tokens of {len(long)} prompts.")
+            for batch in tqdm(batches, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process):
+                images = [read_image(records[i]["file"]) for i in batch]
+                values = scorer.score(images, [records[i]["prompt"] for i in batch])
+                scores += zip(batch, values.tolist(), strict=True)
             del scorer
-        for rank, its_scores in gather_object([(accelerator.process_index, scores)]):
-            for batch, batch_scores in zip(batches[rank :: accelerator.num_processes], its_scores, strict=True):
-                for record, score in zip(batch, batch_scores, strict=True):
-                    record[name] = round(score, 6)
+        for i, score in gather_object(scores):
+            records[i][name] = round(score, 6)
         accelerator.free_memory()
 
 
@@ -870,14 +718,7 @@ def score_images(args, accelerator, records):
 
 
 def mean_and_error(scores):
-    """
-    Args:
-        scores: [prompts, images of each].
-
-    Returns:
-        The mean, and its standard error over prompts (the images of one prompt are not independent of each other);
-        None for a single prompt.
-    """
+    """The mean of scores [prompts, images of each], and its standard error over prompts, None for a single one."""
     means = scores.mean(axis=1)
     error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
     return float(means.mean()), error
@@ -885,172 +726,120 @@ def mean_and_error(scores):
 
 def win_rate(candidate, base):
     """
-    Args:
-        candidate, base: scores [prompts, images of each] of the same prompts and seeds.
-
-    Returns:
-        The share of images that the candidate wins, ties counting half, and the limits of its 95 % confidence
-        interval: percentiles of a bootstrap over prompts, always of the same draws.
+    The share of images that the candidate wins, ties counting half, and its 95 % confidence interval: percentiles of a
+    bootstrap over prompts, always of the same draws. Scores are [prompts, images of each], of the same seeds.
     """
     wins = ((candidate > base) + 0.5 * (candidate == base)).mean(axis=1)
     n = len(wins)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP_SAMPLES)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
     low, high = np.percentile(draws @ wins / n, [2.5, 97.5])
     return float(wins.mean()), float(low), float(high)
 
 
-def compare(args, systems, scores):
-    """A row for each scorer and system; `scores` is {(scorer, system's name): [prompts, images of each]}."""
+def compare(scorers, names, tables):
+    """A row for each scorer and model; `tables` is {scorer: [models, prompts, images of each]}, the base first."""
     rows = []
-    for scorer in args.scorers:
-        base = scores[scorer, systems[0].name]
-        for system in systems:
-            mean, error = mean_and_error(scores[scorer, system.name])
-            row = {"scorer": scorer, "model": system.name, "mean": mean, "standard_error": error}
-            if system is not systems[0]:
-                names = ("win_rate", "win_rate_low", "win_rate_high")
-                row.update(zip(names, win_rate(scores[scorer, system.name], base), strict=True))
+    for scorer in scorers:
+        for name, scores in zip(names, tables[scorer], strict=True):
+            mean, error = mean_and_error(scores)
+            row = {"scorer": scorer, "model": name, "mean": mean, "standard_error": error}
+            if name != names[0]:
+                row["win_rate"], row["win_rate_low"], row["win_rate_high"] = win_rate(scores, tables[scorer][0])
             rows.append(row)
     return rows
 
 
-def markdown(rows, facts):
-    """The rows as a table, above what they depend on."""
-    lines = [
-        "| scorer | model | mean | standard error | wins against base | 95 % interval |",
-        "|---|---|---|---|---|---|",
-    ]
+def markdown(rows, settings):
+    """The rows as a table, above the settings."""
+    formats = {"scorer": "", "model": "", "mean": ".3f", "standard_error": ".3f"}
+    formats.update(dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high"), ".1%"))
+    lines = [formats, ["---"] * len(formats)]
     for row in rows:
-        error = "" if row["standard_error"] is None else f"{row['standard_error']:.3f}"
-        wins, interval = "", ""
-        if "win_rate" in row:
-            wins = f"{row['win_rate']:.1%}"
-            interval = f"{row['win_rate_low']:.1%} to {row['win_rate_high']:.1%}"
-        lines.append(f"| {row['scorer']} | {row['model']} | {row['mean']:.3f} | {error} | {wins} | {interval} |")
-    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in facts.items()), ""])
+        lines.append(["" if row.get(key) is None else format(row[key], spec) for key, spec in formats.items()])
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*table, "", "```json", json.dumps(settings, indent=2), "```", ""])
+
+
+def tile(record, scorer):
+    """An image under its prompt and score."""
+    image = Image.new("RGB", (384, 424), "white")
+    image.paste(read_image(record["file"]).resize((384, 384)), (0, 40))
+    text = f"{record['prompt'][:50]}\n{record['model']}: {scorer} {record[scorer]:.3f}"
+    ImageDraw.Draw(image).text((4, 0), text, fill="black", font_size=14)
+    return image
 
 
 def draw_grid(scorer, pairs):
-    """
-    The largest wins of a candidate, then its largest losses: a row for each pair of images, the base's left.
-
-    Args:
-        pairs: records (base's, candidate's) of the same prompt and seed.
-    """
+    """A row for each pair of records (base's, candidate's): the four largest wins, then the four largest losses."""
     ordered = sorted(pairs, key=lambda pair: pair[0][scorer] - pair[1][scorer])
-    wins = [pair for pair in ordered[:GRID_ROWS] if pair[1][scorer] > pair[0][scorer]]
-    losses = [pair for pair in ordered[: -GRID_ROWS - 1 : -1] if pair[1][scorer] < pair[0][scorer]]
-    side, line = 384, 20
-    font = ImageFont.load_default(size=14)
-    grid = Image.new("RGB", (2 * side, line + (len(wins) + len(losses)) * (side + 2 * line)), "white")
-    canvas = ImageDraw.Draw(grid)
-    canvas.text((4, 0), f"{len(wins)} largest wins, then {len(losses)} largest losses", fill="black", font=font)
-    for row, pair in enumerate(wins + losses):
-        top = line + row * (side + 2 * line)
-        canvas.text((4, top), textwrap.shorten(pair[0]["prompt"], 100, placeholder=" ..."), fill="black", font=font)
-        for column, record in enumerate(pair):
-            text = f"{record['model']}: {scorer} {record[scorer]:.3f}"
-            canvas.text((column * side + 4, top + line), text, fill="black", font=font)
-            grid.paste(read_image(record["file"]).resize((side, side)), (column * side, top + 2 * line))
-    return grid
+    shown = ordered[:4] + ordered[4:][-4:]
+    return make_image_grid([tile(record, scorer) for pair in shown for record in pair], len(shown), 2)
 
 
-def write_results(args, systems, prompts, records, settings):
+def write_results(args, systems, records, settings):
     """Write scores.jsonl, results.json, results.md and a grid for each candidate, all from the records in order."""
     output_dir = Path(args.output_dir)
     write_text(output_dir / "scores.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    shape = (len(systems), len(prompts), args.images_per_prompt)
-    scores = {
-        (scorer, system.name): table
-        for scorer in args.scorers
-        for system, table in zip(systems, np.reshape([record[scorer] for record in records], shape), strict=True)
-    }
-    rows = compare(args, systems, scores)
-    facts = {
-        "prompts": f"{len(prompts)} of {args.prompts}",
-        "images per prompt": args.images_per_prompt,
-        **{f"model {system.name}": system.source for system in systems},
-        **{name: value for name, value in settings.items() if name not in NOT_FACTS},
-        **{flag: getattr(args, flag) for flag in SCORER_SOURCES if flag.partition("_")[0] in args.scorers},
-    }
-    report = {"results": rows, "facts": facts, "settings": settings}
-    write_text(output_dir / "results.json", json.dumps(report, indent=2) + "\n")
-    write_text(output_dir / "results.md", markdown(rows, facts))
-    count = len(records) // len(systems)
-    for i, system in enumerate(systems[1:], start=1):
-        grid = draw_grid(args.scorers[0], zip(records[:count], records[i * count : (i + 1) * count], strict=True))
+    shape = (len(systems), -1, args.images_per_prompt)
+    tables = {scorer: np.reshape([record[scorer] for record in records], shape) for scorer in args.scorers}
+    rows = compare(args.scorers, [system.name for system in systems], tables)
+    write_text(output_dir / "results.json", json.dumps({"results": rows, "settings": settings}, indent=2) + "\n")
+    write_text(output_dir / "results.md", markdown(rows, settings))
+    base, *others = in_batches(records, len(records) // len(systems))
+    for system, its_records in zip(systems[1:], others, strict=True):
+        grid = draw_grid(args.scorers[0], zip(base, its_records, strict=True))
         write_whole(output_dir / f"grid-{system.name}.png", partial(grid.save, format="PNG"))
     logger.info(f"Wrote {output_dir / 'results.md'}")
 
 
-def check_inputs(args, systems, prompts):
-    """Find the images given and what the scorers are made of, before hours are spent on drawing."""
+def check_inputs(args, systems, places):
+    """Find the given images and the scorers' sources before hours are spent on drawing."""
     for system in systems:
-        places = itertools.product(range(len(prompts)), range(args.images_per_prompt))
-        paths = [system.image(*place) for place in places if system.kind == "images"]
+        paths = [system.image(*place) for place in places if system.load is None]
         missing = [path for path in paths if not path.exists()]
         if missing:
-            raise EvaluationError(
-                f"--images {system.name}={system.source} lacks {len(missing)} of {len(paths)}, e.g. {missing[0]}"
-            )
-    if "dinov2" in args.scorers:
-        find_references(args)
-    for flag in SCORER_SOURCES:
-        scorer, _, part = flag.partition("_")
-        source = getattr(args, flag)
-        if scorer not in args.scorers:
-            continue
-        if part == "weights":
-            with loading(flag, source):
-                find_weights(source)
-            continue
-        name = "preprocessor_config.json" if part == "processor" else "config.json"
-        if find_file(source, name) is None:
-            raise EvaluationError(f"--{flag} {source} is no folder or reachable hub id with a {name}.")
+            raise EvaluationError(f"{system.shown} lacks {len(missing)} of {len(paths)}, e.g. {missing[0]}")
+    if "dinov2" in args.scorers and not find_references(args.reference_images):
+        raise EvaluationError(f"--reference_images {args.reference_images} holds no {', '.join(IMAGE_SUFFIXES)} file.")
+    for name in args.scorers:
+        for part in SCORERS[name].sources:
+            source = getattr(args, f"{name}_{part}")
+            folder, file = os.path.split(source) if part == "weights" else (source, "config.json")
+            if find_file(folder, file) is None:
+                raise EvaluationError(f"--{name}_{part} {source}: there is no {file} in this folder or hub id.")
 
 
 def build_accelerator(args):
-    """The Accelerator, and the dtype that images are drawn in."""
-    try:
+    with naming(f"--mixed_precision {args.mixed_precision}", "does not work here"):
         # Processes wait for the slowest, which may draw for hours.
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))]
-        )
-    except ValueError as error:
-        raise EvaluationError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if dtype == torch.float16 and accelerator.device.type == "cpu":
-        raise EvaluationError("--mixed_precision fp16 needs a GPU, on CPU write bf16 or no.")
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    return accelerator, dtype
+    return accelerator
 
 
 def main(args):
-    accelerator, dtype = build_accelerator(args)
+    accelerator = build_accelerator(args)
     prompts = read_prompts(args)
     systems = find_systems(args)
-    check_inputs(args, systems, prompts)
-    drawn = [system for system in systems if system.kind != "images"]
-    settings = generate(args, accelerator, dtype, drawn, prompts) if drawn else {}
+    places = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
+    check_inputs(args, systems, places)
+    drawn = [system for system in systems if system.load is not None]
+    parts = load_shared_parts(args, accelerator) if drawn else {}
+    settings = collect_settings(args, systems, prompts, parts)
+    draw_missing(args, accelerator, drawn, prompts, places, settings, parts)
     records = [
-        {
-            "model": system.name,
-            "prompt_index": prompt,
-            "image": number,
-            "prompt": prompts[prompt],
-            "file": str(system.image(prompt, number)),
-        }
-        for system in systems
-        for prompt in range(len(prompts))
-        for number in range(args.images_per_prompt)
+        {"model": s.name, "prompt_index": i, "image": n, "prompt": prompts[i], "file": str(s.image(i, n))}
+        for s in systems
+        for i, n in places
     ]
     score_images(args, accelerator, records)
-    if accelerator.is_main_process:
-        write_results(args, systems, prompts, records, settings)
-    accelerator.wait_for_everyone()
+    with failing_together():
+        if accelerator.is_main_process:
+            write_results(args, systems, records, settings)
     accelerator.end_training()
 
 

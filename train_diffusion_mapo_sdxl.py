@@ -56,7 +56,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import AutocastKwargs, DistributedType, gather_object, send_to_device
 from datasets.fingerprint import Hasher
@@ -211,12 +211,11 @@ FOREIGN_FLAGS = {
     "--sft_training": "write --beta_mapo inf",
     "--train_unet": "leave it out, the whole UNet is trained unless --rank is given",
     "--validation_prompt": "write --validation_prompts",
-    "True": "switches take no value, write the flag alone",
-    "False": "switches take no value, leave the flag out (or write --no-remove_ties)",
+    **dict.fromkeys(["True", "False"], "switches take no value: write --no-remove_ties, or leave the flag out"),
 }
 
 
-def bounded(text, kind, low, high=math.inf):
+def bounded(text, kind, low, high=sys.float_info.max):
     """Parse a number in [low, high] for argparse."""
     try:
         value = kind(text)
@@ -228,11 +227,12 @@ def bounded(text, kind, low, high=math.inf):
 
 
 COUNT = functools.partial(bounded, kind=int, low=1)
-COUNT_OR_ZERO = functools.partial(bounded, kind=int, low=0)
+COUNT_OR_ZERO = functools.partial(bounded, kind=int, low=0, high=2**32 - 1)
 FRACTION = functools.partial(bounded, kind=float, low=0, high=1)
 BELOW_ONE = functools.partial(bounded, kind=float, low=0, high=math.nextafter(1, 0))
 NOT_NEGATIVE = functools.partial(bounded, kind=float, low=0)
 POSITIVE = functools.partial(bounded, kind=float, low=sys.float_info.min)
+POSITIVE_OR_INF = functools.partial(POSITIVE, high=math.inf)
 
 
 def add_model_and_data_arguments(parser):
@@ -272,7 +272,7 @@ def add_model_and_data_arguments(parser):
 def add_training_arguments(parser):
     add = parser.add_argument_group("objective").add_argument
     add("--loss_type", choices=["mapo", "mapo_v1"], default="mapo", help="Published objective or first release's.")
-    add("--beta_mapo", type=POSITIVE, help="Temperature; `inf` is SFT. Without it, 8 (mapo_v1: 0.1).")
+    add("--beta_mapo", type=POSITIVE_OR_INF, help="Temperature; `inf` is SFT. Without it, 8 (mapo_v1: 0.1).")
     add("--snr_value", type=POSITIVE, default=0.5, help="Scale of the errors in mapo_v1.")
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=COUNT_OR_ZERO, help="Seed of every random choice. Without it, one is drawn and reported.")
@@ -355,7 +355,7 @@ def parse_args(input_args=None):
         (args.hub_token and "wandb" in trackers, "--report_to wandb would be sent --hub_token; use `hf auth login`"),
         (args.full_bf16 and not rounds, "--full_bf16 needs --use_8bit_adam --mixed_precision bf16, without --rank"),
     ]
-    rules += [(not importlib.util.find_spec(name), f"{flag} needs: pip install {name}") for flag, name in needed]
+    rules += [(not importlib.util.find_spec(n), f"{flag} needs {n}: pip install {n}") for flag, n in needed]
     for sentence in [sentence for broken, sentence in rules if broken]:
         parser.error(sentence)
     return args
@@ -380,10 +380,13 @@ def pair_columns(args):
 
 def check_columns(args, features):
     """Every column must be there and have a type that pairs are made of."""
-    caption, images, labels = pair_columns(args)
-    wanted = [(caption, CAPTION_TYPES), *((i, IMAGE_TYPES) for i in images), *((n, LABEL_TYPES) for n in labels)]
-    for column, types in wanted:
-        flag = next(name for name, value in vars(args).items() if name.endswith("_column") and value == column)
+    images = ("chosen_column", "rejected_column") if args.chosen_column else ("image_0_column", "image_1_column")
+    labels = () if args.chosen_column else ("label_0_column", "label_1_column")
+    wanted = (
+        {"caption_column": CAPTION_TYPES} | dict.fromkeys(images, IMAGE_TYPES) | dict.fromkeys(labels, LABEL_TYPES)
+    )
+    for flag, types in wanted.items():
+        column = getattr(args, flag)
         if column not in features:
             there = ", ".join(features)
             raise TrainingError(f"--{flag} {column}: {args.dataset_name} has no such column, but {there}.")
@@ -475,8 +478,7 @@ def load_indexes(args):
         held_out_source = PairSource(args, "validation_split")
         held_out = held_out_source.index(args)[:number]
     if len(index) == 0 or (args.validation_split and len(held_out) == 0):
-        numbers = f"{len(index)} pairs to train on, {len(held_out)} held out"
-        raise TrainingError(f"--dataset_name {args.dataset_name}: {numbers}.")
+        raise TrainingError(f"--dataset_name: {len(index)} pairs are left to train on, and {len(held_out)} held out.")
     return (source, index), (held_out_source, held_out)
 
 
@@ -516,8 +518,7 @@ def decode_image(value):
     try:
         image = datasets.Image().decode_example(encoded)
         if image.mode.startswith("I;16"):
-            # Pillow's own conversion to RGB clips at 255 of 65535.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -576,6 +577,9 @@ class PairDataset(torch.utils.data.Dataset):
         place = f" of shard {shard}" if self.source.data is None else ""
         return f"{'held-out ' if self.held_out else ''}row {row}{place}"
 
+    def cached(self, pair):
+        return self.cache / f"{pair // 1000:04d}" / f"{pair % 1000:03d}.safetensors"
+
     def __getitem__(self, visit):
         position, pair = visit
         for skipped in range(min(len(self.index), 100)):
@@ -601,7 +605,7 @@ class PairDataset(torch.utils.data.Dataset):
             tensors = load_pair(args, self.source.record(*self.index[pair]), crop_fractions, [flip])
             tensors["pixel_values"] = tensors["pixel_values"][:, 0]
         else:
-            tensors = read_cached(self.cache, pair, flip)
+            tensors = read_cached(self.cached(pair), flip)
         first, second = tensors.pop("labels")
         chosen = 0 if first > second or (first == second and tie < 0.5) else 1
         if noisy < args.label_noise_prob and not self.held_out:
@@ -750,9 +754,9 @@ def encode_pairs(args, pipeline, batch):
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------
-def read_cached(folder, pair, flip):
+def read_cached(path, flip):
     """What `load_pair` gives, encoded: moments `(2, 2, channels, height, width)` of the two images, and embeddings."""
-    with safetensors.safe_open(folder / f"{pair:07d}.safetensors", framework="pt") as file:
+    with safetensors.safe_open(path, framework="pt") as file:
         labels, unusable = json.loads(file.metadata()["pair"])
         if unusable:
             raise UnusableRow(unusable)
@@ -782,14 +786,14 @@ def fill_caches(args, accelerator, pipeline, *data):
     for pairs in data:
         key = Hasher.hash([settings, pairs.source.fingerprint, pairs.index])
         pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
+        # One list for all processes, made before any of them writes.
+        missing = gather_object([[n for n in range(len(pairs.index)) if not pairs.cached(n).exists()]])[0]
         with failing_together(f"--cache_latents: pairs could not be encoded into {pairs.cache}"):
-            paths = [pairs.cache / f"{pair:07d}.safetensors" for pair in range(len(pairs.index))]
-            missing = [pair for pair, path in enumerate(paths) if not path.exists()]
             mine = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
             # A loader's workers take turns, so each of them gets a stretch, too.
             stretches = np.array_split(mine, args.dataloader_num_workers or 1)
             mine = [[int(pair)] for turn in itertools.zip_longest(*stretches) for pair in turn if pair is not None]
-            loader = make_loader(args, range(len(paths)), mine, functools.partial(load_images, pairs))
+            loader = make_loader(args, range(len(pairs.index)), mine, functools.partial(load_images, pairs))
             for (pair,), item in zip(mine, tqdm(loader, "Encoding pairs", len(mine))):
                 tensors, entry = {}, json.dumps([item["labels"], item.get("unusable")])
                 if "pixel_values" in item:
@@ -799,7 +803,7 @@ def fill_caches(args, accelerator, pipeline, *data):
                     tensors = {"moments": moments, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
                     tensors["add_time_ids"] = item["add_time_ids"]
                 save = functools.partial(safetensors.torch.save_file, tensors, metadata={"pair": entry})
-                write_whole(paths[pair], save)
+                write_whole(pairs.cached(pair), save)
     for part in parts:
         part.to("cpu")
 
@@ -865,8 +869,8 @@ def list_checkpoints(output_dir):
 def checkpoint_settings(args, accelerator):
     """The flags, and how weights are sharded: whole ones can be resumed on any number of processes."""
     plugin, settings = accelerator.state.deepspeed_plugin, {**vars(args), "sharding": "none"}
+    kind = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else "FSDP"
     if plugin or accelerator.distributed_type == DistributedType.FSDP:
-        kind = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else "FSDP"
         settings["sharding"] = f"{kind} over {accelerator.num_processes} processes"
     return {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}
 
@@ -960,8 +964,7 @@ def draw_images(run):
     size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.num_inference_steps}
     options = {**size, "guidance_scale": args.guidance_scale, "output_type": "latent"}
     home, encoders = vae.device, (vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    for part in encoders:
-        part.to(run.accelerator.device)
+    pipeline.to(run.accelerator.device)
     with run.accelerator.split_between_processes(list(enumerate(args.validation_prompts)), apply_padding=True) as mine:
         for number, prompt in mine:
             with autocast(run):
@@ -1001,12 +1004,11 @@ MODEL_CARD = """# {name}
 [MaPO](https://arxiv.org/abs/2406.06424), objective `{args.loss_type}` at beta {args.beta_mapo}.
 {picture}
 ```python
-import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
 pipeline.{load}
-image = pipeline.to("cuda", torch.float16)("a lighthouse on a cliff at dusk").images[0]
+image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 ```
 
 {lines}
@@ -1036,7 +1038,6 @@ def finish(run):
     args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
     with failing_together(f"{output_dir} could not be written, the checkpoints are untouched"):
         save_trained_weights(args, accelerator, run.unet, output_dir)
-    logger.info(f"Saved the {'LoRA' if args.rank else 'UNet'} in {output_dir}")
     metrics = validate(run)
     with failing_together(f"{output_dir}/README.md could not be written, the weights are saved"):
         if accelerator.is_main_process:
@@ -1106,6 +1107,8 @@ def build_accelerator(args):
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed_precision fp16 needs a GPU, use bf16 or no.")
     if accelerator.distributed_type == DistributedType.FSDP and args.use_8bit_adam:
         raise TrainingError("--use_8bit_adam: bitsandbytes cannot step sharded weights, use deepspeed_zero2.yaml.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -1130,10 +1133,9 @@ def build_accelerator(args):
 def train_step(run, micro_batches, batches, stop):
     """
     One optimizer step; the next one's batches are read while the device computes. What the processes must agree on
-    travels with the metrics in one reduction: behind it, all is plain Python on numbers that are the same everywhere,
-    and neither a source that fails nor a signal costs a half-done step. Returns the next batches (or the exception
-    that reading them raised), whether reading failed on any process, the signal that any process got (or 0), and a
-    dict of the gradient norm and the learning rate.
+    travels with the metrics in one reduction, behind which all is plain Python on equal numbers: neither a broken
+    source nor a signal costs a half-done step. Returns the next batches (or the exception that reading them raised),
+    whether reading failed on any process, the signal that any process got (or 0), gradient norm and learning rate.
     """
     args, accelerator, progress = run.args, run.accelerator, run.progress
     rows, skipped, sums = [], 0, 0
@@ -1274,8 +1276,7 @@ def main(args):
     step_batches = iter(lambda: list(itertools.islice(batches_of_run, args.gradient_accumulation_steps)), [])
     signal_number = train(run, step_batches, StopRequest())
     if signal_number:
-        name = signal.Signals(signal_number).name
-        logger.warning(f"Stopped by {name} at step {run.progress.step}; resume with --resume_from_checkpoint latest.")
+        logger.warning(f"Stopped by {signal.Signals(signal_number).name} at step {run.progress.step}, to be resumed.")
     else:
         finish(run)
     with tracking(accelerator):
@@ -1294,5 +1295,6 @@ if __name__ == "__main__":
         worker.kill()  # a loader's workers ignore SIGTERM, with which Python would end them
     # DDP's reducer and the threads of gloo must be gone while the interpreter still runs.
     gc.collect()
-    PartialState().destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     sys.exit(status)
