@@ -35,14 +35,13 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import resource
 import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,7 +50,6 @@ import diffusers
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
-import safetensors.numpy
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -434,8 +432,8 @@ class PairSource:
     def build_index(self, args):
         """The index, and (file, row group) of each shard. Labels are read from 16 files at a time."""
         files = self.files if self.data is None else [None]
-        with ThreadPoolExecutor(16) as pool:
-            tables = pool.map(self.read_labels, files)
+        with multiprocessing.pool.ThreadPool(16) as pool:
+            tables = pool.imap(self.read_labels, files)
             labels = list(tqdm(tables, "Reading labels", len(files), disable=len(files) == 1))
         groups = [(file, group) for file, shards in enumerate(labels) for group in range(len(shards))]
         labels = [shard for shards in labels for shard in shards]
@@ -443,17 +441,17 @@ class PairSource:
         index = np.stack([shard, np.arange(len(shard)) - np.searchsorted(shard, shard)], axis=1)
         index, labels = index[: args.max_train_samples], np.concatenate(labels)[: args.max_train_samples]
         index = index[labels[:, 0] != labels[:, 1]] if args.remove_ties else index
-        return {"index": index, "groups": np.array(groups)}
+        return {"index": torch.from_numpy(index), "groups": torch.tensor(groups)}
 
     def index(self, args):
         """`(pairs, 2)` shard and row of all pairs but the ties, built once and kept on disk."""
         key = Hasher.hash([self.fingerprint, args.max_train_samples, args.remove_ties])
         path = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
         if not path.exists():
-            write_whole(path, functools.partial(safetensors.numpy.save_file, self.build_index(args)))
-        arrays = safetensors.numpy.load_file(path)
-        self.groups = arrays["groups"]
-        return arrays["index"]
+            write_whole(path, functools.partial(safetensors.torch.save_file, self.build_index(args)))
+        tensors = safetensors.torch.load_file(path)
+        self.groups = tensors["groups"].numpy()
+        return tensors["index"].numpy()
 
     def record(self, shard, row):
         """One row as a dict, its images encoded."""
@@ -781,7 +779,8 @@ def fill_caches(args, accelerator, pipeline, *data):
     """
     parts = pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2
     settings = [Hasher.hash([str(part), str(part.config), part.state_dict()]) for part in parts]
-    settings += [tokenizer.backend_tokenizer.to_str() for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        settings += [tokenizer("", padding="max_length").input_ids, tokenizer.backend_tokenizer.to_str()]
     settings += [args.resolution, args.no_hflip, args.allow_tf32]
     for pairs in data:
         key = Hasher.hash([settings, pairs.source.fingerprint, pairs.index])
@@ -1260,10 +1259,9 @@ def main(args):
     with tracking(accelerator):
         options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir))}}
         accelerator.init_trackers(args.tracker_name, values, init_kwargs=options)
-    logger.info("***** Running training *****")
-    logger.info(f"  Pairs = {len(index)}, held out = {len(held_out_index)}, per optimizer step = {pairs_per_step}")
     number = sum(parameter.numel() for parameter in parameters)
-    logger.info(f"  Optimizer steps = {args.max_train_steps}, trained parameters = {number:,}")
+    logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
+    logger.info(f"  Pairs = {len(index)}, held out = {len(held_out_index)}, per optimizer step = {pairs_per_step}")
     if checkpoint is None:
         validate(run)
     if args.run_validation:
@@ -1291,8 +1289,9 @@ if __name__ == "__main__":
         status = main(parse_args())
     except TrainingError as error:
         status = f"error: {error}"
-    for worker in multiprocessing.active_children():
-        worker.kill()  # a loader's workers ignore SIGTERM, with which Python would end them
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # a loader's workers ignore SIGTERM, with which Python would end them
     # DDP's reducer and the threads of gloo must be gone while the interpreter still runs.
     gc.collect()
     if torch.distributed.is_initialized():
