@@ -17,11 +17,11 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6",
-#     "diffusers>=0.36",
-#     "transformers>=5.4",
+#     "torch>=2.8",
+#     "diffusers>=0.40",
+#     "transformers>=5.24",
 #     "accelerate>=1.12",
-#     "datasets>=5.2",
+#     "datasets>=4.4.1",
 #     "peft>=0.18",
 #     "sentencepiece",
 #     "protobuf",

@@ -4,8 +4,8 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "diffusers>=0.40", "transformers>=5.4", "accelerate>=1.12", "datasets>=5.2",
-#   "peft>=0.18", "bitsandbytes>=0.50", "tensorboard", "wandb"]
+# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "accelerate>=1.12", "datasets>=4.4.1",
+#   "peft>=0.18", "bitsandbytes>=0.50", "tensorboard>=2.21", "wandb>=0.20"]
 # ///
 """Align Stable Diffusion XL with MaPO, preference optimization without a reference model (arXiv 2406.06424).
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,14 @@ def flags(world, tmp_path):
     }
 
 
+@pytest.fixture
+def spied(monkeypatch, script):
+    """The pipelines that the script loads, as it uses them."""
+    pipelines, load = [], script.load_pipeline
+    monkeypatch.setattr(script, "load_pipeline", lambda *args: pipelines.append(load(*args)) or pipelines[-1])
+    return pipelines
+
+
 def command_line(flags):
     """`{"name": value}` as a command line: True is a bare switch, None is left out, lists are spread."""
     words = []
@@ -89,8 +98,15 @@ def run_words(script, words):
     """The script's `main` in this process, from a clean state of accelerate; returns the output folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    args = script.parse_args(words)
-    script.main(args)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        args = script.parse_args(words)
+        status = script.main(args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if status:
+        raise SystemExit(status)
     return Path(args.output_dir)
 
 
@@ -98,8 +114,11 @@ def run(script, flags):
     return run_words(script, command_line(flags))
 
 
-def launch(flags, processes=1, env=None, timeout=300, wrapper=()):
-    """The script through its real launcher, in processes of its own; returns the CompletedProcess (text output)."""
+def launch(flags, processes=1, env=None, timeout=900, wrapper=()):
+    """
+    The script through its real launcher, in processes of its own; returns the CompletedProcess (text output). The
+    time-out only guards against hangs.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if processes == 1:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
@@ -112,19 +131,22 @@ def launch(flags, processes=1, env=None, timeout=300, wrapper=()):
     )
 
 
-# Runs the script with every loader noting the rows that it hands out.
+# Runs the script with every loader noting the rows that it hands out for training.
 RECORDER = """
 import os, runpy, sys
 from torch.utils.data import DataLoader
 
 iterate = DataLoader.__iter__
+folder, rank = os.path.dirname(__file__), os.environ.get("RANK", 0)
+file = open(os.path.join(folder, f"rank-{rank}"), "w", buffering=1)
 
 
 def recorded(loader):
-    with open(os.path.join(os.path.dirname(__file__), f"rank-{os.environ['RANK']}"), "w", buffering=1) as file:
-        for batch in iterate(loader):
-            file.writelines(f"{row}\\n" for row in batch["rows"])
-            yield batch
+    for batch in iterate(loader):
+        # The loader of --cache_latents hands out lists.
+        if isinstance(batch, dict):
+            file.writelines(f"{row}\\n" for row in batch["row"] if not row.startswith("held-out"))
+        yield batch
 
 
 DataLoader.__iter__ = recorded
@@ -137,7 +159,7 @@ def launch_recorded(flags, processes, folder):
     """The script over real processes, to a good end; returns for each rank the rows that it trained on, in order."""
     folder.mkdir()
     (folder / "recorder.py").write_text(RECORDER)
-    done = launch(flags, processes, wrapper=[folder / "recorder.py"], timeout=120)
+    done = launch(flags, processes, wrapper=[folder / "recorder.py"])
     assert done.returncode == 0, done.stderr
     return [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(processes)]
 

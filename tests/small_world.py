@@ -1,4 +1,4 @@
-"""A small world to test in: a tiny SDXL pipeline and a preference data set, made locally and always the same.
+"""A small world for tests: a tiny SDXL pipeline and a preference data set, made locally and always the same.
 
 `build_pipeline` writes a randomly initialised but complete SDXL pipeline in the folder layout of
 `stabilityai/stable-diffusion-xl-base-1.0`; `draw_pairs` writes a Pick-Style data set as parquet, in which a flat

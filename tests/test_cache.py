@@ -1,27 +1,26 @@
 """--cache_latents: the same training from pairs that were encoded once; whole files after any kill, for all runs."""
 
-import json
-import os
-import shutil
+import collections
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import SCRIPT, command_line, launch, run, scalars
-from diffusers import StableDiffusionXLPipeline
-from safetensors import safe_open
 from safetensors.torch import load_file
 from small_world import draw_pairs
-from test_pairs import make_row, write_groups, write_parquet
+from test_pairs import write_groups
+
+
+BOTH_WAYS = pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
 
 
 @pytest.fixture
 def flags(flags, tmp_path):
-    """Each test fills a cache of its own."""
+    """Each test fills a cache of its own, of the 42 training pairs and the 6 held-out ones."""
     return {**flags, "cache_dir": tmp_path / "cache", "num_validation_pairs": 6, "cache_latents": True}
 
 
@@ -30,290 +29,232 @@ def refuse(*args, **kwargs):
 
 
 def cache_files(flags):
-    return sorted(flags["cache_dir"].glob("mapo_latents/*/*.safetensors"))
+    """All that lies in the caches, by its path."""
+    return sorted(path for path in flags["cache_dir"].glob("mapo_latents/**/*") if path.is_file())
 
 
-def cached_pairs(flags):
-    """(shard, row, prompt, labels or reason) of every pair in every file."""
-    pairs = []
-    for path in cache_files(flags):
-        with safe_open(path, framework="pt") as file:
-            pairs += json.loads(file.metadata()["pairs"])
-    return pairs
+def cache_folders(flags):
+    return {path.parts[len(flags["cache_dir"].parts) + 1] for path in cache_files(flags)}
 
 
-def trained(out):
-    return load_file(next(out.glob("pytorch_lora_weights.safetensors")))
+@pytest.fixture
+def encoded(script, monkeypatch):
+    """How many images each call of `encode_images` gets."""
+    counts, encode_images = [], script.encode_images
+
+    def count(args, vae, pixels):
+        counts.append(len(pixels))
+        return encode_images(args, vae, pixels)
+
+    monkeypatch.setattr(script, "encode_images", count)
+    return counts
 
 
-def curves(out):
-    """Everything logged but speed and memory."""
-    logged = scalars(out)
-    return {name: values for name, values in logged.items() if name not in ("pairs_per_second", "peak_memory_gib")}
-
-
-def assert_same_run(out, other):
-    assert curves(out) == curves(other)
-    weights, others = trained(out), trained(other)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+def results(out):
+    """Everything logged but speed and memory, and the trained weights."""
+    logged = {name: values for name, values in scalars(out).items() if name[:4] not in ("pair", "peak")}
+    return logged, {name: w.tolist() for name, w in load_file(out / "pytorch_lora_weights.safetensors").items()}
 
 
 VARIANTS = {
-    "map-style": {},
-    "streamed": {"streaming": True, "shuffle_buffer_size": 10},
-    "no mirror": {"no_hflip": True},
-    "ties and label noise": {"no-remove_ties": True, "label_noise_prob": 0.3},
-    "workers": {"dataloader_num_workers": 2},
-    "streamed by workers": {"streaming": True, "shuffle_buffer_size": 10, "dataloader_num_workers": 2},
-    "bf16": {"mixed_precision": "bf16"},
-    "accumulated": {"train_batch_size": 2, "gradient_accumulation_steps": 2, "use_8bit_adam": True},
+    "map-style, bf16, no flips": {"no_hflip": True, "mixed_precision": "bf16"},
+    "map-style, ties, noise, workers": {"no-remove_ties": True, "label_noise_prob": 0.3, "dataloader_num_workers": 2},
+    "streamed, workers, bf16": {"streaming": True, "dataloader_num_workers": 2, "mixed_precision": "bf16"},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_is_uncached_bit_by_bit(script, flags, tmp_path, monkeypatch, variant):
-    """More than one epoch of 42 pairs; a second run finds all encoded."""
-    flags.update(max_train_steps=12, **VARIANTS[variant])
-    cached = run(script, flags)
-    uncached = run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"})
-    assert_same_run(cached, uncached)
-    monkeypatch.setattr(script, "encode_images", refuse)
-    assert_same_run(run(script, {**flags, "output_dir": tmp_path / "again"}), uncached)
+def test_cached_is_uncached_bit_by_bit(script, flags, tmp_path, monkeypatch, encoded, variant):
+    """More than one epoch. Each pair is encoded once, before training; a second run encodes nothing."""
+    flags.update(max_train_steps=12, resolution=32, **VARIANTS[variant])
+    cached = results(run(script, flags))
+    # Two images in two orientations of 48 pairs.
+    assert sum(encoded) == 48 * (2 if "no_hflip" in flags else 4)
+    uncached = results(run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}))
+    assert cached == uncached
+    for name in ("encode_images", "encode_prompts", "decode_image"):
+        monkeypatch.setattr(script, name, refuse)
+    assert results(run(script, {**flags, "output_dir": tmp_path / "again"})) == uncached
 
 
-def test_cached_resume_is_the_uninterrupted_uncached_run(script, flags, tmp_path):
-    """Stopped in the first epoch of a stream, when a part of the pairs is cached."""
-    flags.update(streaming=True, shuffle_buffer_size=10, max_train_steps=4, checkpointing_steps=4)
-    # The end of the first run would log metrics that the uninterrupted run has no reason to.
-    flags["num_validation_pairs"] = None
-    run(script, flags)
-    assert 0 < len(cached_pairs(flags)) < 48
-    flags["max_train_steps"] = 14
-    resumed = run(script, {**flags, "resume_from_checkpoint": "latest"})
-    assert_same_run(resumed, run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "whole"}))
+# Runs the script with process 1 coming late to the cache, and notes what each process encodes.
+LATE = """
+import os, pathlib, runpy, sys, time
+import safetensors.torch
+
+folder, rank = pathlib.Path(__file__).parent, os.environ["RANK"]
+exists, listdir, save_file = pathlib.Path.exists, os.listdir, safetensors.torch.save_file
+waited = []
 
 
-@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
-def test_two_processes_encode_each_pair_once(flags, tmp_path, streaming):
-    flags.update(streaming=streaming, train_batch_size=2, max_train_steps=10, shuffle_buffer_size=8)
-    result = launch(flags, processes=2)
-    assert result.returncode == 0, result.stderr
-    pairs = [tuple(pair[:2]) for pair in cached_pairs(flags)]
-    # The last block of each rank's stream is not asked for.
-    assert len({*pairs}) == len(pairs) == 48 if streaming is None else 46 <= len({*pairs}) == len(pairs)
-    flags.update(cache_latents=None, output_dir=tmp_path / "uncached")
-    assert launch(flags, processes=2).returncode == 0
-    assert_same_run(tmp_path / "out", tmp_path / "uncached")
+def wait_for_the_other():
+    if rank == "1" and not waited:
+        waited.append(time.monotonic())
+        while time.monotonic() < waited[0] + 5 and not list(folder.glob("cache/mapo_latents/*/*")):
+            time.sleep(0.01)
 
 
-def test_a_file_holds_the_moments_of_both_orientations(script, flags, world):
-    run(script, {**flags, "max_train_steps": 1, "validation_split": None})
-    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
-    args = script.parse_args(command_line(flags))
-    dataset, rows, _, _ = script.load_rows(args)
-    seen = 0
-    for path in cache_files(flags):
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            pairs = json.loads(file.metadata()["pairs"])
-        if len(pairs) != len(rows):
-            continue
-        for index, (_, row, prompt, labels) in enumerate(pairs):
-            record = dataset[row]
-            assert labels == [record["label_0"], record["label_1"]]
-            for column, name in enumerate(("jpg_0", "jpg_1")):
-                pixels, _ = script.crop_image(script.decode_image(record[name]), 64, (0.5, 0.5), False)
-                for mirrored, image in enumerate((pixels, pixels.flip(-1))):
-                    with torch.no_grad():
-                        posterior = pipeline.vae.encode(image[None] / 127.5 - 1).latent_dist
-                    moments = torch.cat([posterior.mean, posterior.std])
-                    torch.testing.assert_close(tensors["moments"][index, column, mirrored], moments, rtol=0, atol=2e-4)
-            with torch.no_grad():
-                embeds, _, pooled, _ = pipeline.encode_prompt(record["caption"], do_classifier_free_guidance=False)
-            assert torch.equal(tensors["prompt_embeds"][prompt], embeds[0])
-            assert torch.equal(tensors["pooled_prompt_embeds"][prompt], pooled[0])
-            seen += 1
-        assert len(tensors["prompt_embeds"]) == len({dataset[row]["caption"] for _, row, _, _ in pairs}) < len(pairs)
-    assert seen == 42
+def late_exists(path, *args, **kwargs):
+    if "mapo_latents" in str(path):
+        wait_for_the_other()
+    return exists(path, *args, **kwargs)
 
 
-def test_the_key_knows_all_that_changes_what_is_stored(script, flags, world, tmp_path):
-    def folder(pipeline=None, held_out=False, **changes):
-        args = script.parse_args(command_line({**flags, **changes}))
-        pipeline = pipeline or StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
-        return script.cache_folder(args, script.encoders_digest(pipeline), held_out)
-
-    plain = folder()
-    for same in ({"beta_mapo": 2}, {"seed": 3}, {"rank": None}, {"train_batch_size": 1}, {"num_validation_pairs": 3}):
-        assert folder(**same) == plain, same
-    draw_pairs(tmp_path / "other", seed=1)
-    others = [
-        {"resolution": 32},
-        {"no_hflip": True},
-        {"streaming": True, "max_train_steps": 1},
-        {"dataset_name": tmp_path / "other"},
-        {"max_train_samples": 20},
-        {"caption_column": "other"},
-        {"chosen_column": "jpg_0", "rejected_column": "jpg_1"},
-        {"no-remove_ties": True},
-        {"allow_tf32": True},
-        {"held_out": True},
-        {"held_out": True, "num_validation_pairs": 3},
-    ]
-    found = [folder(**changes) for changes in others]
-    for change in ("vae", "text_encoder", "text_encoder_2", "dtype", "pad_token", "eos_token_id"):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
-        if change == "dtype":
-            pipeline.vae.to(torch.bfloat16)
-        elif change == "pad_token":
-            pipeline.tokenizer_2.pad_token = "a"
-        elif change == "eos_token_id":
-            pipeline.text_encoder.config.eos_token_id = 5
-        else:
-            with torch.no_grad():
-                next(getattr(pipeline, change).parameters()).flatten()[0].add_(1e-3)
-        found.append(folder(pipeline))
-    assert len({plain, *found}) == len(found) + 1
+def late_listdir(path="."):
+    if "mapo_latents" in str(path):
+        wait_for_the_other()
+    return listdir(path)
 
 
-def test_a_changed_file_of_pairs_is_encoded_anew(script, flags, tmp_path):
-    flags["dataset_name"] = tmp_path / "pairs"
-    draw_pairs(flags["dataset_name"])
-    run(script, {**flags, "max_train_steps": 1})
-    before = len(cache_files(flags))
-    draw_pairs(flags["dataset_name"], seed=1)
-    run(script, {**flags, "max_train_steps": 1})
-    assert len(cache_files(flags)) == 2 * before
+def noted(tensors, path, *args, **kwargs):
+    if "mapo_latents" in str(path):
+        with open(folder / f"encoded-{rank}", "a") as file:
+            file.write(f"{len(tensors)} ")
+    return save_file(tensors, path, *args, **kwargs)
 
 
-def test_a_killed_run_leaves_whole_files_and_the_next_goes_on(script, flags, tmp_path, monkeypatch):
-    rows = [make_row(index % 200, caption=f"pair {index}") for index in range(1500)]
-    flags["dataset_name"] = write_parquet(tmp_path / "data" / "train.parquet", [rows])
-    flags.update(resolution=32, max_train_steps=2, num_validation_pairs=None, train_batch_size=16)
+pathlib.Path.exists, os.listdir, safetensors.torch.save_file = late_exists, late_listdir, noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_encode_their_shares_once(script, flags, tmp_path):
+    """Streamed; the process that comes late finds files of the other. The run is the uncached one."""
+    flags.update(streaming=True, train_batch_size=2, max_train_steps=11, resolution=16, num_validation_pairs=4)
+    (tmp_path / "late.py").write_text(LATE)
+    done = launch(flags, 2, wrapper=[tmp_path / "late.py"])
+    assert done.returncode == 0, done.stderr
+    shares = [len((tmp_path / f"encoded-{rank}").read_text().split()) for rank in (0, 1)]
+    assert shares[0] == shares[1] and sum(shares) == len(cache_files(flags))
+    done = launch({**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}, 2)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "out") == results(tmp_path / "uncached")
+
+
+def test_a_killed_run_leaves_whole_files_and_the_next_one_adds_the_rest(script, flags, tmp_path, encoded):
+    draw_pairs(tmp_path / "data", num_pairs=300, size=16)
+    flags.update(dataset_name=tmp_path / "data", resolution=16, max_train_steps=2, num_validation_pairs=None)
     process = subprocess.Popen([sys.executable, SCRIPT, *command_line(flags)], stderr=subprocess.DEVNULL)
-    while not cache_files(flags):
+    while len(cache_files(flags)) < 2:
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # As a kill in mid-write leaves it.
-    whole = cache_files(flags)
-    parts = [whole[0].with_name(f"{age}.safetensors.part") for age in (0, 2 * 3600)]
-    for part, age in zip(parts, (0, 2 * 3600), strict=True):
-        part.write_bytes(whole[0].read_bytes()[:1000])
-        os.utime(part, (time.time() - age, time.time() - age))
-    before = len(cached_pairs(flags))
-    assert 0 < before < 1500
-    encoded, encode_images = [], script.encode_images
-
-    def count(args, vae, pixels):
-        encoded.append(len(pixels))
-        return encode_images(args, vae, pixels)
-
-    monkeypatch.setattr(script, "encode_images", count)
-    cached = run(script, flags)
-    # Two images in two orientations.
-    assert sum(encoded) == 4 * (1500 - before)
-    pairs = {tuple(pair[:2]) for pair in cached_pairs(flags)}
-    assert len(pairs) == len(cached_pairs(flags)) == 1500
-    assert [part.exists() for part in parts] == [True, False]
-    monkeypatch.undo()
-    assert_same_run(cached, run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}))
+    # One that a killed process was writing has another name.
+    whole = [path for path in cache_files(flags) if path.suffix == ".safetensors"]
+    kept = {path: (load_file(path), path.stat().st_mtime_ns) for path in whole}
+    before = sum(len(moments["moments"].reshape(-1, 4, 2, 4, 2, 2)) for moments, _ in kept.values())
+    assert 0 < before < 300
+    run(script, flags)
+    assert sum(encoded) == 4 * (300 - before)
+    assert all(path.stat().st_mtime_ns == changed for path, (_, changed) in kept.items())
 
 
-@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
-def test_bad_rows_are_the_same_ones_cached(script, flags, tmp_path, streaming, caplog):
+@BOTH_WAYS
+def test_bad_rows_and_resumed_runs_are_the_same_cached(script, flags, tmp_path, caplog, streaming):
     flags["dataset_name"] = write_groups(tmp_path / "data", [[9, 9]], tied={4}, bad={3, 7, 12})
     flags.update(num_validation_pairs=None, streaming=streaming, max_bad_rows=0.5, max_train_steps=9)
-    messages = []
-    for cached in (True, True, None):
+    flags["checkpointing_steps"] = 4
+    found, messages = [], []
+    for number, cached in enumerate((True, None)):
         caplog.clear()
-        flags.update(cache_latents=cached, output_dir=tmp_path / f"out-{len(messages)}")
-        run(script, flags)
-        messages.append([record.message for record in caplog.records if "row" in record.message])
-    assert messages[0] == messages[1] == messages[2]
-    assert sum("Skipped" in message for message in messages[0]) == 6
-    assert_same_run(tmp_path / "out-0", tmp_path / "out-2")
+        out = run(script, {**flags, "cache_latents": cached, "output_dir": tmp_path / f"out-{number}"})
+        found.append(results(out))
+        messages.append([record.getMessage() for record in caplog.records if "row" in record.getMessage()])
+    assert found[0] == found[1]
+    assert messages[0] == messages[1] and sum("Skipped" in message for message in messages[0]) >= 6
+    # Uncached and cached runs resume each other.
+    resume = {"resume_from_checkpoint": tmp_path / "out-1" / "checkpoint-4", "output_dir": tmp_path / "resumed"}
+    logged, weights = results(run(script, {**flags, **resume}))
+    assert weights == found[0][1]
+    assert logged["loss"] == {step: loss for step, loss in found[0][0]["loss"].items() if step > 4}
 
 
-def test_a_cached_epoch_of_a_stream_reads_no_image(script, flags, monkeypatch):
-    flags.update(streaming=True, max_train_steps=14)
-    run(script, flags)
-    monkeypatch.setattr(script, "decode_image", refuse)
-    read = []
-    is_tie = script.is_tie
-    monkeypatch.setattr(script, "is_tie", lambda record, labels: read.append(record) or is_tie(record, labels))
-    run(script, flags)
-    # The held-out ones are found by reading; not one row behind them.
-    assert len(read) <= 8
+class Filled(Exception):
+    pass
 
 
-def test_two_processes_may_write_the_same_file(script, flags, world, tmp_path):
-    """As two ranks do that read the same shards of a stream."""
-    args = script.parse_args(command_line(flags))
-    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
-    one, other = (script.PairCache(args, accelerator, pipeline, [], tmp_path / "shared") for _ in range(2))
+def test_the_key_knows_all_that_changes_what_is_stored(script, flags, tmp_path, monkeypatch):
+    """In runs that end when their caches are filled."""
 
-    def overtaken(path):
-        other.write("0.json", lambda path: path.write_text("[1]"))
-        path.write_text("[1]")
+    def stop(*args):
+        raise Filled
 
-    one.write("0.json", overtaken)
-    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["0.json"]
+    def fill(**changes):
+        with pytest.raises(Filled):
+            run(script, {**flags, **changes})
+
+    monkeypatch.setattr(script, "make_trainable", stop)
+    flags.update(max_train_steps=1, num_validation_pairs=None, max_train_samples=4, resolution=16)
+    fill()
+    seen = cache_folders(flags)
+    assert len(seen) == 1
+    fill(beta_mapo=2, seed=3, label_noise_prob=0.5, train_batch_size=1, run_validation=True)
+    assert cache_folders(flags) == seen
+    draw_pairs(tmp_path / "other", num_pairs=6, num_shards=1, seed=1)
+    load_pipeline = script.load_pipeline
+
+    def change(part):
+        def loaded(*args):
+            pipeline = load_pipeline(*args)
+            if part == "pad_token":
+                pipeline.tokenizer_2.pad_token = "a"
+            elif part == "eos_token_id":
+                pipeline.text_encoder.config.eos_token_id = 5
+            else:
+                with torch.no_grad():
+                    next(getattr(pipeline, part).parameters()).flatten()[0].add_(1e-3)
+            return pipeline
+
+        return loaded
+
+    flag_changes = [{"resolution": 24}, {"no_hflip": True}, {"streaming": True}, {"dataset_name": tmp_path / "other"}]
+    flag_changes += [{"max_train_samples": 3}, {"chosen_column": "jpg_0", "rejected_column": "jpg_1"}]
+    flag_changes += [{"allow_tf32": True}, {"num_validation_pairs": 2}]
+    for changes in [*flag_changes, "vae", "text_encoder", "text_encoder_2", "eos_token_id", "pad_token"]:
+        with monkeypatch.context() as patched:
+            if isinstance(changes, str):
+                patched.setattr(script, "load_pipeline", change(changes))
+            fill(**(changes if isinstance(changes, dict) else {}))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        found = cache_folders(flags)
+        # Held-out pairs have a folder of their own, and those left to train on another.
+        assert len(found - seen) == (2 if "num_validation_pairs" in changes else 1), changes
+        seen = found
+    draw_pairs(tmp_path / "other", num_pairs=6, num_shards=1, seed=2)
+    fill(dataset_name=tmp_path / "other")
+    assert len(cache_folders(flags) - seen) == 1
 
 
-def test_a_stream_that_will_not_fit_is_one_sentence(script, flags, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-    flags.update(streaming=True, num_validation_pairs=None)
-    with pytest.raises(script.TrainingError, match=r"--cache_latents: 48 pairs need 0\.\d+ GiB in .*mapo_latents"):
-        run(script, flags)
+def test_a_full_disk_is_one_sentence_and_leaves_no_part(script, flags, monkeypatch):
+    save_file, saved = safetensors.torch.save_file, []
 
-
-@pytest.mark.parametrize("where", ["estimate", "write"])
-def test_a_full_disk_is_one_sentence(script, flags, monkeypatch, where):
-    if where == "estimate":
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-        expected = r"--cache_latents: 6 pairs need 0\.\d+ GiB in .*mapo_latents.*, where 8\.\d+e-09 GiB are free"
-    else:
-
-        def save(tensors, path, metadata):
+    def save(tensors, path, *args, **kwargs):
+        saved.extend([path] if "mapo_latents" in str(path) else [])
+        if len(saved) > 1:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
+        save_file(tensors, path, *args, **kwargs)
 
-        monkeypatch.setattr(script, "save_file", save)
-        expected = r"--cache_latents: .*mapo_latents.* cannot be written: .*No space left"
-    with pytest.raises(script.TrainingError, match=expected):
-        run(script, flags)
-    assert not cache_files(flags) and not list(flags["cache_dir"].glob("mapo_latents/*/*.part"))
-
-
-def test_a_disk_that_fills_up_under_a_stream_costs_no_trained_step(script, flags, monkeypatch):
-    flags.update(streaming=True, shuffle_buffer_size=10, max_train_steps=14, num_validation_pairs=None)
-    save_file, saved = script.save_file, []
-
-    def save(tensors, path, metadata):
-        saved.append(path)
-        if len(saved) == 3:
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path, metadata)
-
-    monkeypatch.setattr(script, "save_file", save)
-    with pytest.raises(script.TrainingError, match="checkpoint of step 5 is saved.*--cache_latents: .*No space left"):
-        run(script, flags)
-    assert (flags["output_dir"] / "checkpoint-5" / "mapo_state.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", save)
+        with pytest.raises(script.TrainingError, match="--cache_latents: .*mapo_latents.*: OSError.*No space left"):
+            run(script, {**flags, "num_validation_pairs": None})
+    assert len(cache_files(flags)) == 1
+    run(script, {**flags, "num_validation_pairs": None})
 
 
-def test_encoders_leave_the_device_and_come_back(script, flags, world, monkeypatch):
-    """`meta` stands for a GPU's memory."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline")
-    parts = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    script.move_encoders(pipeline, torch.device("meta"))
-    assert all(part.device.type == "meta" for part in parts) and pipeline.unet.device.type == "cpu"
-    # The host's memory has another name here than the device's, so that moves between them are seen.
-    moves, move_encoders = [], script.move_encoders
-    monkeypatch.setattr(script, "move_encoders", lambda pipeline, device: moves.append(device))
-    run(script, {**flags, "max_train_steps": 2})
-    assert len(moves) >= 5 and moves[-1] == torch.device("cpu")
-    monkeypatch.setattr(script, "move_encoders", move_encoders)
+def test_encoders_are_moved_off_the_device(script, flags, monkeypatch):
+    """`meta` stands for the host's memory, to which they go: nothing there can compute, so training needs none."""
+    moved, move = collections.Counter(), torch.nn.Module.to
+
+    def to_meta(part, *args, **kwargs):
+        if args == ("cpu",):
+            moved[type(part).__name__] += 1
+            args = ("meta",)
+        return move(part, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to_meta)
+    run(script, flags)
+    assert set(moved) == {"AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"}

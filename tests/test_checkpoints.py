@@ -1,222 +1,172 @@
 """Killed, interrupted and resumed runs against runs that never were, bit for bit."""
 
-import errno
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import SCRIPT, command_line, launch_recorded, run, scalars
+from conftest import run, scalars
+from cpu_cluster import Fault, install, killed, raising
 from diffusers import UNet2DConditionModel
 from small_world import build_pipeline, draw_pairs
+from test_faults import VALIDATION, checkpoints, run_ranks, run_ranks_well
 from test_training import LORA_WEIGHTS, assert_close, assert_equal, assert_same, curves, trained
 
 
-SAVE_STATE, REMOVE_TREE = Accelerator.save_state, shutil.rmtree
+STATE = "mapo_state.json"
+# What a run draws and schedules, none of it a default.
+DRAWS = {
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "random_crop": True,
+    "label_noise_prob": 0.3,
+    "logging_steps": 4,
+}
+STREAMED = {"streaming": True, "shuffle_shards": 2}
 
 
-def checkpoints(folder):
-    return sorted(path.name for path in Path(folder).glob("*checkpoint*"))
+def state_of(folder):
+    """The state in a checkpoint, without the flags."""
+    state = json.loads((folder / STATE).read_text())
+    del state["settings"]
+    return state
 
 
-def hidden(folder):
-    return [path.name for path in Path(folder).glob(".*")]
+def resumed(script, flags, checkpoint, folder):
+    return run(script, {**flags, "output_dir": folder, "resume_from_checkpoint": checkpoint})
 
 
-def assert_goes_on(whole, resumed, step):
-    """`resumed` did the steps after `step` as `whole` did them, and no others."""
+def assert_continues(whole, folder, step):
+    """`folder` made the steps after `step` as `whole` made them, and no others."""
     expected = {name: {s: v for s, v in values.items() if s > step} for name, values in curves(whole).items()}
-    assert curves(resumed) == expected
+    assert curves(folder) == expected
     assert len(expected["loss"]) > 0
-    assert_equal(trained(whole), trained(resumed))
-
-
-# Killed -------------------------------------------------------------------------------------------------------------
-
-
-def steps_done(log):
-    """What the progress bar in `log` has come to."""
-    return max(map(int, re.findall(r"Steps:[^\r\n]* (\d+)/\d+ \[", log.read_text())), default=0)
-
-
-def kill_at(flags, step, log):
-    """Run the script in processes of its own and kill -9 them all as soon as `step` is done."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *command_line(flags)],
-            env={**os.environ, "TQDM_MININTERVAL": "0"},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + 120
-    while steps_done(log) < step and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert process.poll() is None, log.read_text()
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert step <= steps_done(log) < flags["max_train_steps"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rank": 4, "use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
-        {"rank": None, "use_8bit_adam": True, "learning_rate": 1e-4},
-        {"rank": 4, "dataloader_num_workers": 2, "random_crop": True, "label_noise_prob": 0.2},
-    ],
-    ids=["lora-8bit", "full-8bit", "lora-workers"],
-)
-def test_killed_and_resumed_run_is_the_uninterrupted_one(script, flags, tmp_path, changes):
-    """Killed at step 9 or later, in the first epoch of eleven steps, between the validations of steps 5 and 10."""
-    flags.update(checkpointing_steps=7, max_train_steps=18, num_validation_pairs=4, **changes)
-    flags.update(run_validation=True, validation_steps=5, num_inference_steps=2, validation_prompts=["a red circle"])
-    whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
-    kill_at(flags, 9, tmp_path / "log")
-    out = flags["output_dir"]
-    assert "checkpoint-7" in checkpoints(out) and not (out / LORA_WEIGHTS).exists() and not (out / "unet").exists()
-    # TensorBoard's thread may not have written what the killed step logged.
-    assert max(scalars(out)["loss"]) >= 8
-    run(script, {**flags, "resume_from_checkpoint": "latest"})
-    assert_same(whole, out)
-    for name in ("step-000010.png", "step-000018.png"):
-        assert (out / "validation" / name).read_bytes() == (whole / "validation" / name).read_bytes()
+    assert_equal(trained(whole), trained(folder))
 
 
 # Resumed ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"train_batch_size": 5, "use_8bit_adam": True, **DRAWS}, [4]),
+        ({"train_batch_size": 2, "gradient_accumulation_steps": 2, "rank": None}, [5, 6, 7]),
+        ({"mixed_precision": "bf16", "gradient_checkpointing": True, "max_train_steps": 4}, [2]),
+        ({"cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
+        ({**STREAMED, **DRAWS, "num_validation_pairs": 3}, [5, 6]),
+        ({**STREAMED, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
+    ],
+    ids=["batch-over-epochs", "accumulation", "bf16", "cache-workers", "stream", "stream-workers"],
+)
+def test_resumed_run_is_the_uninterrupted_one(script, flags, tmp_path, changes, steps):
+    """Before, at and after the end of an epoch of 24 pairs (stream: 21), in a log window, between two epochs."""
+    flags.update({"max_train_samples": 24, "max_train_steps": 8, "checkpointing_steps": 1, **changes})
+    whole = run(script, flags)
+    for step in steps:
+        folder = resumed(script, flags, whole / f"checkpoint-{step}", tmp_path / f"from-{step}")
+        assert_continues(whole, folder, step)
+
+
+@pytest.mark.parametrize("changes", [{}, STREAMED], ids=["map", "stream"])
+def test_two_restarts_in_a_row(script, flags, tmp_path, changes):
+    flags.update(checkpointing_steps=2, max_train_steps=8, max_train_samples=24, **changes)
+    whole = run(script, flags)
+    once = resumed(script, flags, whole / "checkpoint-2", tmp_path / "once")
+    twice = resumed(script, flags, once / "checkpoint-4", tmp_path / "twice")
+    assert_continues(whole, twice, 4)
+    assert state_of(whole / "checkpoint-8") == state_of(twice / "checkpoint-8")
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"checkpointing_steps": 12, "max_train_steps": 14},
-        {"checkpointing_steps": 5, "max_train_steps": 14, "train_batch_size": 5, "use_8bit_adam": True},
-        {"checkpointing_steps": 2, "gradient_accumulation_steps": 3, "train_batch_size": 2, "rank": None},
-        {"checkpointing_steps": 3, "max_train_steps": 6, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
-        {"checkpointing_steps": 3, "max_train_steps": 6, "label_noise_prob": 0.5, "random_crop": True},
-        {"checkpointing_steps": 3, "max_train_steps": 9, "logging_steps": 4},
-        {"checkpointing_steps": 3, "mixed_precision": "bf16", "gradient_checkpointing": True},
-        {"checkpointing_steps": 3, "max_train_steps": 14, "streaming": True, "shuffle_buffer_size": 9},
-        {"checkpointing_steps": 13, "max_train_steps": 15, "streaming": True, "num_validation_pairs": 3},
-        {"checkpointing_steps": 3, "max_train_steps": 5, "streaming": True, "dataloader_num_workers": 2},
+        {},
+        STREAMED,
+        pytest.param({"dataloader_num_workers": 2}, marks=pytest.mark.matrix),
+        pytest.param({**STREAMED, "dataloader_num_workers": 2}, marks=pytest.mark.matrix),
+        pytest.param({**STREAMED, "gradient_accumulation_steps": 2}, marks=pytest.mark.matrix),
     ],
-    ids=[
-        "epoch-end",
-        "batch-over-epochs",
-        "accumulation",
-        "schedule",
-        "draws",
-        "log-window",
-        "bf16",
-        "streaming",
-        "streaming-held-out",
-        "streaming-workers",
-    ],
+    ids=["map", "stream", "map-workers", "stream-workers", "stream-accumulation"],
 )
-def test_resumed_run_goes_on_as_the_uninterrupted_one(script, flags, tmp_path, changes):
-    step = changes["checkpointing_steps"]
-    flags.update(changes)
+def test_run_resumes_on_any_number_of_processes(script, flags, tmp_path, changes):
+    """
+    One process, then two, then one again, over the end of an epoch. The pairs stay the same in the same order; the
+    losses differ by rounding, since each process sums up half of a batch. Adam's epsilon is raised because Adam
+    divides by gradients that may be no larger than their rounding.
+    """
+    flags.update(changes, lr_scheduler="cosine", lr_warmup_steps=2, adam_epsilon=1e-5, num_validation_pairs=4)
+    flags.update(checkpointing_steps=3, max_train_steps=9, max_train_samples=24)
     whole = run(script, flags)
-    flags.update(output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / f"checkpoint-{step}")
-    assert_goes_on(whole, run(script, flags), step)
+    halves = {**flags, "train_batch_size": 2, "output_dir": tmp_path / "two"}
+    two = run_ranks_well({**halves, "resume_from_checkpoint": whole / "checkpoint-3"})
+    assert_close(two, whole, steps=range(4, 10))
+    one = resumed(script, flags, two / "checkpoint-6", tmp_path / "one")
+    assert_close(one, whole, steps=range(7, 10))
+    states = [state_of(folder / "checkpoint-9") for folder in (whole, two, one)]
+    assert len({state["pairs_seen"] for state in states}) == 1
 
 
-@pytest.mark.parametrize("streaming", [None, True])
-def test_two_restarts_in_a_row(script, flags, tmp_path, streaming):
-    flags.update(checkpointing_steps=3, max_train_steps=10, streaming=streaming, shuffle_buffer_size=7)
-    whole = run(script, flags)
-    once = run(script, {**flags, "output_dir": tmp_path / "once", "resume_from_checkpoint": whole / "checkpoint-3"})
-    twice = run(script, {**flags, "output_dir": tmp_path / "twice", "resume_from_checkpoint": once / "checkpoint-6"})
-    assert_goes_on(whole, twice, 6)
-    states = [json.loads((folder / "checkpoint-9" / "mapo_state.json").read_text()) for folder in (whole, twice)]
-    for state in states:
-        del state["args"]
-    assert states[0] == states[1]
-
-
+@pytest.mark.parametrize("changes", [STREAMED, pytest.param({}, marks=pytest.mark.matrix)], ids=["stream", "map"])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.matrix)])
-@pytest.mark.parametrize("held_out", [None, 2], ids=["with a step", "in mid-window"])
-@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
-def test_resumed_before_at_and_after_the_end_of_an_epoch(script, flags, tmp_path, streaming, held_out, workers):
-    """Epochs of 48 pairs end with step 12, epochs of 46 between its two micro-steps; also over two restarts."""
-    flags.update(streaming=streaming, num_validation_pairs=held_out, dataloader_num_workers=workers)
-    flags.update(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=14, checkpointing_steps=1)
-    flags.update(shuffle_buffer_size=10)
-    whole = run(script, flags)
-
-    def resume(name, checkpoint):
-        return run(script, {**flags, "output_dir": tmp_path / name, "resume_from_checkpoint": checkpoint})
-
-    before = resume("before", whole / "checkpoint-11")
-    assert_goes_on(whole, before, 11)
-    assert_goes_on(whole, resume("at", whole / "checkpoint-12"), 12)
-    assert_goes_on(whole, resume("after", whole / "checkpoint-13"), 13)
-    twice = resume("twice", before / "checkpoint-12")
-    assert_goes_on(whole, twice, 12)
-    assert_goes_on(whole, resume("thrice", twice / "checkpoint-13"), 13)
+def test_run_that_began_on_two_processes_resumes_on_one(script, flags, tmp_path, changes, workers):
+    """A stream's lanes are those of the processes and workers that it began with."""
+    flags.update(changes, adam_epsilon=1e-5, dataloader_num_workers=workers, checkpointing_steps=3)
+    flags.update(max_train_steps=8, max_train_samples=24, train_batch_size=2)
+    whole = run_ranks_well({**flags, "output_dir": tmp_path / "two"})
+    flags.update(train_batch_size=4)
+    assert_close(resumed(script, flags, whole / "checkpoint-3", tmp_path / "one"), whole, steps=range(4, 9))
 
 
-def test_map_style_run_goes_on_over_two_processes(script, flags, tmp_path):
-    """
-    The way back is among the tests of training. The pairs are the same in the same order; losses differ by roundings
-    of float32, as each process sums up half of a batch. Relative 1e-5 are some 80 of them; Adam's epsilon is raised
-    because it divides by gradients that may be no larger than their rounding.
-    """
-    flags.update(max_train_steps=14, checkpointing_steps=10, lr_scheduler="cosine", adam_epsilon=1e-5)
-    whole = run(script, flags)
-    flags.update(train_batch_size=2, output_dir=tmp_path / "two", resume_from_checkpoint=whole / "checkpoint-10")
-    read = launch_recorded(flags, 2, tmp_path / "read")
-    together = [row for start in range(0, 8, 2) for rows in read for row in rows[start : start + 2]]
-    order = [np.random.default_rng([0, epoch]).permutation(48) for epoch in (0, 1)]
-    assert together == [f"row {row}" for row in np.concatenate(order)[40:56]]
-    assert_close(tmp_path / "two", whole, steps=range(11, 15))
+# Killed -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 4, "use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, **STREAMED},
+        pytest.param({"rank": None, "use_8bit_adam": True, "learning_rate": 1e-4}, marks=pytest.mark.matrix),
+        pytest.param({"dataloader_num_workers": 2, "random_crop": True}, marks=pytest.mark.matrix),
+    ],
+    ids=["lora-8bit", "full-8bit", "workers"],
+)
+def test_killed_and_resumed_run_is_the_uninterrupted_one(script, flags, tmp_path, changes):
+    """Killed within step 5, between the validations of steps 3 and 6."""
+    flags.update(checkpointing_steps=4, max_train_steps=6, validation_steps=3, **VALIDATION, **changes)
+    whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
+    statuses, outputs = run_ranks(flags, {0: [Fault("step", (5,), killed)]}, size=1)
+    assert statuses == [-signal.SIGKILL], outputs
+    out = flags["output_dir"]
+    assert checkpoints(out) == [4] and not (out / LORA_WEIGHTS).exists() and not (out / "unet").exists()
+    run(script, {**flags, "resume_from_checkpoint": "latest"})
+    assert_same(whole, out)
+    grid = Path("validation", "step-000006.png")
+    assert (out / grid).read_bytes() == (whole / grid).read_bytes()
 
 
-def test_checkpoint_waits_for_the_end_of_the_accumulation_window(script, flags):
-    flags.update(gradient_accumulation_steps=3, train_batch_size=2, checkpointing_steps=1, max_train_steps=2)
-    out = run(script, flags)
-    assert checkpoints(out) == ["checkpoint-1", "checkpoint-2"]
-    states = [json.loads((out / name / "mapo_state.json").read_text()) for name in checkpoints(out)]
-    assert [state["pairs_seen"] for state in states] == [6, 12]
-    assert [state["rows_read"] for state in states] == [6, 12]
-
-
-@pytest.mark.parametrize("by", ["path", "name", "latest"])
-def test_checkpoint_is_found(script, flags, by):
+# Found and compared -------------------------------------------------------------------------------------------------
+def test_checkpoint_is_found(script, flags):
     """By number: in the order of names checkpoint-5 would come after checkpoint-10."""
-    flags.update(checkpointing_steps=5, max_train_steps=11)
+    flags.update(checkpointing_steps=5, max_train_steps=11, train_batch_size=1)
     out = run(script, flags)
-    shutil.rmtree(out / "logs")
-    (out / "checkpoint-99-copy").mkdir()
-    (out / "checkpoint-best").mkdir()
-    asked = {"path": out / "checkpoint-10", "name": "checkpoint-10", "latest": "latest"}[by]
-    run(script, {**flags, "resume_from_checkpoint": asked, "max_train_steps": 12})
-    assert list(scalars(out)["loss"]) == [11, 12]
+    (out / "checkpoint-99").mkdir()
+    for asked in (out / "checkpoint-10", "checkpoint-10", "latest"):
+        shutil.rmtree(out / "logs")
+        run(script, {**flags, "resume_from_checkpoint": asked, "max_train_steps": 12})
+        assert list(scalars(out)["loss"]) == [11, 12]
 
 
-def test_latest_starts_a_new_run_where_there_is_none(script, flags, tmp_path):
+def test_latest_of_none_starts_a_new_run_and_a_missing_checkpoint_is_refused(script, flags, tmp_path):
     out = run(script, {**flags, "resume_from_checkpoint": "latest"})
     assert_same(out, run(script, {**flags, "output_dir": tmp_path / "new"}))
+    (tmp_path / "folder").mkdir()
+    for asked in ("checkpoint-9", tmp_path / "folder"):
+        with pytest.raises(script.TrainingError, match="--resume_from_checkpoint .* is no checkpoint"):
+            run(script, {**flags, "resume_from_checkpoint": asked})
 
 
-@pytest.mark.parametrize("asked", ["checkpoint-9", "no_checkpoint"])
-def test_what_is_no_checkpoint_is_refused(script, flags, tmp_path, asked):
-    (tmp_path / "no_checkpoint").mkdir()
-    asked = tmp_path / asked if asked == "no_checkpoint" else asked
-    with pytest.raises(script.TrainingError, match="--resume_from_checkpoint"):
-        run(script, {**flags, "resume_from_checkpoint": asked})
-
-
-@pytest.mark.parametrize("file", ["optimizer.bin", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("file", ["optimizer.bin", LORA_WEIGHTS])
 def test_damaged_checkpoint_is_one_sentence(script, flags, file):
     folder = run(script, {**flags, "checkpointing_steps": 2}) / "checkpoint-2"
     (folder / file).write_bytes((folder / file).read_bytes()[:100])
@@ -225,173 +175,114 @@ def test_damaged_checkpoint_is_one_sentence(script, flags, file):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("rank", [4, None])
-def test_resumed_run_with_nothing_left_to_do_ends_well(script, flags, tmp_path, rank):
-    flags.update(rank=rank, checkpointing_steps=4, num_validation_pairs=4)
+def test_finished_run_is_validated_again_or_prolonged(script, flags, tmp_path):
+    """Its last checkpoint is where it resumes, and the final weights are replaced."""
+    flags.update(checkpointing_steps=3, max_train_steps=3, num_validation_pairs=4)
     whole = run(script, flags)
-    resumed = run(
-        script, {**flags, "output_dir": tmp_path / "again", "resume_from_checkpoint": whole / "checkpoint-4"}
-    )
-    assert_equal(trained(whole), trained(resumed))
-    logged = scalars(resumed)
-    assert "loss" not in logged
-    assert logged["eval_loss"] == {4: scalars(whole)["eval_loss"][4]}
-    assert (resumed / "README.md").exists()
-
-
-def test_finished_run_can_be_prolonged(script, flags):
-    """Its last checkpoint is where it goes on, and the final weights are replaced."""
-    flags.update(checkpointing_steps=3, max_train_steps=3)
-    before = trained(run(script, flags))
-    flags.update(resume_from_checkpoint="latest", max_train_steps=6)
-    after = trained(run(script, flags))
-    whole = run(script, {**flags, "resume_from_checkpoint": None, "output_dir": flags["output_dir"] / "whole"})
-    assert_equal(after, trained(whole))
+    again = resumed(script, flags, whole / "checkpoint-3", tmp_path / "again")
+    assert_equal(trained(whole), trained(again))
+    assert "loss" not in scalars(again) and (again / "README.md").exists()
+    assert scalars(again)["eval_loss"] == {3: scalars(whole)["eval_loss"][3]}
+    before = trained(whole)
+    after = trained(run(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 6}))
+    longer = run(script, {**flags, "output_dir": tmp_path / "longer", "max_train_steps": 6})
+    assert_equal(after, trained(longer))
     assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("rank", 2), ("rank", None), ("use_8bit_adam", True), ("streaming", True), ("seed", 1)]
-)
-def test_difference_that_makes_a_checkpoint_useless_is_refused(script, flags, name, value):
-    flags.update(checkpointing_steps=1, max_train_steps=1)
-    run(script, flags)
-    with pytest.raises(script.TrainingError, match=f"--resume_from_checkpoint: --{name} is {value}, but"):
-        run(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 2, name: value})
+def test_differences_of_flags_are_refused_or_reported(script, flags, tmp_path, caplog):
+    """A seed that was drawn is taken over."""
+    flags.update(checkpointing_steps=1, max_train_steps=1, seed=None)
+    out = run(script, flags)
+    flags.update(resume_from_checkpoint="checkpoint-1", max_train_steps=2)
+    for name, value in {"rank": 2, "use_8bit_adam": True, "streaming": True, "shuffle_shards": 9, "seed": 1}.items():
+        with pytest.raises(script.TrainingError, match=f"--resume_from_checkpoint: {name} is {value}, but"):
+            run(script, {**flags, name: value})
 
+    def reported(changes):
+        caplog.clear()
+        run(script, {**flags, **changes})
+        messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        return set(re.findall(r"(\w+) is .*, but .* in .*checkpoint-1\.", "\n".join(messages)))
 
-def differences(caplog):
-    """The flags that warnings say to differ from the checkpoint's."""
-    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    return set(re.findall(r"--(\w+) is .*, but .* in .*checkpoint-1", "\n".join(warned)))
-
-
-def test_other_differences_are_warned_of(script, flags, tmp_path, caplog):
-    flags.update(checkpointing_steps=1, max_train_steps=1)
-    run(script, flags)
+    assert not reported({})
     build_pipeline(tmp_path / "pipeline", seed=1)
     draw_pairs(tmp_path / "pairs", seed=1)
-    flags.update(resume_from_checkpoint="latest", max_train_steps=2)
-    caplog.clear()
-    run(script, flags)
-    assert not differences(caplog)
     changes = {
         "pretrained_model_name_or_path": tmp_path / "pipeline",
-        "pretrained_vae_model_name_or_path": tmp_path / "pipeline" / "vae",
         "dataset_name": tmp_path / "pairs",
-        "dataset_split_name": "train",
         "max_train_samples": 40,
         "num_validation_pairs": 4,
         "resolution": 32,
         "learning_rate": 1e-4,
-        "lr_scheduler": "linear",
-        "loss_type": "mapo_v1",
         "beta_mapo": 0.5,
     }
-    state_file = flags["output_dir"] / "checkpoint-1" / "mapo_state.json"
-    state = json.loads(state_file.read_text())
-    state["args"]["flag_of_another_version"] = 3
-    state_file.write_text(json.dumps(state))
-    caplog.clear()
-    run(script, {**flags, **changes, "resume_from_checkpoint": "checkpoint-1", "no-remove_ties": True})
-    assert differences(caplog) == {*changes, "remove_ties", "flag_of_another_version"}
-
-
-def test_seed_that_was_drawn_is_taken_over(script, flags, tmp_path):
-    flags.update(checkpointing_steps=2, seed=None)
-    whole = run(script, flags)
-    flags.update(output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-2")
-    assert_goes_on(whole, run(script, flags), 2)
+    state = json.loads((out / "checkpoint-1" / STATE).read_text())
+    state["settings"]["flag_of_another_version"] = 3
+    (out / "checkpoint-1" / STATE).write_text(json.dumps(state))
+    assert reported({**changes, "no-remove_ties": True}) == {*changes, "remove_ties", "flag_of_another_version"}
 
 
 # Written ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [4, None])
-def test_checkpoint_holds_what_users_expect(script, flags, rank):
-    flags.update(rank=rank, checkpointing_steps=4)
+@pytest.mark.parametrize("rank", [4, None], ids=["lora", "full"])
+def test_checkpoint_holds_a_pipeline_weights_and_one_state(script, flags, rank):
+    """Written at the end of a step, whatever its number of forward passes."""
+    flags.update(rank=rank, checkpointing_steps=4, gradient_accumulation_steps=2, train_batch_size=2)
     out = run(script, flags)
     folder = out / "checkpoint-4"
-    weights = (
-        {"pytorch_lora_weights.safetensors"}
-        if rank
-        else {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
-    )
+    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == weights | {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "mapo_state.json"}
+    states = {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", STATE}
+    assert files == states | ({LORA_WEIGHTS} if rank else unet)
     assert_equal(trained(folder), trained(out))
-    state = json.loads((folder / "mapo_state.json").read_text())
-    assert (state["step"], state["pairs_seen"], state["rows_read"], state["rows_bad"]) == (4, 16, 16, 0)
+    state = state_of(folder)
+    assert [state[name] for name in ("step", "pairs_seen", "rows_read", "rows_bad")] == [4, 16, 16, 0]
     if rank is None:
         assert UNet2DConditionModel.from_pretrained(folder, subfolder="unet").dtype == torch.float32
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (1, [4]), (2, [3, 4])])
 def test_newest_checkpoints_are_kept(script, flags, limit, kept):
     out = run(script, {**flags, "checkpointing_steps": 1, "checkpoints_total_limit": limit})
-    assert checkpoints(out) == [f"checkpoint-{step}" for step in kept]
-    assert not hidden(out)
-
-
-def save_on_a_full_disk(accelerator, folder, **options):
-    """The first checkpoint fits, the second does not."""
-    SAVE_STATE(accelerator, folder, **options)
-    if "checkpoint-4" in str(folder):
-        (Path(folder) / "optimizer.bin").write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    assert checkpoints(out) == kept and len(os.listdir(out)) == len(kept) + 3
 
 
 def test_failed_save_leaves_the_older_checkpoint_alone(script, flags, tmp_path, monkeypatch):
+    """Then a folder without its state is passed over, and completed when the run comes by again."""
     flags.update(checkpointing_steps=2, checkpoints_total_limit=1, max_train_steps=5)
     whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
+    full = partial(raising, OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", save_on_a_full_disk)
-        with pytest.raises(script.TrainingError, match="checkpoint-4 could not be written.*No space"):
+        install(Fault("checkpoint", (2,), full), patch.setattr)
+        with pytest.raises(script.TrainingError, match="checkpoint-4 could not be written, older .*No space"):
             run(script, flags)
     out = flags["output_dir"]
-    assert [name for name in checkpoints(out) if not name.startswith(".")] == ["checkpoint-2"]
+    assert (out / "checkpoint-4").exists() and checkpoints(out) == [2]
     run(script, {**flags, "resume_from_checkpoint": "latest"})
     assert_same(whole, out)
-    assert checkpoints(out) == ["checkpoint-4"]
-
-
-def remove_one_file_only(folder, *args, **kwargs):
-    """Interrupted while it removes checkpoint-2."""
-    if "checkpoint-2" in str(folder) and Path(folder).exists():
-        next(Path(folder).glob("mapo_state.json")).unlink()
-        raise KeyboardInterrupt
-    REMOVE_TREE(folder, *args, **kwargs)
+    assert checkpoints(out) == [4]
 
 
 def test_interrupted_pruning_leaves_only_whole_checkpoints(script, flags, tmp_path, monkeypatch):
     flags.update(checkpointing_steps=2, checkpoints_total_limit=1, max_train_steps=5)
     whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", remove_one_file_only)
-        with pytest.raises(KeyboardInterrupt):
-            run(script, flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", partial(raising, KeyboardInterrupt()))
+        run(script, flags)
     out = flags["output_dir"]
-    assert [name for name in checkpoints(out) if not name.startswith(".")] == ["checkpoint-4"]
+    assert (out / "checkpoint-2").exists() and checkpoints(out) == [4]
     run(script, {**flags, "resume_from_checkpoint": "latest"})
     assert_same(whole, out)
-    assert not hidden(out)
 
 
-def test_half_written_checkpoint_is_ignored_and_cleaned_away(script, flags, tmp_path):
-    flags.update(checkpointing_steps=2)
-    whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
-    out = run(script, {**flags, "max_train_steps": 3})
-    shutil.copytree(out / "checkpoint-2", out / ".checkpoint-3.incomplete")
-    run(script, {**flags, "resume_from_checkpoint": "latest"})
-    assert_same(whole, out)
-    assert not hidden(out)
-
-
-def test_checkpoint_of_the_same_step_is_replaced(script, flags, tmp_path):
-    """An output folder used again: the new run's checkpoint takes the place of the old one."""
+def test_checkpoint_of_the_same_step_is_replaced(script, flags, tmp_path, monkeypatch):
+    """An output folder used again: the old state goes before the weights are written over."""
     flags.update(checkpointing_steps=2, max_train_steps=2)
     fresh = run(script, {**flags, "output_dir": tmp_path / "fresh"})
-    run(script, {**flags, "seed": 1})
-    out = run(script, flags)
-    assert_equal(trained(fresh / "checkpoint-2"), trained(out / "checkpoint-2"))
-    assert checkpoints(out) == ["checkpoint-2"] and not hidden(out)
+    out = run(script, {**flags, "seed": 1})
+    with monkeypatch.context() as patch, pytest.raises(script.TrainingError):
+        install(Fault("weights", (1,), partial(raising, OSError(28, "full"))), patch.setattr)
+        run(script, flags)
+    assert checkpoints(out) == []
+    assert_equal(trained(fresh / "checkpoint-2"), trained(run(script, flags) / "checkpoint-2"))
+    assert checkpoints(out) == [2]

@@ -3,12 +3,14 @@
 import itertools
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import cpu_cluster as cluster
 import numpy as np
 import psutil
 import pytest
@@ -16,8 +18,10 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from conftest import ROOT, SCRIPT, command_line, run
+from cpu_cluster import Fault, full_disk, not_finite, noting_weights, run_ranks, signalled, with_faults
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from test_faults import checkpoints
 from test_training import assert_equal, curves, trained
 
 
@@ -29,25 +33,16 @@ KINDS = ("cpu", "single_gpu", "multi_gpu", "multi_node", "deepspeed_zero2", "dee
 # bits that can move a state by one of its 256 codes; and DeepSpeed, which flattens the weights, blocks the states
 # otherwise and quantizes small ones too, which one process keeps in 32 bits.
 TOLERANCES = {"32bit": (1e-6, 0.01), "8bit": (1e-6, 0.5), "8bit flattened": (1e-3, 5)}
-# Seconds; a launch takes 10 to 20.
-TIMEOUT = 240
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def commands(config, flags, file=None, wrapper=ROOT / "tests" / "cpu_cluster.py"):
+def commands(config, flags, faults=None, file=None):
     """The command line of each machine's launcher; `file` may stand in for the config's own."""
-    wrapper = [] if config == "cpu" else [wrapper]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", file or ROOT / "launch_configs" / f"{config}.yaml"]
-    training = [*wrapper, SCRIPT, *command_line(flags)]
+    training = [*([] if config == "cpu" else with_faults(faults)), SCRIPT, *command_line(flags)]
     if config in ALONE:
         return [[*launcher, *training]]
-    launcher += ["--num_processes", 2, "--main_process_port", free_port()]
+    launcher += ["--num_processes", 2, "--main_process_port", cluster.free_port()]
     if config != "multi_node":
         return [[*launcher, *training]]
     launcher += ["--num_machines", 2, "--main_process_ip", "127.0.0.1"]
@@ -63,14 +58,14 @@ def kill_tree(process):
             pass
 
 
-def run_together(command_lines, env, timeout):
-    """Run them at the same time to their end, or kill them all; returns the statuses and the whole output."""
+def launch_config(config, flags, faults=None, file=None):
+    """Run all launchers at the same time to their ends; returns their statuses and the whole output."""
+    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    lines = [list(map(str, line)) for line in commands(config, flags, faults, file)]
     with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(list(map(str, line)), stdout=output, stderr=output, env=env) for line in command_lines
-        ]
+        processes = [subprocess.Popen(line, stdout=output, stderr=output, env=env) for line in lines]
         try:
-            statuses = [process.wait(timeout) for process in processes]
+            statuses = [process.wait(cluster.TIMEOUT) for process in processes]
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -80,16 +75,28 @@ def run_together(command_lines, env, timeout):
         return statuses, output.read()
 
 
-def launch_config(config, flags, **changes):
-    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    return run_together(commands(config, flags, **changes), env, TIMEOUT)
-
-
 def launch_well(config, flags):
-    """Launch to a good end; returns the output folder."""
-    statuses, output = launch_config(config, flags)
+    """Launch to a good end, at which all processes hold the same weights; returns the output folder."""
+    held = Path(tempfile.mkdtemp(dir=Path(flags["output_dir"]).parent))
+    noting = Fault("weights", cluster.EVERY_CALL, partial(noting_weights, held))
+    statuses, output = launch_config(config, flags, {0: [noting], 1: [noting]} if config not in ALONE else {})
     assert set(statuses) == {0}, output
+    if config not in ALONE:
+        assert_ranks_hold_the_same(held)
     return Path(flags["output_dir"])
+
+
+def assert_ranks_hold_the_same(folder):
+    """Every process holds all of the weights that were saved last, or its shard of them."""
+    held, gathered = [torch.load(folder / f"held-{rank}.pt") for rank in range(2)], torch.load(folder / "gathered.pt")
+    assert held[0].keys() == held[1].keys() and len(held[0]) > 0
+    for name in held[0]:
+        whole = gathered[name].flatten()
+        if {len(weights[name]) for weights in held} == {len(whole)}:
+            assert torch.equal(held[0][name], whole) and torch.equal(held[1][name], whole), name
+        else:
+            # ZeRO-3 pads the last shard.
+            assert torch.equal(torch.cat([weights[name] for weights in held])[: len(whole)], whole), name
 
 
 @pytest.fixture(scope="module")
@@ -165,20 +172,12 @@ def assert_loads_in_diffusers(world, folder, flags):
     else:
         pipeline.load_lora_weights(folder)
     pipeline.set_progress_bar_config(disable=True)
-    grid, side, line = Image.open(folder / "validation" / "step-000006.png"), 128, 20
+    grid = Image.open(folder / "validation" / "step-000006.png")
     for row, prompt in enumerate(flags["validation_prompts"]):
-        image = pipeline(
-            prompt,
-            height=64,
-            width=64,
-            num_inference_steps=2,
-            guidance_scale=5.0,
-            generator=torch.Generator().manual_seed(row),
-        ).images[0]
-        top = 2 * line + row * (side + line)
-        drawn = grid.crop((side, top, 2 * side, top + side)).resize((64, 64), Image.Resampling.NEAREST)
-        difference = np.abs(np.asarray(image).astype(int) - np.asarray(drawn))
-        assert difference.max() <= 1
+        options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 5.0}
+        image = pipeline(prompt, **options, generator=torch.Generator().manual_seed(row)).images[0]
+        drawn = grid.crop((64, 64 * row, 128, 64 * row + 64))
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(drawn)).max() <= 1
     assert {weight.dtype for weight in trained(folder).values()} == {torch.float32}
 
 
@@ -195,14 +194,11 @@ def train_whole(world, kind_flags, reference, tmp_path, kind, training, optimize
     return flags
 
 
-def assert_resumes(kind, flags, folder):
-    """Going on from the middle is, bit for bit, never having stopped."""
-    whole = flags["output_dir"]
-    middle = whole / "checkpoint-3"
-    launch_well(kind, {**flags, "output_dir": folder, "resume_from_checkpoint": middle})
-    # The validation that followed the checkpoint is done once more.
+def assert_resumed(whole, folder, step):
+    """`folder` was resumed from `step`, and is bit for bit what `whole` is."""
+    # The validation that followed the checkpoint is made once more.
     assert curves(folder) == {
-        name: {step: value for step, value in values.items() if step > 3 - name.startswith("eval_")}
+        name: {s: value for s, value in values.items() if s > step - name.startswith("eval_")}
         for name, values in curves(whole).items()
     }
     assert_equal(trained(whole), trained(folder))
@@ -210,7 +206,7 @@ def assert_resumes(kind, flags, folder):
     assert (whole / picture).read_bytes() == (folder / picture).read_bytes()
 
 
-# bitsandbytes cannot step what FSDP2 splits.
+# bitsandbytes cannot step what FSDP2 shards.
 REFUSED = ("fsdp2", "8bit")
 MATRIX = [case for case in itertools.product(KINDS, TRAININGS, OPTIMIZERS) if (case[0], case[2]) != REFUSED]
 
@@ -221,12 +217,32 @@ def test_every_config_trains_resumes_and_equals_one_process(
     world, kind_flags, reference, tmp_path, kind, training, optimizer
 ):
     flags = train_whole(world, kind_flags, reference, tmp_path, kind, training, optimizer)
-    assert_resumes(kind, flags, tmp_path / "resumed")
+    whole = flags["output_dir"]
+    flags.update(output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-3")
+    assert_resumed(whole, launch_well(kind, flags), 3)
 
 
-def test_split_run_resumes_and_equals_one_process(world, kind_flags, reference, tmp_path):
-    flags = train_whole(world, kind_flags, reference, tmp_path, "deepspeed_zero2", "full", "8bit")
-    assert_resumes("deepspeed_zero2", flags, tmp_path / "resumed")
+@pytest.mark.parametrize(
+    ("kind", "training", "optimizer"),
+    [
+        ("deepspeed_zero2", "full", "8bit"),
+        pytest.param("deepspeed_zero3", "lora", "32bit", marks=pytest.mark.matrix),
+        pytest.param("fsdp2", "full", "32bit", marks=pytest.mark.matrix),
+    ],
+)
+def test_sharded_run_that_one_signal_stopped_equals_one_process(
+    world, kind_flags, reference, tmp_path, kind, training, optimizer
+):
+    """A signal to one process stops all behind step 4; resumed, the run is what it would have been."""
+    flags = train_whole(world, kind_flags, reference, tmp_path, kind, training, optimizer)
+    whole, out = flags["output_dir"], tmp_path / "stopped"
+    flags["output_dir"] = out
+    fault = Fault("step", (4,), partial(signalled, signal.SIGTERM))
+    statuses, output = launch_config(kind, flags, {1: [fault]})
+    assert statuses == [1] and "Stopped by SIGTERM at step 4" in output, output
+    assert checkpoints(out) == [3, 4]
+    flags.update(resume_from_checkpoint=out / "checkpoint-4", output_dir=tmp_path / "resumed")
+    assert_resumed(whole, launch_well(kind, flags), 4)
 
 
 @pytest.mark.matrix
@@ -247,34 +263,18 @@ def test_lora_equals_one_process(world, kind_flags, reference, tmp_path, kind):
     train_whole(world, kind_flags, reference, tmp_path, kind, "lora", "32bit")
 
 
-def test_8bit_adam_is_refused_under_fsdp2(kind_flags, tmp_path):
-    flags = {**kind_flags, **settings("fsdp2", "full", "8bit", tmp_path / "out")}
-    statuses, output = launch_config("fsdp2", flags)
-    assert statuses == [1]
-    assert "error: --use_8bit_adam: " in output and "launch_configs/deepspeed_zero2.yaml" in output
-    assert '/train_diffusion_mapo_sdxl.py", line' not in output
+@pytest.mark.parametrize("optimizer", ["adamw", "8bit", "full_bf16"])
+def test_processes_hold_equal_weights_with_every_optimizer(kind_flags, tmp_path, optimizer):
+    """They train on different pairs, and must apply the same gradients in the same way."""
+    flags = {**kind_flags, **settings("multi_gpu", "full", "8bit" if optimizer != "adamw" else "32bit", tmp_path)}
+    flags.update({"full_bf16": True, "mixed_precision": "bf16"} if optimizer == "full_bf16" else {})
+    noting = Fault("weights", cluster.EVERY_CALL, partial(noting_weights, tmp_path))
+    statuses, outputs = run_ranks([SCRIPT, *command_line(flags)], {0: [noting], 1: [noting]})
+    assert statuses == [0, 0], outputs
+    assert_ranks_hold_the_same(tmp_path)
 
 
-# Faults under configs that split ------------------------------------------------------------------------------------
-
-
-FAULTY = """
-import functools, os, signal, sys
-sys.path.insert(0, {tests!r})
-from test_faults import Fault, full_disk, install, not_finite, signalled
-del os.environ["ACCELERATE_USE_CPU"]
-import cpu_cluster
-if os.environ["RANK"] == {rank!r}:
-    install({fault})
-cpu_cluster.main()
-"""
-SPLIT = [
-    "deepspeed_zero2",
-    pytest.param("deepspeed_zero3", marks=pytest.mark.matrix),
-    pytest.param("fsdp2", marks=pytest.mark.matrix),
-]
-
-
+# Faults under configs that shard -------------------------------------------------------------------------------------
 @pytest.fixture
 def short_flags(kind_flags, tmp_path):
     """A checkpoint at each of five steps, and no validation."""
@@ -288,53 +288,26 @@ def short_flags(kind_flags, tmp_path):
     }
 
 
-def launch_faulty(kind, flags, rank, fault, folder):
-    """The script over two processes, of which one has a fault; returns the launcher's status and the whole output."""
-    wrapper = folder / "faulty.py"
-    wrapper.write_text(FAULTY.format(tests=str(ROOT / "tests"), rank=str(rank), fault=fault))
-    (status,), output = launch_config(kind, flags, wrapper=wrapper)
-    assert '/train_diffusion_mapo_sdxl.py", line' not in output, output
-    return status, output
-
-
-def checkpoints(out):
-    return sorted(path.name for path in out.glob("checkpoint-*"))
+SHARDED = [
+    "deepspeed_zero2",
+    pytest.param("deepspeed_zero3", marks=pytest.mark.matrix),
+    pytest.param("fsdp2", marks=pytest.mark.matrix),
+]
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.matrix)])
-@pytest.mark.parametrize("kind", SPLIT)
-def test_full_disk_of_one_process_ends_all_in_one_sentence(short_flags, tmp_path, kind, rank):
-    fault = "Fault('checkpoint', (2,), functools.partial(full_disk, 2000))"
-    status, output = launch_faulty(kind, short_flags, rank, fault, tmp_path)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_bad_step_of_one_process_is_left_out_and_its_full_disk_ends_all(short_flags, kind, rank):
+    bad = Fault("step", (2,), partial(not_finite, "loss"))
+    full = Fault("checkpoint", (4,), partial(full_disk, 2000))
+    statuses, output = launch_config(kind, short_flags, {rank: [bad, full]})
     out = short_flags["output_dir"]
-    assert status == 1 and f"error: {out / 'checkpoint-2'} could not be written" in output, output
-    assert checkpoints(out) == ["checkpoint-1"]
-
-
-@pytest.mark.parametrize("kind", SPLIT)
-def test_bad_step_of_one_process_is_left_out_by_all(short_flags, tmp_path, kind):
-    fault = "Fault('step', (2,), functools.partial(not_finite, 'nan loss'))"
-    status, output = launch_faulty(kind, short_flags, 1, fault, tmp_path)
-    assert status == 0 and "Step 2: no finite gradient in 1 steps, not applied" in output, output
-    out = short_flags["output_dir"]
-    assert list(curves(out)["skipped_steps"].values()) == [0, 1, 1, 1, 1]
+    assert statuses == [1] and "No finite gradient in 1 steps up to step 2, not applied." in output, output
+    assert f"error: {out / 'checkpoint-4'} could not be written, older checkpoints are untouched" in output, output
+    assert checkpoints(out) == [1, 2, 3]
     assert_equal(trained(out / "checkpoint-1"), trained(out / "checkpoint-2"))
-    before, after = trained(out / "checkpoint-2"), trained(out)
+    before, after = trained(out / "checkpoint-2"), trained(out / "checkpoint-3")
     assert any(not torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize("kind", SPLIT)
-def test_signal_to_one_process_stops_all_and_the_run_goes_on_exactly(short_flags, tmp_path, kind):
-    flags = {**short_flags, "checkpointing_steps": 4}
-    fault = "Fault('step', (3,), functools.partial(signalled, signal.SIGTERM))"
-    status, output = launch_faulty(kind, flags, 1, fault, tmp_path)
-    out = flags["output_dir"]
-    assert status == 1 and "Stopped by SIGTERM at step 3" in output, output
-    assert checkpoints(out) == ["checkpoint-3"]
-    launch_well(kind, {**flags, "resume_from_checkpoint": "latest"})
-    whole = launch_well(kind, {**flags, "output_dir": tmp_path / "whole"})
-    assert curves(out) == curves(whole)
-    assert_equal(trained(out), trained(whole))
 
 
 @pytest.mark.matrix
@@ -352,10 +325,27 @@ def test_accumulation_in_a_launch_config_is_refused(short_flags, tmp_path):
     assert statuses == [1] and "error: --gradient_accumulation_steps: the launch config has another" in output, output
 
 
-@pytest.mark.matrix
-def test_fp16_is_refused_under_deepspeed(short_flags):
-    statuses, output = launch_config("deepspeed_zero2", {**short_flags, "mixed_precision": "fp16"})
-    assert statuses == [1] and "error: --mixed_precision fp16: DeepSpeed would clip gradients" in output, output
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "changes", "sentence"),
+    [
+        (FSDP, {"use_8bit_adam": True}, "--use_8bit_adam: bitsandbytes cannot step sharded weights"),
+        (
+            DEEPSPEED,
+            {"rank": None, "use_8bit_adam": True, "mixed_precision": "bf16", "full_bf16": True},
+            "--full_bf16: DeepSpeed keeps float32 weights",
+        ),
+    ],
+    ids=["fsdp2-8bit", "deepspeed-full-bf16"],
+)
+def test_combination_that_cannot_work_is_refused(short_flags, env, changes, sentence):
+    words = [*with_faults({}), SCRIPT, *command_line({**short_flags, **changes})]
+    statuses, outputs = run_ranks(words, env={"ACCELERATE_USE_CPU": "false", **env})
+    assert statuses == [1, 1], outputs
+    assert all(f"error: {sentence}" in output and "Traceback" not in output for output in outputs), outputs
 
 
 # The files ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The script aligns a model: a small SDXL that draws photos learns to draw cartoons, of prompts that no pair has."""
+"""The script aligns a model: a small SDXL that draws photos learns to draw cartoons of prompts that are in no pair."""
 
 import numpy as np
 import pytest
@@ -55,11 +55,8 @@ def flags(trained_world, tmp_path):
     }
 
 
-# What must hold -----------------------------------------------------------------------------------------------------
-
-
 def align(script, flags, base_shares):
-    """Train, and require of the held-out pairs and prompts what a working script gives."""
+    """Train, and check the images of held-out prompts and the metrics of held-out pairs."""
     out = run(script, flags)
     pipeline = load_pipeline()
     pipeline.unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
@@ -81,9 +78,6 @@ def align(script, flags, base_shares):
 def test_photos_become_cartoons_of_the_same_prompts(script, flags, base_shares):
     assert base_shares["cartoon"] < 0.05
     align(script, flags, base_shares)
-
-
-# Breaking it --------------------------------------------------------------------------------------------------------
 
 
 def flip_sign(script, patch):
@@ -108,18 +102,15 @@ def drop_prompt(script, patch):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("damage", [flip_sign, swap_pair, drop_prompt])
-def test_a_broken_script_is_found_out(script, flags, base_shares, monkeypatch, damage):
+def test_a_broken_script_fails(script, flags, base_shares, monkeypatch, damage):
     damage(script, monkeypatch)
     with pytest.raises(AssertionError) as found:
         align(script, flags, base_shares)
     print(f"{damage.__name__}: {found.value}")
 
 
-# The world itself ---------------------------------------------------------------------------------------------------
-
-
-def test_what_an_image_shows_is_measured_well():
-    """Of 480 true images of each kind, at most one of a hundred is taken for something else."""
+def test_images_are_measured_well():
+    """Of 480 true images of each kind, at most one in a hundred is taken for something else."""
     rng = np.random.default_rng(5)
     for style, framed in (("photo", False), ("photo", True), ("cartoon", False)):
         wrong = 0

@@ -1,9 +1,9 @@
-"""The small world after schooling: a small SDXL that draws photos of coloured shapes, and pairs to align it with.
+"""A small SDXL that has learned to draw photos of coloured shapes, and pairs to align it with.
 
 The pipeline has every part of SDXL at 32 px and has learned, from drawings of `small_world.py`, to draw "a red circle"
 as a photo, half of the time in a dark frame; its VAE has seen cartoons as well. Its weights are those of
-`trained_world.safetensors` (float16), which `--train` makes in half an hour on two CPU cores. `measure` says by fixed
-rules on pixels what an image shows.
+`trained_world.safetensors` (float16), which `--train` makes in half an hour on two CPU cores. `measure` tells the
+content of an image by fixed rules on its pixels.
 
     python tests/trained_world.py FOLDER            # writes FOLDER/pipeline and FOLDER/pairs (cartoons over photos)
     python tests/trained_world.py --train FOLDER    # trains the weights again, into FOLDER
@@ -35,7 +35,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 SIZE = 32
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 SUBJECTS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
-# One colour of each shape and more is kept out of every preference data set, and measured.
+# Subjects that no preference data set contains, with every shape and every colour, and that are measured.
 HELD_OUT = [("circle", "red"), ("square", "blue"), ("triangle", "green"), ("star", "yellow"), ("circle", "purple")]
 HELD_OUT += [("star", "orange")]
 PREFERRED = [subject for subject in SUBJECTS if subject not in HELD_OUT]
@@ -196,10 +196,10 @@ def train(folder: Path) -> None:
     save_weights(pipeline, folder / WEIGHTS.name)
 
 
-# What an image shows, by fixed rules on its pixels ------------------------------------------------------------------
+# Content of an image, by fixed rules on its pixels ------------------------------------------------------------------
 
 
-# Of each shape, how it answers to turns by a third, a fourth and a fifth.
+# The symmetry of each shape under turns by a third, a fourth and a fifth.
 SYMMETRIES = {"circle": (0, 0, 0), "square": (0, 0.4, 0), "triangle": (0.7, 0, 0), "star": (0, 0, 0.75)}
 
 
@@ -229,7 +229,7 @@ def hue(rgb: np.ndarray) -> complex:
 
 
 def measure(image: Image.Image) -> dict:
-    """What an image of SIZE shows: `shape`, `colour`, `cartoon` and `framed`.
+    """The content of an image of SIZE: `shape`, `colour`, `cartoon` and `framed`.
 
     The shape is that of the nearest symmetries, the colour that of the nearest hue. A cartoon has a white ground and
     a dark outline; a frame is an outer ring far darker than the ring inside.
@@ -278,7 +278,7 @@ def shares(samples: list[tuple]) -> dict[str, float]:
 # Preferences ---------------------------------------------------------------------------------------------------------
 
 
-# What the chosen and the rejected image are drawn as: (style, share in a frame).
+# How the chosen and the rejected image are drawn: (style, share in a frame).
 TASKS = {
     "cartoon": (("cartoon", 0.0), ("photo", 0.5)),
     "photo": (("photo", 0.5), ("cartoon", 0.0)),
@@ -287,7 +287,7 @@ TASKS = {
 
 
 def draw_preferences(folder: str | Path, task: str, num_pairs: int = 360, seed: int = 1) -> None:
-    """Write the pairs of a task; their captions name no style and no frame, and none is in HELD_OUT."""
+    """Write the pairs of a task; no caption names a style or a frame, or is in HELD_OUT."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(num_pairs):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Culture, Pick-Culture. The paper's 13k pairs are not published under a name we know: DATASET names yours.
+# Culture, Pick-Culture. The paper's 13k pairs are not public, as far as we know: set DATASET to your own.
 # 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 32.
 # One 80 GB GPU: 1 x 16 x 8.
-# Flags given to this file are added to the training command and win over its own.
+# Flags given to this file are appended to the training command and override its own.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 DATASET=${DATASET:?Set DATASET to a folder or hub id of pairs (caption, jpg_0, jpg_1, label_0, label_1).}
@@ -20,7 +20,7 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
     --seed 0 --output_dir "$OUTPUT" "$@"
 
 # The paper has a vision-language model judge culture on the HPDv2 prompts, which no script here does, and shows its
-# scores as a plot (Figure 3a), without numbers. What these scores tell is what the training did to image quality.
+# scores as a plot (Figure 3a), without numbers. These scores tell how training changed image quality.
 accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
     "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \

@@ -5,7 +5,7 @@
 # this script does not; it names neither the rank nor the number of steps, so both are guesses here.
 # DATASET: rows of `caption` ("a photo of sks dog"), `chosen` and `rejected` images; PHOTOS: a folder of the photos;
 # PROMPTS: a text file of prompts with the subject.
-# Flags given to this file are added to the training command and win over its own.
+# Flags given to this file are appended to the training command and override its own.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 DATASET=${DATASET:?Set DATASET to a folder of pairs (caption, chosen, rejected).}

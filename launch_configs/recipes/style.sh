@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Style (cartoon), Pick-Style: the largest reference mismatch of the paper's synthetic tasks.
 # 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 64.
-# One 80 GB GPU: 1 x 16 x 8. The paper trained on 15k pairs (Pick-Cartoon); what is published has 1,000.
-# Flags given to this file are added to the training command and win over its own.
+# One 80 GB GPU: 1 x 16 x 8. The paper trained on 15k pairs (Pick-Cartoon); the published data set has 1,000.
+# Flags given to this file are appended to the training command and override its own.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 OUTPUT=${OUTPUT:-mapo-style}
@@ -19,7 +19,7 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
     --seed 0 --output_dir "$OUTPUT" "$@"
 
 # The paper has a vision-language model judge style on the HPDv2 prompts, which no script here does, and shows its
-# scores as a plot (Figure 3c), without numbers. What these scores tell is what the style did to image quality.
+# scores as a plot (Figure 3c), without numbers. These scores tell how training changed image quality.
 accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
     "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \

@@ -34,7 +34,7 @@ PEAKS = {
 
 
 def count(function, *args):
-    """What a function returns, and its TFLOP; fused attention would count nothing on CPU."""
+    """The return value of a function, and its TFLOP; fused attention would count as nothing on CPU."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = function(*args)
     return result, counter.get_total_flops() / 1e12

@@ -3,8 +3,8 @@
     python tests/benchmarks/memory.py                # SDXL base 1.0 at 1024 px, every recipe
     python tests/benchmarks/memory.py --check        # a small UNet: the same accounting against a real step on CPU
 
-What is counted is the storage of every tensor that PyTorch's operators return. What is not: workspaces of convolutions
-and matrix products, rounding and fragmentation of the allocator, the CUDA context, DDP's buckets.
+The storage of every tensor that PyTorch's operators return is counted. Not counted are workspaces of convolutions and
+matrix products, rounding and fragmentation of the allocator, the CUDA context, DDP's buckets.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def recipes():
     adamw8bit = Recipe("float32, 8-bit AdamW")
     gone = replace(adamw8bit, encoders=False)
     uncached = replace(gone, name="float32, 8-bit AdamW, casts not cached", cache_casts=False)
-    rounded = Recipe("bfloat16 rounded stochastically, 8-bit AdamW", "Rounded", weights=torch.bfloat16)
+    rounded = Recipe("bfloat16, stochastic rounding, 8-bit AdamW", "Rounded", weights=torch.bfloat16)
     lora = Recipe("LoRA rank 16, 8-bit AdamW", rank=16, weights=torch.bfloat16)
     return [
         Recipe("float32, AdamW (foreach)", "foreach"),
@@ -207,22 +207,8 @@ def norms_as_on_cuda():
     library._destroy()
 
 
-class Rounded(bitsandbytes.optim.AdamW8bit):
-    """8-bit AdamW on bfloat16 weights: a float32 step of one parameter at a time, stochastically rounded."""
-
-    @torch.no_grad()
-    def update_step(self, group, p, gindex, pindex):
-        weights, grad = p.data, p.grad
-        p.grad = None
-        p.data = weights.float()
-        p.grad = grad.float()
-        super().update_step(group, p, gindex, pindex)
-        bits = (
-            torch.randint_like(p.data, 2**16, dtype=torch.int32).add_(p.data.view(torch.int32)).bitwise_and_(-(2**16))
-        )
-        p.grad = None
-        p.data = weights.copy_(bits.view(torch.float32))
-        p.grad = grad
+class Rounded(script.StochasticRounding, bitsandbytes.optim.AdamW8bit):
+    """8-bit AdamW on bfloat16 weights, as the script steps them."""
 
 
 def build_optimizers(recipe, parameters, fake):
@@ -241,7 +227,7 @@ def blank_maps(optimizer):
 
 
 def build_models(recipe, unet_config, device):
-    """The UNet, with what the recipe trains, and the encoders."""
+    """The UNet, with the recipe's trainable weights, and the encoders."""
     with torch.device(device), default_dtype(recipe.weights):
         unet = UNet2DConditionModel(**unet_config)
     with torch.device(device), default_dtype(torch.bfloat16):
@@ -283,7 +269,7 @@ def encode_captions(recipe, text_encoder, text_encoder_2):
 
 
 def random_encodings(recipe, unet):
-    """What the encoders would give: latents, prompt embeddings, pooled prompt embeddings."""
+    """In place of the encoders' output: latents, prompt embeddings, pooled prompt embeddings."""
     config, pairs = unet.config, recipe.pairs
     return (
         torch.randn(2 * pairs, 4, config.sample_size, config.sample_size),
@@ -303,7 +289,7 @@ def preference_loss(recipe, unet, encoded):
     autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=recipe.cache_casts)
     with autocast if recipe.autocast else nullcontext():
         errors = script.denoising_errors(unet, noise_scheduler, *encoded, batch)
-    return script.mapo_loss(*errors, beta=8.0)[0]
+    return script.mapo_loss(*errors, beta=8.0)[0].mean()
 
 
 class Step:
@@ -322,10 +308,10 @@ class Step:
             parameter.register_post_accumulate_grad_hook(partial(hook, i=i))
 
     def parts(self):
-        """An optimizer step after two micro-steps; one, where gradients are released."""
-        parts = {"encoding": self.encode, "UNet": self.micro_step}
+        """An optimizer step after two forward passes; after one, where gradients are released."""
+        parts = {"encoding": self.encode, "UNet": self.forward_backward}
         if self.recipe.gradients == "kept":
-            parts |= {"next encoding": self.encode, "next UNet": self.micro_step, "update": self.update}
+            parts |= {"next encoding": self.encode, "next UNet": self.forward_backward, "update": self.update}
         return parts
 
     def make_states(self):
@@ -353,7 +339,7 @@ class Step:
             latents, embeds = encode_images(self.recipe, vae), encode_captions(self.recipe, *text_encoders)
         self.encoded = latents, *embeds
 
-    def micro_step(self):
+    def forward_backward(self):
         preference_loss(self.recipe, self.unet, self.encoded).backward()
 
     def update(self):
@@ -363,7 +349,7 @@ class Step:
 
 
 def account(recipe, unet_config, fake=True, as_on_cuda=True):
-    """Bytes by kind at the peak of each part of a step: one micro-step, another onto its gradients, the update."""
+    """Bytes by kind at the peak of each part of a step: one forward and backward pass, another one, the update."""
     peaks = {}
     unet, encoders = build_models(recipe, unet_config, "meta" if fake else "cpu")
     with ExitStack() as stack:
@@ -439,7 +425,7 @@ def allocated_peak(function):
 
 
 def measure(recipe, unet_config):
-    """The peaks of a real step on CPU in bytes: what lives before it, plus the growth of the allocator."""
+    """The peaks of a real step on CPU in bytes: the live storage before it, plus the growth of the allocator."""
     meter = StorageMeter()
     step = Step(recipe, *build_models(recipe, unet_config, "cpu"), meter, fake=False)
     peaks = {}

@@ -1,6 +1,6 @@
-"""What the script teaches the small world's model, run by run through its command line: tables, curves and pictures.
+"""Align the trained world's small SDXL through the script's command line, run by run: tables, curves and pictures.
 
-    python tests/benchmarks/proof.py FOLDER [--only NAME ...]   # one run on each core; what is done is kept
+    python tests/benchmarks/proof.py FOLDER [--only NAME ...]   # one run on each core; finished runs are kept
     python tests/benchmarks/proof.py FOLDER --show              # tables and proof.png of it; needs matplotlib
 
 Each run aligns the trained world's model with 360 pairs, and is measured on 96 images of six captions that are in no
@@ -39,7 +39,7 @@ LOSSES = {
     "v1 beta 0.1": ["--loss_type", "mapo_v1", "--beta_mapo", "0.1"],
 }
 SWAPPED = ["--label_0_column", "label_1", "--label_1_column", "label_0"]
-# What the second task is tried with, and --show puts on the picture.
+# Losses that the second task is tried with, and that --show plots.
 SHOWN = ("SFT", "beta 64", "beta 8", "v1 beta 0.1")
 CURVES = {"eval_margin": "margin", "eval_accuracy": "accuracy", "eval_chosen_mse": "chosen error"}
 

@@ -1,15 +1,18 @@
 """
 Step time and memory of the script against the bare loop: the UNet's forward and backward pass and the optimizer's step
-on ready latents and embeddings. Every measurement is a process of its own; rounds take turns, so that a machine that
-is slow for a while is slow for all.
+on ready latents and embeddings; and the cost of the script's one reduction and one read of the device per optimizer
+step, against a run that takes constants in their place. Every measurement is a process of its own; rounds take turns,
+so that a machine that is slow for a while is slow for all.
 
     python tests/benchmarks/speed.py --rounds 3 --json speed.json
+    python tests/benchmarks/speed.py --rounds 1 --toy    # only to see that it runs
 """
 
 import argparse
 import json
 import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -22,20 +25,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from small_world import build_pipeline, draw_pairs  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 
 ROOT = Path(__file__).parents[2]
-PAIRS, RESOLUTION, RANK = 2, 256, 8
-WARMUP, STEPS = 2, 6
+SCRIPT = ROOT / "train_diffusion_mapo_sdxl.py"
+TOY = "--toy" in sys.argv
+PAIRS, RESOLUTION, RANK = 2, 64 if TOY else 256, 8
+WARMUP, STEPS = (1, 2) if TOY else (2, 6)
 
 
 def build_world(folder):
     """An SDXL-shaped pipeline whose parts cost about what SDXL's cost each other, and pairs to train on."""
     build_pipeline(folder / "pipeline")
     draw_pairs(folder / "pairs", num_pairs=32, size=RESOLUTION)
+    if TOY:
+        return
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
     unet, vae = dict(pipeline.unet.config), dict(pipeline.vae.config)
     unet.update(block_out_channels=(96, 192, 384), layers_per_block=2, transformer_layers_per_block=(1, 2, 4))
@@ -105,11 +113,34 @@ def encoding(folder):
     report(timed(step))
 
 
-def script(folder, full, cached, processes=1):
+# Measured with and without the reduction: names by number of processes.
+SYNCHRONIZED = {n: f"script, LoRA, cached, {n} process{'es' if n > 1 else ''}" for n in (1, 2)}
+UNSYNCHRONIZED = "unsynchronized"
+
+
+class Constants:
+    """In place of a reduced tensor: as many zeros, for which nothing has to be waited."""
+
+    def __init__(self, tensor):
+        self.size = len(tensor)
+
+    def tolist(self):
+        return self.size * [0.0]
+
+
+def run_unsynchronized(words):
+    """The script, with constants for what it reads in each optimizer step."""
+    Accelerator.reduce = lambda accelerator, tensor: Constants(tensor)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def script(folder, full, cached, processes=1, synchronized=True):
     """The real script through its launcher; seconds a step from its own log, behind the warmup."""
     with tempfile.TemporaryDirectory() as output_dir:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "pipeline"]
+        command += [SCRIPT] if synchronized else [__file__, UNSYNCHRONIZED, SCRIPT]
+        command += ["--pretrained_model_name_or_path", folder / "pipeline"]
         command += ["--dataset_name", folder / "pairs", "--cache_dir", folder / "cache", "--output_dir", output_dir]
         command += ["--resolution", RESOLUTION, "--train_batch_size", PAIRS, "--use_8bit_adam", "--seed", 0]
         command += ["--max_train_steps", WARMUP + STEPS, "--logging_steps", 1]
@@ -128,30 +159,36 @@ def script(folder, full, cached, processes=1):
 
 
 def imports():
-    """What the script takes before it reads its arguments."""
+    """Time that the script takes before it reads its arguments."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "train_diffusion_mapo_sdxl.py", "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True)
     return {"seconds": time.perf_counter() - start, "gib": 0}
 
 
 def in_process(*words):
-    result = subprocess.run([sys.executable, __file__, *map(str, words)], check=True, capture_output=True, text=True)
+    words = [*map(str, words), *["--toy"] * TOY]
+    result = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(folder, rounds):
     """{measurement: list of results}, all measurements once in each round."""
     results = {}
+
+    def add(name, result):
+        results.setdefault(name, []).append(result)
+
     for _ in range(rounds):
-        results.setdefault("encoding", []).append(in_process("encode", folder))
+        add("encoding", in_process("encode", folder))
         for full in (False, True):
             kind = "whole UNet" if full else "LoRA"
-            results.setdefault(f"bare loop, {kind}", []).append(in_process("full" if full else "lora", folder))
+            add(f"bare loop, {kind}", in_process("full" if full else "lora", folder))
             for cached in (True, False):
-                name = f"script, {kind}, {'cached' if cached else 'uncached'}"
-                results.setdefault(name, []).append(script(folder, full, cached))
-        results.setdefault("script, LoRA, cached, 2 processes", []).append(script(folder, False, True, processes=2))
-        results.setdefault("imports", []).append(imports())
+                add(f"script, {kind}, {'cached' if cached else 'uncached'}", script(folder, full, cached))
+        for processes, name in SYNCHRONIZED.items():
+            add(name, script(folder, False, True, processes))
+            add(f"{name}, {UNSYNCHRONIZED}", script(folder, False, True, processes, synchronized=False))
+        add("imports", imports())
     return results
 
 
@@ -173,6 +210,11 @@ def table(results):
         spread = f"{median(name):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
         first = f"{median(name, 'first_step'):.1f}" if "first_step" in runs[0] else ""
         lines.append(f"| {name} | {spread} | {ratio} | {parts} | {median(name, 'gib'):.2f} | {first} |")
+    lines.append("\nStep time with the reduction and the read of the device, against none (medians; each round):\n")
+    for name in SYNCHRONIZED.values():
+        rounds = zip(results[name], results[f"{name}, {UNSYNCHRONIZED}"])
+        ratios = ", ".join(f"{run['seconds'] / other['seconds']:.3f}" for run, other in rounds)
+        lines.append(f"- {name}: {median(name) / median(f'{name}, {UNSYNCHRONIZED}'):.3f} ({ratios})")
     return "\n".join(lines)
 
 
@@ -182,6 +224,7 @@ def main():
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--toy", action="store_true", help="a tiny model and few steps, to see that all parts run")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part == "encode":
@@ -197,4 +240,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [UNSYNCHRONIZED]:
+        run_unsynchronized(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,278 @@
+"""Validation, trackers, and the results that a run leaves behind."""
+
+import itertools
+import re
+import shutil
+import struct
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SCRIPT, command_line, run, scalars
+from cpu_cluster import run_ranks
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from small_world import draw_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import assert_equal, curves, trained
+from wandb.proto.wandb_internal_pb2 import Record
+
+
+PROMPTS = ["a red circle", "an orange star, drawn by hand", "a green square"]
+METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
+EVAL_METRICS = [f"eval_{name}" for name in METRICS]
+TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
+DRAWN = {"run_validation": True, "validation_steps": 2, "validation_prompts": PROMPTS}
+DRAWN |= {"num_inference_steps": 3, "guidance_scale": 4.0}
+
+
+def cells(path):
+    """The images of a grid file, two a row."""
+    grid = Image.open(path)
+    assert grid.width == 2 * 64 and grid.height % 64 == 0
+    corners = itertools.product(range(0, grid.height, 64), (0, 64))
+    return [np.asarray(grid.crop((left, top, left + 64, top + 64)), dtype=int) for top, left in corners]
+
+
+def greatest_difference(images, others):
+    return max(np.abs(image - other).max() for image, other in zip(images, others, strict=True))
+
+
+def files_with(text, folder):
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+# Validation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"rank": 4}, {"rank": None, "streaming": True}], ids=str)
+def test_validation_leaves_training_bit_identical(script, flags, tmp_path, changes):
+    flags.update(changes, num_validation_pairs=6, label_noise_prob=0.3, random_crop=True)
+    often = run(script, {**flags, **DRAWN, "validation_steps": 1})
+    never = run(script, {**flags, "output_dir": tmp_path / "never"})
+    assert_equal(trained(often), trained(never))
+    logged, expected = curves(often), curves(never)
+    assert list(logged["eval_loss"]) == [0, 1, 2, 3, 4] and list(expected["eval_loss"]) == [0, 4]
+    for name, values in expected.items():
+        assert {step: logged[name][step] for step in values} == values, name
+
+
+def test_eval_metrics_depend_on_the_weights_alone(script, flags, tmp_path):
+    """Weights that do not move have the same metrics at every step, under any seed and in any batches."""
+    flags.update(num_validation_pairs=7, validation_steps=2)
+    logged = scalars(run(script, flags))
+    other = {"learning_rate": 1e-30, "seed": 1, "random_crop": True, "label_noise_prob": 0.5, "rank": None}
+    frozen = scalars(run(script, {**flags, **other, "output_dir": tmp_path / "frozen"}))
+    regrouped = scalars(run(script, {**flags, **other, "output_dir": tmp_path / "regrouped", "train_batch_size": 2}))
+    assert {name for name in logged if name.startswith("eval_")} == set(EVAL_METRICS)
+    for name in EVAL_METRICS:
+        assert list(logged[name]) == [0, 2, 4] and set(frozen[name].values()) == {logged[name][0]}, name
+        assert regrouped[name][0] == pytest.approx(logged[name][0], abs=1e-6), name
+    assert len(set(logged["eval_loss"].values())) == 3
+
+
+def test_two_processes_log_evaluate_and_draw_as_one(script, flags, tmp_path):
+    """Seven held-out pairs and three prompts, which two processes cannot share evenly; three steps, logged by twos."""
+    flags.update(DRAWN, num_validation_pairs=7, max_train_steps=3, validation_steps=3)
+    one = run(script, flags)
+    flags.update(output_dir=tmp_path / "two", train_batch_size=2, logging_steps=2)
+    assert run_ranks([SCRIPT, *command_line(flags)])[0] == [0, 0]
+    logged, expected = scalars(tmp_path / "two"), scalars(one)
+    for name in EVAL_METRICS:
+        assert logged[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    for name in METRICS:
+        first, second, third = expected[name].values()
+        assert logged[name] == pytest.approx({2: (first + second) / 2, 3: third}, rel=1e-5, abs=1e-6), name
+    assert logged["grad_norm"][2] == pytest.approx(expected["grad_norm"][2], rel=1e-4)
+    grids = [cells(folder / "validation" / "step-000003.png") for folder in (one, tmp_path / "two")]
+    assert len(grids[0]) == 2 * len(PROMPTS) and greatest_difference(*grids) <= 1
+
+
+def test_held_out_pairs_are_not_trained_on(script, flags, monkeypatch):
+    flags.update(num_validation_pairs=44, max_train_steps=2)
+    rows, name = [], script.PairDataset.row
+    monkeypatch.setattr(script.PairDataset, "row", lambda *args: rows.append(name(*args)) or rows[-1])
+    run(script, flags)
+    assert sorted(row for row in rows if row.startswith("row")) == sorted(2 * [f"row {n}" for n in range(44, 48)])
+    assert [row for row in rows if not row.startswith("row")] == 2 * [f"held-out row {n}" for n in range(44)]
+
+
+def test_validation_split_is_held_out_and_all_other_pairs_are_trained_on(script, flags, tmp_path):
+    draw_pairs(tmp_path / "pairs")
+    draw_pairs(tmp_path / "other", num_pairs=20, seed=5, num_shards=1)
+    (part,) = (tmp_path / "other" / "data").iterdir()
+    shutil.move(part, tmp_path / "pairs" / "data" / "validation-00000-of-00001.parquet")
+    flags.update(dataset_name=tmp_path / "pairs", cache_dir=tmp_path / "cache", max_train_steps=1)
+    whole = {"validation_split": "validation"}
+    eight = {**whole, "num_validation_pairs": 8}
+    variants = {"plain": {}, "whole": whole, "eight": eight, "streamed": {**eight, "streaming": True}}
+    logged = {n: scalars(run(script, {**flags, "output_dir": tmp_path / n, **v})) for n, v in variants.items()}
+    assert logged["plain"]["loss"] == logged["whole"]["loss"] == logged["eight"]["loss"]
+    assert "eval_loss" not in logged["plain"] and list(logged["whole"]["eval_loss"]) == [0, 1]
+    assert logged["whole"]["eval_loss"][0] != logged["eight"]["eval_loss"][0]
+    for name in EVAL_METRICS:
+        assert logged["eight"][name][0] == logged["streamed"][name][0], name
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[4, None], ids=["LoRA", "UNet"])
+def finished(request, script, world, tmp_path_factory):
+    """A run with all results, of a LoRA or of the whole UNet with the built-in prompts; returns its flags."""
+    rank = request.param
+    out, learning_rate, prompts = tmp_path_factory.mktemp("out"), 0.02 if rank else 1e-3, PROMPTS if rank else None
+    flags = {"pretrained_model_name_or_path": world / "pipeline", "dataset_name": world / "pairs", "output_dir": out}
+    flags |= {"cache_dir": world / "cache", "resolution": 64, "rank": rank, "learning_rate": learning_rate, "seed": 0}
+    flags |= {"max_train_steps": 4, "logging_steps": 1, "num_validation_pairs": 4, "loss_type": "mapo_v1"}
+    flags |= {"beta_mapo": 0.25, "hub_token": TOKEN, **DRAWN, "validation_prompts": prompts}
+    run(script, flags)
+    return flags
+
+
+def draw(pipeline, prompts):
+    """The validation images of the script, by a plain diffusers pipeline."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 4.0}
+    generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
+    images = [pipeline(p, generator=g, **options).images[0] for p, g in zip(prompts, generators)]
+    return [np.asarray(image, dtype=int) for image in images]
+
+
+def test_grid_shows_images_of_plain_pipelines(script, finished):
+    """Left the base model's images, right those of the saved weights, both at the same seeds."""
+    out, prompts = finished["output_dir"], finished["validation_prompts"] or script.VALIDATION_PROMPTS
+    pipeline = StableDiffusionXLPipeline.from_pretrained(finished["pretrained_model_name_or_path"])
+    base = draw(pipeline, prompts)
+    if finished["rank"] is None:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
+    else:
+        pipeline.load_lora_weights(out)
+    aligned = draw(pipeline, prompts)
+    middle, end = (cells(path) for path in sorted((out / "validation").iterdir()))
+    assert greatest_difference(middle[::2], base) <= 1 and greatest_difference(end[::2], base) <= 1
+    assert greatest_difference(end[1::2], aligned) <= 1
+    for images in (base, middle[1::2]):
+        assert all(greatest_difference([image], [other]) > 3 for image, other in zip(images, aligned))
+
+
+def test_tensorboard_gets_scalars_images_and_settings_but_no_token(finished):
+    out = finished["output_dir"]
+    logged = scalars(out)
+    names = (*METRICS, "lr", "grad_norm", "skipped_steps", "pairs_per_second", "peak_memory_gib")
+    assert {name: list(logged[name]) for name in names} == dict.fromkeys(names, [1, 2, 3, 4])
+    assert {name: list(logged[name]) for name in logged.keys() - names} == dict.fromkeys(EVAL_METRICS, [0, 2, 4])
+    assert min(logged["pairs_per_second"].values()) > 0 and min(logged["peak_memory_gib"].values()) > 0
+    all_events = [EventAccumulator(str(file)).Reload() for file in out.glob("logs/mapo/**/events*")]
+    (events,) = [events for events in all_events if events.Tags()["images"]]
+    (name,) = events.Tags()["images"]
+    shown, size = events.Images(name), Image.open(out / "validation" / "step-000004.png").size
+    assert [(image.step, image.width, image.height) for image in shown] == [(2, *size), (4, *size)]
+    settings = yaml.safe_load(next(out.glob("logs/**/hparams.yml")).read_text())
+    assert settings["beta_mapo"] == 0.25 and settings["dataset_name"] == str(finished["dataset_name"])
+    assert not files_with(TOKEN, out)
+
+
+def test_model_card_tells_what_was_done(script, finished):
+    out, rank = finished["output_dir"], finished["rank"]
+    _, head, text = (out / "README.md").read_text().split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert head["base_model"] == str(finished["pretrained_model_name_or_path"])
+    assert {"mapo", "text-to-image", "lora" if rank else "unet"} <= set(head["tags"])
+    assert "objective `mapo_v1` at beta 0.25" in text and f"the pairs of `{finished['dataset_name']}`" in text
+    for name in ("learning_rate", "seed", "max_train_steps", "resolution", "lr_scheduler"):
+        assert f"`--{name}`: {finished.get(name, 'constant')}\n" in text
+    for library in (torch, script.diffusers, script.transformers, script.datasets):
+        assert f"{library.__name__}: {library.__version__}\n" in text
+    for name in EVAL_METRICS:
+        (written,) = re.findall(rf"{name}: (\S+)", text)
+        assert float(written) == pytest.approx(scalars(out)[name][4], rel=1e-6)
+    assert (out / re.search(r"!\[.*\]\((.*)\)", text)[1]).is_file()
+    assert ("load_lora_weights(" if rank else "unet = UNet2DConditionModel.from_pretrained(") in text
+
+
+# Trackers -----------------------------------------------------------------------------------------------------------
+
+
+def wandb_records(path):
+    """The records of wandb's file: LevelDB's log format behind a header of seven bytes."""
+    data, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        # No header is cut by the end of a block.
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        position += 7 + length
+        record += data[position - length : position]
+        if kind in (1, 4):
+            yield Record.FromString(record)
+            record = b""
+
+
+def finished_wandb_records(folder):
+    """wandb's service is a process of its own, which may write the last records after the run has ended."""
+    (file,) = folder.rglob("*.wandb")
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        records = list(wandb_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def test_wandb_gets_scalars_images_and_settings_but_no_token(script, flags, tmp_path, monkeypatch):
+    """Beside TensorBoard, and with the weights of a run without any tracker."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    flags.update(DRAWN, num_validation_pairs=4, tracker_name="some-project", logging_dir="runs")
+    out = run(script, {**flags, "report_to": "all"})
+    rows, settings, project = [], {}, None
+    for record in finished_wandb_records(out / "runs"):
+        project = record.run.project or project
+        rows.append({".".join(item.nested_key) or item.key: item.value_json for item in record.history.item})
+        settings.update({item.key: item.value_json for item in (*record.run.config.update, *record.config.update)})
+    assert {*METRICS, *EVAL_METRICS, "lr", "grad_norm"} <= {name for row in rows for name in row}
+    assert len([row for row in rows if "loss" in row]) == 4
+    assert float(settings["beta_mapo"]) == 8 and project == "some-project"
+    assert len(list((out / "runs").rglob("media/images/validation*.png"))) == 2
+    assert list(out.glob("runs/some-project/events*")) and not (out / "logs").exists()
+    assert not files_with(TOKEN, out)
+    silent = run(script, {**flags, "output_dir": tmp_path / "silent", "report_to": "none"})
+    assert_equal(trained(out), trained(silent))
+    assert not [path for path in (silent / "runs").rglob("*") if path.is_file()]
+
+
+def test_failed_upload_loses_nothing(script, flags, tmp_path, monkeypatch, caplog, capfd):
+    """There is no network here. From another working directory, with a relative output folder."""
+    monkeypatch.chdir(tmp_path)
+    flags.update(DRAWN, output_dir="results/mine", push_to_hub=True, hub_token=TOKEN, checkpointing_steps=4)
+    out = run(script, flags)
+    files = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert {"README.md", "pytorch_lora_weights.safetensors", "validation/step-000004.png", "checkpoint-4"} <= files
+    assert "--push_to_hub failed" in caplog.text and "hf upload mine results/mine" in caplog.text
+    assert not files_with(TOKEN, tmp_path) and TOKEN not in caplog.text + "".join(capfd.readouterr())
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_everything_but_checkpoints_wandb_files_and_hidden_folders_is_uploaded(script, flags, monkeypatch):
+    created, uploaded = [], []
+    # The hub puts the user before a name without one.
+    full_name = types.SimpleNamespace(repo_id="me/some-model")
+    monkeypatch.setattr(script, "create_repo", lambda *args, **kwargs: created.append((args, kwargs)) or full_name)
+    monkeypatch.setattr(script, "upload_folder", lambda **kwargs: uploaded.append(kwargs))
+    flags.update(push_to_hub=True, hub_model_id="some-model", hub_token=TOKEN, checkpointing_steps=2)
+    out = run(script, {**flags, "max_train_steps": 2})
+    assert created == [(("some-model",), {"exist_ok": True, "token": TOKEN})]
+    patterns = uploaded[0].pop("ignore_patterns")
+    names = {"repo_id": "me/some-model", "commit_message": "End of training"}
+    assert uploaded == [{"folder_path": out, "token": TOKEN, **names}]
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    ignored = {file for file in files if file.startswith("checkpoint-2/")}
+    assert len(ignored) > 4 and {"README.md", "pytorch_lora_weights.safetensors"} <= files
+    ignored |= {".cache/huggingface/some.lock", "logs/wandb/offline-run/some.wandb"}
+    assert set(filter_repo_objects(sorted(files | ignored), ignore_patterns=patterns)) == files - ignored
