@@ -258,7 +258,7 @@ def test_trained_weights_stay_float32_in_half_precision(kind_flags, tmp_path, ki
     assert sum(rounded) / len(rounded) < 0.1
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed_zero3", "multi_node"])
+@pytest.mark.parametrize("kind", ["fsdp2", "multi_node", pytest.param("deepspeed_zero3", marks=pytest.mark.matrix)])
 def test_lora_equals_one_process(world, kind_flags, reference, tmp_path, kind):
     train_whole(world, kind_flags, reference, tmp_path, kind, "lora", "32bit")
 
