@@ -209,6 +209,7 @@ FOREIGN_FLAGS = {
     "--sft_training": "write --beta_mapo inf",
     "--train_unet": "leave it out, the whole UNet is trained unless --rank is given",
     "--validation_prompt": "write --validation_prompts",
+    **dict.fromkeys(["--mapo_training", "--local_rank"], "leave it out, it is not needed"),
     **dict.fromkeys(["True", "False"], "switches take no value: write --no-remove_ties, or leave the flag out"),
 }
 

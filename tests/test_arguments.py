@@ -74,6 +74,7 @@ ALLOWED = [
 # Words from elsewhere, and what the sentence must say to do about them.
 FOREIGN = {"--sft_training": "--beta_mapo inf", "--validation_prompt": "--validation_prompts"}
 FOREIGN |= {"--enable_xformers_memory_efficient_attention": "leave it out", "--train_unet": "leave it out"}
+FOREIGN |= {"--mapo_training": "leave it out", "--local_rank": "leave it out"}
 FOREIGN |= {"True": "switches take no value", "False": "switches take no value"}
 
 # As they stand in the README of the authors and in that of the diffusers DPO script.
