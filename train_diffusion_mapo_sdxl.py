@@ -30,25 +30,29 @@ import argparse
 import contextlib
 import functools
 import gc
+import glob
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import math
 import multiprocessing.pool
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import diffusers
 import fsspec
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -63,6 +67,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import check_min_version, convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils.hub_utils import populate_model_card
+from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
 from torch.distributed.checkpoint import CheckpointException
@@ -118,21 +123,22 @@ def mapo_v1_loss(chosen_errors, rejected_errors, beta, snr_value, num_train_time
     return chosen - beta * F.logsigmoid(num_train_timesteps * margin), margin
 
 
-METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
+METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy", "captions_cut")
 
 
 def preference_step(run, batch):
     """The objective on a batch: the scalar loss with its gradient, and METRICS as one detached float64 tensor."""
     args, config = run.args, run.noise_scheduler.config
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
-    encoded = encode_pairs(args, run.pipeline, batch)
+    *encoded, captions_cut = encode_pairs(args, run.pipeline, batch)
     with autocast(run):
         chosen, rejected = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
     if args.loss_type == "mapo":
         losses, margin = mapo_loss(chosen, rejected, args.beta_mapo)
     else:
         losses, margin = mapo_v1_loss(chosen, rejected, args.beta_mapo, args.snr_value, config.num_train_timesteps)
-    metrics = torch.stack([losses, chosen.double(), rejected.double(), margin, (chosen < rejected).double()])
+    metrics = [losses, chosen, rejected, margin, chosen < rejected, captions_cut]
+    metrics = torch.stack([metric.double() for metric in metrics])
     return losses.mean().to(chosen.dtype), metrics.mean(dim=1).detach()
 
 
@@ -205,13 +211,13 @@ VALIDATION_PROMPTS = ["a lighthouse at dusk", "an old sailor with a pipe", "a fo
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
 # Flags of the scripts that users come from, and what to write here.
 FOREIGN_FLAGS = {
-    "--enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own attention is memory-efficient",
     "--sft_training": "write --beta_mapo inf",
     "--train_unet": "leave it out, the whole UNet is trained unless --rank is given",
     "--validation_prompt": "write --validation_prompts",
-    **dict.fromkeys(["--mapo_training", "--local_rank"], "leave it out, it is not needed"),
     **dict.fromkeys(["True", "False"], "switches take no value: write --no-remove_ties, or leave the flag out"),
 }
+# Flags of theirs that ask for what is done anyway.
+HARMLESS_FLAGS = ("--center_crop", "--random_flip", "--mapo_training", "--enable_xformers_memory_efficient_attention")
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -221,7 +227,8 @@ def bounded(text, kind, low, high=sys.float_info.max):
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from error
     if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is out of range, it must be from {low:.3g} to {high:.3g}")
+        wanted = "positive" if 0 < low < 1e-300 else f"from {low:.3g} to {high:.3g}"
+        raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
     return value
 
 
@@ -248,7 +255,7 @@ def add_model_and_data_arguments(parser):
     add("--dataset_split_name", help="Split to train on. Without it, the only split, or `train`.")
     add("--streaming", action="store_true", help="Read parquet row groups when they are needed; download nothing.")
     add("--shuffle_shards", type=COUNT, default=4, help="Row groups that a stream keeps in memory and mixes.")
-    add("--max_train_samples", type=COUNT, help="Use only the first rows of the data set.")
+    add("--max_train_samples", type=COUNT, help="Train on a random subset of so many pairs.")
     add("--caption_column", default="caption", help="Column of the prompts.")
     add("--image_0_column", default="jpg_0", help="Column of the first images.")
     add("--image_1_column", default="jpg_1", help="Column of the second images.")
@@ -282,7 +289,7 @@ def add_training_arguments(parser):
     add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
     add("--full_bf16", action="store_true", help="Train the whole UNet in bfloat16 with stochastic rounding.")
-    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products and convolutions.")
     add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=POSITIVE, default=1e-5, help="The usual 5e-4 destroys a fully trained SDXL.")
@@ -313,6 +320,7 @@ def add_output_arguments(parser):
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
     add("--push_to_hub", action="store_true", help="Upload output_dir at the end.")
     add("--hub_model_id", help="Repository to upload to. Without it, the name of output_dir.")
+    add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
     add("--hub_token", help="Token for the upload. Without it, that of `hf auth login`.")
     add = parser.add_argument_group("validation").add_argument
     add("--run_validation", action="store_true", help="Draw images with the base and the aligned model.")
@@ -336,8 +344,12 @@ def parse_args(input_args=None):
     add_training_arguments(parser)
     add_output_arguments(parser)
     args, unknown = parser.parse_known_args(input_args)
-    for name in [flag.partition("=")[0] for flag in unknown]:
-        parser.error(f"unknown argument {name}: {FOREIGN_FLAGS.get(name, 'see --help for the list')}")
+    unknown = [flag.partition("=")[0] for flag in unknown if flag not in HARMLESS_FLAGS]
+    # Not the values of unknown flags.
+    unknown = [flag for flag in unknown if flag.startswith("-") or flag in FOREIGN_FLAGS] or unknown
+    if unknown:
+        advice = [f"{flag} ({FOREIGN_FLAGS.get(flag, 'see --help for the list')})" for flag in unknown]
+        parser.error(f"unknown arguments: {', '.join(advice)}")
     if args.beta_mapo is None:
         args.beta_mapo = 8.0 if args.loss_type == "mapo" else 0.1
     trackers = TRACKERS[args.report_to]
@@ -378,17 +390,20 @@ def pair_columns(args):
 
 
 def check_columns(args, features):
-    """Every column must be there and have a type that pairs are made of."""
+    """Every column must be there and have a type that pairs are made of. Strings in image columns are paths."""
+    folder, image_types = Path(args.dataset_name), IMAGE_TYPES if args.streaming else IMAGE_TYPES + CAPTION_TYPES
     images = ("chosen_column", "rejected_column") if args.chosen_column else ("image_0_column", "image_1_column")
     labels = () if args.chosen_column else ("label_0_column", "label_1_column")
-    wanted = (
-        {"caption_column": CAPTION_TYPES} | dict.fromkeys(images, IMAGE_TYPES) | dict.fromkeys(labels, LABEL_TYPES)
-    )
-    for flag, types in wanted.items():
+    wanted = dict.fromkeys(images, image_types) | dict.fromkeys(labels, LABEL_TYPES)
+    for flag, types in {"caption_column": CAPTION_TYPES, **wanted}.items():
         column = getattr(args, flag)
         if column not in features:
-            there = ", ".join(features)
-            raise TrainingError(f"--{flag} {column}: {args.dataset_name} has no such column, but {there}.")
+            there = f"--{flag} {column}: {folder} has no such column, but {', '.join(features)}"
+            if (folder / "w").is_dir() and (folder / "l").is_dir():
+                there += "; list its pairs in a CSV file with the columns caption, chosen and rejected"
+            if "_data_files" in features:  # datasets before 5.2 does not know its own format
+                there += "; `datasets.load_from_disk` reads it, write it again with `to_parquet`"
+            raise TrainingError(f"{there}.")
         if getattr(features[column], "dtype", None) not in types:
             raise TrainingError(f"--{flag} {column} holds {features[column]}, not one of: {', '.join(types)}.")
 
@@ -397,6 +412,9 @@ class PairSource:
     """Rows of a split by (shard, row). Of streamed parquet, the `shards_kept` row groups read last stay in memory."""
 
     def __init__(self, args, split_flag):
+        self.folder = Path(args.dataset_name).resolve()
+        if self.folder.exists() and glob.has_magic(str(self.folder)):
+            raise TrainingError(f"--dataset_name: `datasets` takes *, ? and [ for patterns, rename {self.folder}.")
         builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
         streams = builder.as_streaming_dataset()
         split = getattr(args, split_flag) or (next(iter(streams)) if len(streams) == 1 else "train")
@@ -407,7 +425,7 @@ class PairSource:
         if streams[split].features is not None:
             check_columns(args, streams[split].features)
         caption, images, self.labels = pair_columns(args)
-        self.columns, self.data = [caption, *images, *self.labels], None
+        self.columns, self.images, self.data = [caption, *images, *self.labels], images, None
         self.files, self.shards, self.shards_kept = builder.config.data_files[split], {}, args.shuffle_shards
         self.fingerprint = [builder.cache_dir, split, args.streaming, self.columns]
         if not args.streaming:
@@ -440,16 +458,18 @@ class PairSource:
         labels = [shard for shards in labels for shard in shards]
         shard = np.repeat(np.arange(len(labels)), [len(rows) for rows in labels])
         index = np.stack([shard, np.arange(len(shard)) - np.searchsorted(shard, shard)], axis=1)
-        index, labels = index[: args.max_train_samples], np.concatenate(labels)[: args.max_train_samples]
+        labels = np.concatenate(labels)
         index = index[labels[:, 0] != labels[:, 1]] if args.remove_ties else index
         return {"index": torch.from_numpy(index), "groups": torch.tensor(groups)}
 
     def index(self, args):
         """`(pairs, 2)` shard and row of all pairs but the ties, built once and kept on disk."""
-        key = Hasher.hash([self.fingerprint, args.max_train_samples, args.remove_ties])
+        key = Hasher.hash([self.fingerprint, args.remove_ties])
         path = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
-        if not path.exists():
-            write_whole(path, functools.partial(safetensors.torch.save_file, self.build_index(args)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                write_whole(path, functools.partial(safetensors.torch.save_file, self.build_index(args)))
         tensors = safetensors.torch.load_file(path)
         self.groups = tensors["groups"].numpy()
         return tensors["index"].numpy()
@@ -457,14 +477,40 @@ class PairSource:
     def record(self, shard, row):
         """One row as a dict, its images encoded."""
         if self.data is not None:
-            return self.data[int(row)].to_pylist()[0]
+            record = self.data[int(row)].to_pylist()[0]
+            return {**record, **{column: self.read_image(record[column]) for column in self.images}}
         if shard not in self.shards:
             while len(self.shards) >= self.shards_kept:
                 self.shards.pop(next(iter(self.shards)))
             file, group = self.groups[shard]
             with fsspec.open(self.files[file], cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
                 self.shards[shard] = parquet.read_row_group(group, self.columns).to_pydict()
-        return {column: values[row] for column, values in self.shards[shard].items()}
+        record = {column: values[row] for column, values in self.shards[shard].items()}
+        return {**record, **{column: self.read_image(record[column]) for column in self.images}}
+
+    def read_image(self, value):
+        """Bytes of an image. Prepared pairs may hold a path instead, absolute or in the data set's folder."""
+        value = value["bytes"] or value["path"] if isinstance(value, dict) else value
+        if not isinstance(value, str):
+            return value
+        if self.data is None:
+            raise UnusableRow("holds the path of an image, which is not streamed, in place of the image")
+        try:
+            with fsspec.open(value if "://" in value else self.folder / value) as file:
+                return file.read()
+        except Exception as error:  # file systems raise all kinds
+            raise UnusableRow(f"has an image that cannot be read ({one_line(error)})") from error
+
+    def stamps(self):
+        """Size and time of the image files that prepared pairs name by their paths."""
+        files = []
+        for column in self.images if self.data is not None else ():
+            values = self.data.select_columns([column])[:][column]
+            if pa.types.is_struct(values.type):
+                values = pc.struct_field(values, "path").filter(pc.is_null(pc.struct_field(values, "bytes")))
+            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                files += [self.folder / path for path in values.to_pylist() if path]
+        return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 
 def load_indexes(args):
@@ -476,6 +522,9 @@ def load_indexes(args):
     else:
         held_out_source = PairSource(args, "validation_split")
         held_out = held_out_source.index(args)[:number]
+    if args.max_train_samples is not None:
+        subset = np.random.default_rng(args.seed).permutation(len(index))[: args.max_train_samples]
+        index = index[np.sort(subset)]
     if len(index) == 0 or (args.validation_split and len(held_out) == 0):
         raise TrainingError(f"--dataset_name: {len(index)} pairs are left to train on, and {len(held_out)} held out.")
     return (source, index), (held_out_source, held_out)
@@ -509,15 +558,19 @@ def training_batches(args, index, order, position, rank, num_processes):
         yield [(n, int(epoch_pairs(n // len(index))[n % len(index)])) for n in range(start, start + size)]
 
 
-def decode_image(value):
-    """Decode encoded bytes, or an undecoded `datasets.Image`, to RGB: upright, and on white where transparent."""
-    encoded = value if isinstance(value, dict) else {"bytes": value, "path": None}
-    if not (encoded["bytes"] or encoded["path"]):
+def decode_image(encoded):
+    """Decode an image's bytes to RGB: upright, and on white where transparent."""
+    if not encoded:
         raise UnusableRow("has no image")
     try:
-        image = datasets.Image().decode_example(encoded)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips
+        image = Image.open(io.BytesIO(encoded))
+        # Pillow's own conversions clip. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        if image.mode[0] in "IF" and not is_16_bit:
+            raise ValueError(f"its pixels are of mode {image.mode}")
+        image = ImageOps.exif_transpose(image)
+        if is_16_bit:
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -585,9 +638,10 @@ class PairDataset(torch.utils.data.Dataset):
             number = (pair + skipped) % len(self.index)
             try:
                 return {**self.prepare(position, number), "row": self.row(number), "skipped": skipped}
-            except UnusableRow as reason:
+            except UnusableRow as error:
+                reason = error
                 logging.getLogger(__name__).warning(f"Skipped {self.row(number)}: it {reason}.")
-        raise UnusableRow(f"no row from {self.row(pair)} to {self.row(number)} can be used")
+        raise UnusableRow(f"no row from {self.row(pair)} to {self.row(number)} can be used, the last one {reason}")
 
     def prepare(self, position, pair):
         args = self.args
@@ -634,6 +688,51 @@ def make_loader(args, data, batches, collate=collate_pairs):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
+NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
+
+
+def load_configs(args):
+    """Configs of the VAE and of the noise schedule; refuses a base of another kind than SDXL's."""
+    name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    options, needed = {"cache_dir": args.cache_dir}, ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
+    with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
+        vae = AutoencoderKL.load_config(vae_name, **options) if vae_name else None
+    options["revision"] = args.revision
+    with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
+        parts = StableDiffusionXLPipeline.load_config(name, **options)
+        missing = [part for part in needed if not (parts.get(part) or [None])[0]]
+        if missing:
+            raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
+        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **options)
+        vae = vae or AutoencoderKL.load_config(name, subfolder="vae", **options)
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
+    channels, continuous = vae.get("latent_channels", 4), scheduler.get("timestep_type") == "continuous"
+    no_betas = "beta_start" not in scheduler or scheduler.get("use_flow_sigmas") or continuous
+    rules = [
+        (unet.get("addition_embed_type") != "text_time", "its UNet does not take SDXL's sizes and crops"),
+        ({unet.get("in_channels", 4), unet.get("out_channels", 4)} != {channels}, "its UNet takes more than latents"),
+        (unet.get("time_cond_proj_dim"), "its UNet was distilled to take the guidance scale"),
+        (no_betas, "its scheduler is of EDM or flow matching"),
+        (
+            scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
+            "it predicts no epsilon or v",
+        ),
+        (vae.get("latents_mean") or vae.get("shift_factor"), "its VAE shifts its latents"),
+    ]
+    for reason in [reason for broken, reason in rules if broken]:
+        raise TrainingError(NO_SDXL.format(name=name, reason=reason))
+    return vae, DDPMScheduler.from_config(scheduler)
+
+
+def load_vae(args, options):
+    """The VAE that a flag names, in the variant asked for if it has it."""
+    name = args.pretrained_vae_model_name_or_path
+    try:
+        return AutoencoderKL.from_pretrained(name, variant=args.variant, **options)
+    except OSError:
+        return AutoencoderKL.from_pretrained(name, **options)
+
+
 def load_pipeline(args, accelerator, weight_dtype):
     """The SDXL pipeline on the device: frozen parts in `weight_dtype`, a wholly trained UNet in its own dtype."""
     options = {"cache_dir": args.cache_dir, "use_safetensors": True}
@@ -641,12 +740,11 @@ def load_pipeline(args, accelerator, weight_dtype):
     # Under ZeRO-3 transformers would shard the frozen text encoders as it loads them.
     transformers.integrations.unset_hf_deepspeed_config()
     with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-        parts = {"vae": AutoencoderKL.from_pretrained(vae_name, **options)} if vae_name else {}
+        parts = {"vae": load_vae(args, options)} if vae_name else {}
     parts |= {"revision": args.revision, "variant": args.variant, "add_watermarker": False}
-    with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
+    advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
+    with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"):
         pipeline = StableDiffusionXLPipeline.from_pretrained(name, **parts, **options)
-    if pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise TrainingError("--pretrained_model_name_or_path must predict epsilon or v, by its scheduler's config.")
     dtypes = dict.fromkeys(["unet", "vae", "text_encoder", "text_encoder_2"], weight_dtype)
     if args.rank is None:
         dtypes["unet"] = torch.bfloat16 if args.full_bf16 else torch.float32
@@ -671,7 +769,10 @@ def make_trainable(args, unet):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
-        unet.compile_repeated_blocks()  # in place, so that the weights keep their names
+        # A block is compiled for each width and length, to train and to draw. Past the limit it would run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        torch._logging.set_logs(graph_breaks=True)
+        unet.compile_repeated_blocks(dynamic=False)  # in place, so that the weights keep their names
     return [parameter for parameter in unet.train().parameters() if parameter.requires_grad]
 
 
@@ -698,7 +799,6 @@ class StochasticRounding:
 
 
 def build_optimizer(args, parameters, pairs_per_step):
-    """AdamW and its learning rate schedule, in optimizer steps whatever the number of processes."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
@@ -708,11 +808,25 @@ def build_optimizer(args, parameters, pairs_per_step):
             optimizer_class = type("RoundedAdamW8bit", (StochasticRounding, optimizer_class), {})
     learning_rate = args.learning_rate * (pairs_per_step if args.scale_lr else 1)
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    optimizer = optimizer_class(parameters, learning_rate, betas, args.adam_epsilon, weight_decay=decay)
+    return optimizer_class(parameters, learning_rate, betas, args.adam_epsilon, weight_decay=decay)
+
+
+def build_schedule(args, optimizer, step):
+    """The learning rate schedule from `step` on, in optimizer steps whatever the number of processes."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     # The polynomial schedule divides by the steps after the warmup.
-    steps = {"num_training_steps": max(args.max_train_steps, args.lr_warmup_steps + 1)}
+    steps = {"num_training_steps": max(args.max_train_steps, args.lr_warmup_steps + 1), "last_epoch": step - 1}
     steps |= {"num_warmup_steps": args.lr_warmup_steps, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
+    return get_scheduler(args.lr_scheduler, optimizer, **steps)
+
+
+@torch.no_grad()
+def check_vae(args, vae, pair):
+    """A VAE that overflows in half precision should not be found out by its NaN."""
+    if not encode_images(args, vae, pair["pixel_values"].to(vae.device)).isfinite().all():
+        flag, advice = "--pretrained_vae_model_name_or_path", "madebyollin/sdxl-vae-fp16-fix does not overflow"
+        raise TrainingError(f"{flag}: the VAE encodes the images of {pair['row']} to NaN in {vae.dtype}; {advice}.")
 
 
 def encode_images(args, vae, pixel_values):
@@ -725,26 +839,31 @@ def encode_images(args, vae, pixel_values):
 
 
 def encode_prompts(pipeline, prompts):
-    """prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`, each prompt by itself."""
-    prompt_embeds, pooled_prompt_embeds = [], []
+    """
+    Each prompt by itself: prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`, and
+    whether the prompt had more tokens and was cut, `(prompts,)`.
+    """
+    prompt_embeds, pooled_prompt_embeds, cut = [], [], []
     encoders = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt", "return_overflowing_tokens": True}
     for prompt in prompts:
         hidden_states = []
         # `pipeline.encode_prompt` would wait for the device.
         for tokenizer, text_encoder in encoders:
-            input_ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            output = text_encoder(input_ids.to(text_encoder.device, non_blocking=True), output_hidden_states=True)
+            input_ids = tokenizer(prompt, **options).input_ids
+            output = text_encoder(input_ids[:1].to(text_encoder.device, non_blocking=True), output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
         prompt_embeds.append(torch.cat(hidden_states, dim=-1))
         pooled_prompt_embeds.append(output.text_embeds)
-    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
+        cut.append(output.text_embeds.new_full((1,), len(input_ids) > 1))
+    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds), torch.cat(cut)
 
 
 @torch.no_grad()
 def encode_pairs(args, pipeline, batch):
-    """Samples of the VAE's posterior `(2 * pairs, channels, height, width)`, prompt_embeds, pooled_prompt_embeds."""
+    """Samples of the VAE's posterior `(2 * pairs, channels, height, width)`, and what `encode_prompts` gives."""
     if "moments" in batch:
-        moments, embeds = batch["moments"], (batch["prompt_embeds"], batch["pooled_prompt_embeds"])
+        moments, embeds = batch["moments"], [batch[name] for name in EMBEDDINGS]
     else:
         moments = encode_images(args, pipeline.vae, batch["pixel_values"])
         embeds = encode_prompts(pipeline, batch["caption"])
@@ -753,13 +872,17 @@ def encode_pairs(args, pipeline, batch):
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "captions_cut")
+PAIRS_A_ROUND = 100  # that a process encodes before it meets the others
+
+
 def read_cached(path, flip):
     """What `load_pair` gives, encoded: moments `(2, 2, channels, height, width)` of the two images, and embeddings."""
     with safetensors.safe_open(path, framework="pt") as file:
         labels, unusable = json.loads(file.metadata()["pair"])
         if unusable:
             raise UnusableRow(unusable)
-        tensors = {name: file.get_tensor(name) for name in ("add_time_ids", "prompt_embeds", "pooled_prompt_embeds")}
+        tensors = {name: file.get_tensor(name) for name in ("add_time_ids", *EMBEDDINGS)}
         return {**tensors, "moments": file.get_slice("moments")[:, int(flip)], "labels": labels}
 
 
@@ -773,6 +896,19 @@ def load_images(pairs, numbers):
 
 
 @torch.no_grad()
+def cache_pair(args, pipeline, path, item):
+    """Encode and write what `load_images` gives."""
+    tensors, unusable = {}, item.get("unusable")
+    if unusable is None:
+        pixel_values = item["pixel_values"].to(pipeline.vae.device)
+        moments = encode_images(args, pipeline.vae, pixel_values.flatten(0, 1)).unflatten(0, (2, -1))
+        unusable = None if moments.isfinite().all() else "has an image that the VAE encodes to NaN"
+        embeds = dict(zip(EMBEDDINGS, [embeds[0] for embeds in encode_prompts(pipeline, [item["caption"]])]))
+        tensors = {"moments": moments, "add_time_ids": item["add_time_ids"], **embeds}
+    metadata = {"pair": json.dumps([item["labels"], unusable])}
+    write_whole(path, functools.partial(safetensors.torch.save_file, tensors, metadata=metadata))
+
+
 def fill_caches(args, accelerator, pipeline, *data):
     """
     Give each of these data sets a cache, a folder for everything that changes what is stored, with a file for each
@@ -784,41 +920,37 @@ def fill_caches(args, accelerator, pipeline, *data):
         settings += [tokenizer("", padding="max_length").input_ids, tokenizer.backend_tokenizer.to_str()]
     settings += [args.resolution, args.no_hflip, args.allow_tf32]
     for pairs in data:
-        key = Hasher.hash([settings, pairs.source.fingerprint, pairs.index])
+        key = Hasher.hash([settings, pairs.source.fingerprint, pairs.source.stamps(), pairs.index])
         pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
         # One list for all processes, made before any of them writes.
         missing = gather_object([[n for n in range(len(pairs.index)) if not pairs.cached(n).exists()]])[0]
-        with failing_together(f"--cache_latents: pairs could not be encoded into {pairs.cache}"):
-            mine = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
-            # A loader's workers take turns, so each of them gets a stretch, too.
-            stretches = np.array_split(mine, args.dataloader_num_workers or 1)
-            mine = [[int(pair)] for turn in itertools.zip_longest(*stretches) for pair in turn if pair is not None]
-            loader = make_loader(args, range(len(pairs.index)), mine, functools.partial(load_images, pairs))
-            for (pair,), item in zip(mine, tqdm(loader, "Encoding pairs", len(mine))):
-                tensors, entry = {}, json.dumps([item["labels"], item.get("unusable")])
-                if "pixel_values" in item:
-                    pixel_values = item["pixel_values"].to(pipeline.vae.device)
-                    moments = encode_images(args, pipeline.vae, pixel_values.flatten(0, 1)).unflatten(0, (2, -1))
-                    (embeds,), (pooled,) = encode_prompts(pipeline, [item["caption"]])
-                    tensors = {"moments": moments, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-                    tensors["add_time_ids"] = item["add_time_ids"]
-                save = functools.partial(safetensors.torch.save_file, tensors, metadata={"pair": entry})
-                write_whole(pairs.cached(pair), save)
+        mine = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
+        # A loader's workers take turns, so each of them gets a stretch, too.
+        stretches = np.array_split(mine, args.dataloader_num_workers or 1)
+        mine = [[int(pair)] for turn in itertools.zip_longest(*stretches) for pair in turn if pair is not None]
+        loader = make_loader(args, range(len(pairs.index)), mine, functools.partial(load_images, pairs))
+        items = zip(mine, tqdm(loader, "Encoding pairs", len(mine)))
+        # The processes meet after each round, so that none waits for long, and one's failure soon ends all.
+        for _ in range(0, math.ceil(len(missing) / accelerator.num_processes), PAIRS_A_ROUND):
+            with failing_together(f"--cache_latents: pairs could not be encoded into {pairs.cache}"):
+                for (pair,), item in itertools.islice(items, PAIRS_A_ROUND):
+                    cache_pair(args, pipeline, pairs.cached(pair), item)
     for part in parts:
         part.to("cpu")
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
-STATE = "mapo_state.json"
+STATE, LORA_FILE = "mapo_state.json", "pytorch_lora_weights.safetensors"
 # A difference in one of the first settings is refused; in any other but the last ones it is reported.
 FIXED_ON_RESUME = ("rank", "use_8bit_adam", "full_bf16", "streaming", "shuffle_shards", "seed", "sharding")
-FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token")
+FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token", "output_dir")
 
 
 @dataclass
 class Progress:
     """How far a run has come, the same on all processes: the whole state that checkpoints add to accelerate's."""
 
+    run_id: str = ""  # of the run from its first start on
     step: int = 0
     pairs_seen: int = 0
     rows_read: int = 0
@@ -827,25 +959,36 @@ class Progress:
     skipped_steps: int = 0
     batches_summed: int = 0  # since the last log line
     sums: list = field(default_factory=lambda: [0.0] * len(METRICS))  # of METRICS over these batches
+    cut_reported: bool = False
     order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
 
 
-def save_trained_weights(args, accelerator, unet, folder):
+def lora_layers(unet, weights=None):
+    """The LoRA of a UNet as diffusers saves it: {name: weight}."""
+    from peft import get_peft_model_state_dict
+
+    return convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights))
+
+
+def save_trained_weights(run, folder):
     """Write `pytorch_lora_weights.safetensors` or `unet/`, by all processes: sharded weights are gathered."""
-    weights = accelerator.get_state_dict(unet)
-    if not accelerator.is_main_process:
+    weights, unet = run.accelerator.get_state_dict(run.unet), run.pipeline.unet
+    if not run.accelerator.is_main_process:
         return
-    unet = accelerator.unwrap_model(unet)
-    if args.rank is None:
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}  # of a compiled module
+    if run.args.rank is None:
         with torch.device("meta"):
-            whole = UNet2DConditionModel.from_config(unet.config)
+            # Without the folder that the base model was loaded from.
+            whole = UNet2DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "_name_or_path"})
         whole.load_state_dict(weights, assign=True)
         whole.save_pretrained(folder / "unet")
+        files, names = (folder / "unet").glob("*.safetensors"), set(unet.state_dict())
     else:
-        from peft import get_peft_model_state_dict
-
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights))
-        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=lora_layers(unet, weights))
+        files, names = [folder / LORA_FILE], {f"unet.{name}" for name in lora_layers(unet)}
+    # Whatever wraps the UNet, the files hold the names that pipelines load.
+    if set().union(*(safetensors.safe_open(file, "pt").keys() for file in files)) != names:
+        raise TrainingError(f"{folder} was written with other names than the UNet's weights have.")
 
 
 def load_trained_weights(args, unet, folder):
@@ -875,40 +1018,74 @@ def checkpoint_settings(args, accelerator):
     return {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}
 
 
+def read_state(folder):
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--resume_from_checkpoint {folder} is no checkpoint of this script: {error}") from error
+
+
 def find_checkpoint(args, accelerator):
     """The folder to resume from and the state it was written with, or (None, None); settles the seed."""
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
     if asked == "latest":
         asked = next(reversed(list_checkpoints(output_dir)), None)
     if asked is None:
+        refuse_other_runs(output_dir, {})
         return None, None
     folder = Path(asked) if Path(asked).exists() else output_dir / asked
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"--resume_from_checkpoint {folder} is no checkpoint of this script: {error}") from error
+    state = read_state(folder)
+    refuse_other_runs(output_dir, state)
     args.seed = state["settings"]["seed"] if args.seed is None else args.seed
     settings = checkpoint_settings(args, accelerator)
     for name, old in state["settings"].items():
-        if settings.get(name) != old:
-            difference = f"--resume_from_checkpoint: {name} is {settings.get(name)}, but {old} in {folder}."
+        if name not in FREE_ON_RESUME and settings.get(name) != old:
             if name in FIXED_ON_RESUME:
-                raise TrainingError(difference)
-            logger.warning(difference)
+                raise TrainingError(
+                    f"--resume_from_checkpoint: {name} is {settings.get(name)}, but {old} in {folder}."
+                )
+            logger.warning(f"--resume_from_checkpoint: {name} is {settings.get(name)} from here on, it was {old}.")
     return folder, state
 
 
-def resume(run, checkpoint, state, source):
+def refuse_other_runs(output_dir, state):
+    """A run must not mix its checkpoints with those of others, or of a later step, nor write over a result."""
+    results = [output_dir / name for name in (LORA_FILE, "unet") if not state and (output_dir / name).exists()]
+    for folder in list_checkpoints(output_dir):
+        other = read_state(folder)
+        if not state or other.get("run_id") != state.get("run_id") or other["step"] > state["step"]:
+            results.append(folder)
+    if results:
+        ways = "continue it with --resume_from_checkpoint latest, or choose another --output_dir"
+        raise TrainingError(f"--output_dir {output_dir} holds {results[-1].name} of another or a longer run: {ways}.")
+
+
+def start_progress(args, accelerator, state, source):
+    """Progress of a new run, or of the one whose state is given."""
+    lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
+    order, run_id = [args.shuffle_shards, lanes, args.train_batch_size], gather_object([os.urandom(4).hex()])[0]
+    progress = Progress(run_id=run_id, order=order)
+    if state is not None:
+        vars(progress).update({name: state.get(name, value) for name, value in vars(progress).items()})
+    if progress.order != order:
+        # A process may need the shards of all lanes of the run that it continues.
+        source.shards_kept *= progress.order[1]
+    return progress
+
+
+def resume(run, checkpoint, state):
     """Load a checkpoint, and make up for the validation that was to follow it."""
     args, progress = run.args, run.progress
+    # What the flags say of rates and decay holds from here on.
+    flags = [
+        {name: value for name, value in group.items() if name != "params"} for group in run.optimizer.param_groups
+    ]
     with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded"):
         if state["settings"]["sharding"] == "none":
-            load_trained_weights(args, run.accelerator.unwrap_model(run.unet), checkpoint)
+            load_trained_weights(args, run.pipeline.unet, checkpoint)
         run.accelerator.load_state(checkpoint)
-    if state["order"] != progress.order:
-        # A process may need the shards of all lanes of the run that it continues.
-        source.shards_kept *= state["order"][1]
-    vars(progress).update({name: state[name] for name in vars(progress)})
+    for group, values in zip(run.optimizer.param_groups, flags):
+        group.update(values)
     if progress.step < args.max_train_steps and progress.step % args.validation_steps == 0:
         validate(run)
 
@@ -924,14 +1101,15 @@ def save_checkpoint(run):
         if accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
             (folder / STATE).unlink(missing_ok=True)
-        save_trained_weights(args, accelerator, run.unet, folder)
+        save_trained_weights(run, folder)
         accelerator.save_state(folder)
     accelerator.wait_for_everyone()
     with failing_together(sentence):
         if accelerator.is_main_process:
             state = json.dumps({**asdict(run.progress), "settings": settings}, indent=2)
             write_whole(folder / STATE, functools.partial(Path.write_text, data=state))
-            for old in list_checkpoints(output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+            others = [other for other in list_checkpoints(output_dir) if other != folder]
+            for old in others[: max(len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize), 0)]:
                 (old / STATE).unlink()
                 shutil.rmtree(old)
     logger.info(f"Saved {folder}")
@@ -1015,57 +1193,82 @@ image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 """
 
 
+def published(args):
+    """The flags without the token and, of what lies on this machine, with the last name of its path alone."""
+    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    local = [n for n, v in flags.items() if isinstance(v, str) and (os.path.isabs(v) or os.path.exists(v))]
+    return argparse.Namespace(**flags | {name: Path(flags[name]).resolve().name for name in local})
+
+
 def write_model_card(args, metrics, step):
     """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
     output_dir, picture = Path(args.output_dir), f"validation/step-{step:06d}.png"
+    base_model = args.pretrained_model_name_or_path
+    base_model = None if os.path.exists(base_model) else base_model  # the hub refuses the card of a local one
+    args = published(args)
     picture = f"\n![base and aligned]({picture})\n" if (output_dir / picture).exists() else ""
     kind, load = f"LoRA of rank {args.rank}", 'load_lora_weights("FOLDER_OR_REPO")'
     if args.rank is None:
         kind, load = "UNet", 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
-    lines = {f"`--{name}`": value for name, value in vars(args).items() if name != "hub_token" and value is not None}
+    lines = {f"`--{name}`": value for name, value in vars(args).items() if value is not None}
     lines |= {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)}
     lines = "\n".join(f"- {name}: {value}" for name, value in {**metrics, **lines}.items())
     texts = {"name": output_dir.resolve().name, "kind": kind, "picture": picture, "load": load, "lines": lines}
     text = MODEL_CARD.format(args=args, step=step, **texts)
-    data = ModelCardData(base_model=args.pretrained_model_name_or_path, license="openrail++")
+    data = ModelCardData(base_model=base_model, license="openrail++")
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=tags)
     card.save(output_dir / "README.md")
 
 
 def finish(run):
-    """Save the trained weights first; then validate, describe and upload them."""
+    """Save the trained weights first; then validate and describe them."""
     args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
     with failing_together(f"{output_dir} could not be written, the checkpoints are untouched"):
-        save_trained_weights(args, accelerator, run.unet, output_dir)
+        save_trained_weights(run, output_dir)
     metrics = validate(run)
     with failing_together(f"{output_dir}/README.md could not be written, the weights are saved"):
         if accelerator.is_main_process:
             write_model_card(args, metrics, progress.step)
-    if accelerator.is_main_process and args.push_to_hub:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        options = {"ignore_patterns": ["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"]}
-        options |= {"folder_path": output_dir, "commit_message": "End of training", "token": args.hub_token}
-        try:
-            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
-            upload_folder(repo_id=repo_id, **options)
-        except Exception as error:  # whatever it is, it must not cost what is saved here
-            logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {output_dir}")
     logger.info(f"{progress.rows_bad} of {progress.rows_read} rows read could not be used.")
 
 
+def create_hub_repo(args, accelerator):
+    """Make the repository to upload to before training, so that a wrong name or token costs nothing; its id."""
+    with failing_together("--push_to_hub: the repository cannot be created"):
+        if args.push_to_hub and accelerator.is_main_process:
+            repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+            return create_repo(repo_id, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
+
+
+def upload(args, repo_id):
+    options = {"ignore_patterns": ["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"]}
+    options |= {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
+    try:
+        upload_folder(repo_id=repo_id, **options)
+    except Exception as error:  # whatever it is, it must not cost what is saved here
+        logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {args.output_dir}")
+
+
 # Training ------------------------------------------------------------------------------------------------------------
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, which SLURM and cloud preemption send, until the end of a step."""
+    """Remembers Ctrl-C, and SIGTERM and SIGUSR1 of SLURM and cloud preemption, until the end of a step."""
 
     def __init__(self):
         launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
         self.received, self.launcher = [], os.getppid() if launched else None
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: self.received.append(number))
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.received.append(number)
+        # A second Ctrl-C ends the process at once. torchrun passes the first one on, and ends all at a second one.
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
 
     def asked(self):
         """The signal that came, or 0. accelerate's launcher passes none on: SIGTERM stands for one that is gone."""
@@ -1089,28 +1292,37 @@ def tracking(accelerator):
         accelerator.trackers = []
 
 
-def build_accelerator(args):
-    """The Accelerator, and the dtype of computation and frozen weights."""
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    try:
-        logging_dir.mkdir(parents=True, exist_ok=True)
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=TRACKERS[args.report_to] or None,
-            project_dir=logging_dir,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[AutocastKwargs(cache_enabled=not args.gradient_checkpointing)],
-        )
-    except OSError as error:
-        raise TrainingError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.") from error
-    except ValueError as error:
-        raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
-        raise TrainingError("--mixed_precision fp16 needs a GPU, use bf16 or no.")
-    if accelerator.distributed_type == DistributedType.FSDP and args.use_8bit_adam:
-        raise TrainingError("--use_8bit_adam: bitsandbytes cannot step sharded weights, use deepspeed_zero2.yaml.")
+def start_trackers(run):
+    """A resumed run goes on in W&B, and in TensorBoard hides the points that it makes again."""
+    args, step = run.args, run.progress.step
+    values = {n: v if isinstance(v, (int, float)) else str(v) for n, v in vars(published(args)).items()}
+    options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir)), "id": run.progress.run_id}}
+    options["wandb"]["resume"] = "allow"
+    options["tensorboard"] = {"purge_step": step + 1} if step else {}
+    with tracking(run.accelerator):
+        run.accelerator.init_trackers(args.tracker_name, values, init_kwargs=options)
+
+
+def check_steps(args, state):
+    """What the number of steps has to fit to, and a hint for a beta of the other objective."""
+    if state is not None and state["step"] > args.max_train_steps:
+        raise TrainingError(f"--max_train_steps {args.max_train_steps}: the checkpoint is of step {state['step']}.")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps > args.max_train_steps:
+        share = f"{args.max_train_steps / args.lr_warmup_steps:.0%} of the learning rate is reached"
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: in {args.max_train_steps} steps only {share}.")
+    if args.loss_type == "mapo" and args.beta_mapo < 1:
+        logger.warning(f"--beta_mapo {args.beta_mapo} is a value for --loss_type mapo_v1; the paper takes 8 to 64.")
+
+
+def configure_sharding(args, accelerator, weight_dtype):
+    """Refuse what FSDP and DeepSpeed cannot do, and keep their gradients and trained weights in float32."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if args.use_8bit_adam:
+            raise TrainingError("--use_8bit_adam: bitsandbytes cannot step sharded weights, use deepspeed_zero2.yaml.")
+        # Gradients are summed over micro-batches and processes in float32, as with DDP.
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if args.full_bf16:
             raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights, use launch_configs/multi_gpu.yaml.")
@@ -1121,12 +1333,38 @@ def build_accelerator(args):
         config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}, "gradient_clipping": args.max_grad_norm}
         config["torch_autocast"] = {"enabled": half, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+
+
+def build_accelerator(args):
+    """The Accelerator, and the dtype of computation and frozen weights."""
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    try:
+        logging_dir.mkdir(parents=True, exist_ok=True)
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=TRACKERS[args.report_to] or None,
+            project_dir=logging_dir,
+            kwargs_handlers=[AutocastKwargs(cache_enabled=not args.gradient_checkpointing)],
+        )
+    except OSError as error:
+        raise TrainingError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.") from error
+    except ValueError as error:
+        raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed_precision fp16 needs a GPU, use bf16 or no.")
+    if accelerator.device.type == "mps":
+        raise TrainingError("Apple GPUs have no float64, which the objective needs: use launch_configs/cpu.yaml.")
+    configure_sharding(args, accelerator, weight_dtype)
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise TrainingError("--gradient_accumulation_steps: the launch config has another number, leave it out there.")
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
+    logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    # PyTorch's own default is TF32 in convolutions alone.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator, weight_dtype
 
 
@@ -1199,14 +1437,19 @@ def train(run, batches, stop):
         if last or progress.step % args.logging_steps == 0:
             logs |= {name: total / max(progress.batches_summed, 1) for name, total in zip(METRICS, progress.sums)}
             logs |= {"skipped_steps": progress.skipped_steps, "pairs_per_second": steps * run.pairs_per_step / seconds}
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+            resident = psutil.Process().memory_info().rss
             peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resident
             with tracking(accelerator):
                 accelerator.log({**logs, "peak_memory_gib": peak / 2**30}, step=progress.step)
             bar.set_postfix({name: f"{logs[name]:.4g}" for name in ("loss", "accuracy", "pairs_per_second")})
+            if logs["captions_cut"] > 0 and not progress.cut_reported:
+                progress.cut_reported = True
+                logger.warning(
+                    f"{logs['captions_cut']:.2%} of the captions are cut, SDXL reads 77 tokens (captions_cut)."
+                )
             progress.sums, progress.batches_summed, steps, seconds = [0.0] * len(METRICS), 0, 0, 0
         too_many_bad = progress.rows_bad > args.max_bad_rows * max(progress.rows_read, 100)
-        if progress.step % args.checkpointing_steps == 0 or failed or too_many_bad or signal_number:
+        if progress.step % args.checkpointing_steps == 0 or last or failed or too_many_bad or signal_number:
             save_checkpoint(run)
         saved = f"the checkpoint of step {progress.step} is saved"
         with failing_together(f"{unreadable} ({saved})") if failed else contextlib.nullcontext():
@@ -1225,41 +1468,44 @@ def train(run, batches, stop):
 def main(args):
     """Train; returns the exit status."""
     accelerator, weight_dtype = build_accelerator(args)
+    vae_config, noise_scheduler = load_configs(args)
     checkpoint, state = find_checkpoint(args, accelerator)
     if args.seed is None:
         args.seed = gather_object([int.from_bytes(os.urandom(4), "big")])[0]
         logger.info(f"--seed {args.seed} was drawn for this run.")
-    # The main process reads first, and the others find what it has prepared.
-    for turn in (True, False):
-        with failing_together(f"--dataset_name {args.dataset_name} cannot be read"):
-            if accelerator.is_main_process == turn:
-                (source, index), (held_out_source, held_out_index) = load_indexes(args)
+    # Locks on files let one process prepare the data, and the others find them.
+    with failing_together(f"--dataset_name {args.dataset_name} cannot be read"):
+        (source, index), (held_out_source, held_out_index) = load_indexes(args)
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(index) / pairs_per_step)
-    pipeline = load_pipeline(args, accelerator, weight_dtype)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    side = args.resolution // pipeline.vae_scale_factor
-    sizes = (pipeline.vae.config.latent_channels, side, side), noise_scheduler.config.num_train_timesteps
+    check_steps(args, state)
+    repo_id = create_hub_repo(args, accelerator)
+    side = args.resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    sizes = (vae_config["latent_channels"], side, side), noise_scheduler.config.num_train_timesteps
     pairs = PairDataset(args, source, index, *sizes)
     held_out = PairDataset(args, held_out_source, held_out_index, *sizes, held_out=True)
+    progress = start_progress(args, accelerator, state, source)
+    position = progress.pairs_seen, accelerator.process_index, accelerator.num_processes
+    batches = training_batches(args, index, progress.order, *position)
+    first_batch = next(batches)
+    with failing_together(f"--dataset_name {args.dataset_name} cannot be trained on"):
+        first_pair = pairs[first_batch[0]]
+    pipeline = load_pipeline(args, accelerator, weight_dtype)
+    with failing_together(f"The VAE cannot encode {first_pair['row']}"):
+        check_vae(args, pipeline.vae, first_pair)
     if args.cache_latents:
         fill_caches(args, accelerator, pipeline, pairs, held_out)
     torch.manual_seed(args.seed)  # for the start of a LoRA
     parameters = make_trainable(args, pipeline.unet)
-    prepared = accelerator.prepare(pipeline.unet, *build_optimizer(args, parameters, pairs_per_step))
+    prepared = accelerator.prepare(pipeline.unet, build_optimizer(args, parameters, pairs_per_step))
     # Checkpoints hold the trained weights in diffusers' format in place of accelerate's copy of the model.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
     run = argparse.Namespace(args=args, accelerator=accelerator, pipeline=pipeline, noise_scheduler=noise_scheduler)
-    run.unet, run.optimizer, run.lr_scheduler = prepared
-    run.held_out, run.base_images, run.pairs_per_step = held_out, [], pairs_per_step
-    run.progress = Progress(order=[args.shuffle_shards, lanes, args.train_batch_size])
-    values = {n: v if isinstance(v, (int, float)) else str(v) for n, v in vars(args).items() if n != "hub_token"}
-    with tracking(accelerator):
-        options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir))}}
-        accelerator.init_trackers(args.tracker_name, values, init_kwargs=options)
+    run.unet, run.optimizer = prepared
+    run.held_out, run.base_images, run.pairs_per_step, run.progress = held_out, [], pairs_per_step, progress
+    start_trackers(run)
     number = sum(parameter.numel() for parameter in parameters)
     logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
     logger.info(f"  Pairs = {len(index)}, held out = {len(held_out_index)}, per optimizer step = {pairs_per_step}")
@@ -1268,20 +1514,22 @@ def main(args):
     if args.run_validation:
         run.base_images = draw_images(run)
     if checkpoint is not None:
-        resume(run, checkpoint, state, source)
-    position = run.progress.pairs_seen, accelerator.process_index, accelerator.num_processes
-    batches = training_batches(args, index, run.progress.order, *position)
-    batches_of_run = iter(make_loader(args, pairs, batches))
+        resume(run, checkpoint, state)
+    run.lr_scheduler = build_schedule(args, run.optimizer, progress.step)
+    batches_of_run = iter(make_loader(args, pairs, itertools.chain([first_batch], batches)))
     step_batches = iter(lambda: list(itertools.islice(batches_of_run, args.gradient_accumulation_steps)), [])
     signal_number = train(run, step_batches, StopRequest())
     if signal_number:
         logger.warning(f"Stopped by {signal.Signals(signal_number).name} at step {run.progress.step}, to be resumed.")
     else:
         finish(run)
+    # Here the processes part: what the main one has yet to send may take it long.
+    accelerator.wait_for_everyone()
     with tracking(accelerator):
         for tracker in accelerator.trackers:
             tracker.finish()
-    accelerator.wait_for_everyone()
+    if repo_id and not signal_number:
+        upload(args, repo_id)
     return 128 + signal_number if signal_number else 0
 
 
@@ -1290,6 +1538,8 @@ if __name__ == "__main__":
         status = main(parse_args())
     except TrainingError as error:
         status = f"error: {error}"
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # a loader's workers ignore SIGTERM, with which Python would end them

@@ -98,7 +98,7 @@ def run_words(script, words):
     """The script's `main` in this process, from a clean state of accelerate; returns the output folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in script.STOP_SIGNALS}
     try:
         args = script.parse_args(words)
         status = script.main(args)
