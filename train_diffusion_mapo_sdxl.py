@@ -343,7 +343,9 @@ def parse_args(input_args=None):
     add_model_and_data_arguments(parser)
     add_training_arguments(parser)
     add_output_arguments(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of old launchers
     args, unknown = parser.parse_known_args(input_args)
+    del args.local_rank
     unknown = [flag.partition("=")[0] for flag in unknown if flag not in HARMLESS_FLAGS]
     # Not the values of unknown flags.
     unknown = [flag for flag in unknown if flag.startswith("-") or flag in FOREIGN_FLAGS] or unknown
@@ -400,12 +402,18 @@ def check_columns(args, features):
         if column not in features:
             there = f"--{flag} {column}: {folder} has no such column, but {', '.join(features)}"
             if (folder / "w").is_dir() and (folder / "l").is_dir():
-                there += "; list its pairs in a CSV file with the columns caption, chosen and rejected"
+                there += "; list its pairs in a train.csv there, with columns caption, chosen and rejected"
             if "_data_files" in features:  # datasets before 5.2 does not know its own format
                 there += "; `datasets.load_from_disk` reads it, write it again with `to_parquet`"
             raise TrainingError(f"{there}.")
         if getattr(features[column], "dtype", None) not in types:
             raise TrainingError(f"--{flag} {column} holds {features[column]}, not one of: {', '.join(types)}.")
+
+
+@functools.lru_cache(1)
+def open_zip(archive, process_id):
+    """fsspec would read the directory again for each member. Processes must not share the place in the file."""
+    return fsspec.filesystem("zip", fo=archive)
 
 
 class PairSource:
@@ -478,25 +486,34 @@ class PairSource:
         """One row as a dict, its images encoded."""
         if self.data is not None:
             record = self.data[int(row)].to_pylist()[0]
-            return {**record, **{column: self.read_image(record[column]) for column in self.images}}
+        else:
+            record = {column: values[row] for column, values in self.shard(shard).items()}
+        return {**record, **{column: self.read_image(record[column]) for column in self.images}}
+
+    def shard(self, shard):
+        """The columns of a row group as lists."""
         if shard not in self.shards:
             while len(self.shards) >= self.shards_kept:
                 self.shards.pop(next(iter(self.shards)))
             file, group = self.groups[shard]
             with fsspec.open(self.files[file], cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
                 self.shards[shard] = parquet.read_row_group(group, self.columns).to_pydict()
-        record = {column: values[row] for column, values in self.shards[shard].items()}
-        return {**record, **{column: self.read_image(record[column]) for column in self.images}}
+        return self.shards[shard]
 
     def read_image(self, value):
         """Bytes of an image. Prepared pairs may hold a path instead, absolute or in the data set's folder."""
         value = value["bytes"] or value["path"] if isinstance(value, dict) else value
-        if not isinstance(value, str):
+        if not value or not isinstance(value, str):
             return value
         if self.data is None:
             raise UnusableRow("holds the path of an image, which is not streamed, in place of the image")
         try:
-            with fsspec.open(value if "://" in value else self.folder / value) as file:
+            if value.startswith("zip://"):
+                member, archive = value.removeprefix("zip://").split("::")
+                return open_zip(archive, os.getpid()).cat_file(member)
+            if "://" not in value:
+                return (self.folder / value).read_bytes()
+            with fsspec.open(value) as file:
                 return file.read()
         except Exception as error:  # file systems raise all kinds
             raise UnusableRow(f"has an image that cannot be read ({one_line(error)})") from error
@@ -692,20 +709,23 @@ NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason
 
 
 def load_configs(args):
-    """Configs of the VAE and of the noise schedule; refuses a base of another kind than SDXL's."""
+    """Shape of the latents and noise scheduler, by configs alone; refuses a base of another kind than SDXL's."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    options, needed = {"cache_dir": args.cache_dir}, ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
-    with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-        vae = AutoencoderKL.load_config(vae_name, **options) if vae_name else None
-    options["revision"] = args.revision
+    options = {"cache_dir": args.cache_dir, "revision": args.revision}
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
         parts = StableDiffusionXLPipeline.load_config(name, **options)
+        needed = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
         missing = [part for part in needed if not (parts.get(part) or [None])[0]]
         if missing:
             raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
-        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **options)
-        vae = vae or AutoencoderKL.load_config(name, subfolder="vae", **options)
+        unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
+    with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
+        other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
+        if any(other.get(key) != vae.get(key) for key in ("_class_name", "scaling_factor", "latents_mean")):
+            raise TrainingError(
+                f"--pretrained_vae_model_name_or_path {vae_name}: its latents are not those of {name}."
+            )
     channels, continuous = vae.get("latent_channels", 4), scheduler.get("timestep_type") == "continuous"
     no_betas = "beta_start" not in scheduler or scheduler.get("use_flow_sigmas") or continuous
     rules = [
@@ -721,7 +741,8 @@ def load_configs(args):
     ]
     for reason in [reason for broken, reason in rules if broken]:
         raise TrainingError(NO_SDXL.format(name=name, reason=reason))
-    return vae, DDPMScheduler.from_config(scheduler)
+    side = args.resolution // 2 ** (len(other.get("block_out_channels", [64])) - 1)
+    return (channels, side, side), DDPMScheduler.from_config(scheduler)
 
 
 def load_vae(args, options):
@@ -873,7 +894,7 @@ def encode_pairs(args, pipeline, batch):
 
 # Cache ---------------------------------------------------------------------------------------------------------------
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "captions_cut")
-PAIRS_A_ROUND = 100  # that a process encodes before it meets the others
+PAIRS_A_ROUND = 16  # that a process encodes before it meets the others
 
 
 def read_cached(path, flip):
@@ -921,8 +942,9 @@ def fill_caches(args, accelerator, pipeline, *data):
     settings += [args.resolution, args.no_hflip, args.allow_tf32]
     for pairs in data:
         key = Hasher.hash([settings, pairs.source.fingerprint, pairs.source.stamps(), pairs.index])
-        pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
-        # One list for all processes, made before any of them writes.
+        # One folder and one list for all processes, made before any of them writes.
+        folder = gather_object([Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)])[0]
+        pairs.cache = folder
         missing = gather_object([[n for n in range(len(pairs.index)) if not pairs.cached(n).exists()]])[0]
         mine = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
         # A loader's workers take turns, so each of them gets a stretch, too.
@@ -1235,18 +1257,26 @@ def finish(run):
 
 def create_hub_repo(args, accelerator):
     """Make the repository to upload to before training, so that a wrong name or token costs nothing; its id."""
+    private = args.hub_private_repo or None  # as the organization has it
     with failing_together("--push_to_hub: the repository cannot be created"):
         if args.push_to_hub and accelerator.is_main_process:
             repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-            return create_repo(repo_id, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
+            return create_repo(repo_id, exist_ok=True, private=private, token=args.hub_token).repo_id
 
 
-def upload(args, repo_id):
+def send(args, trackers, repo_id):
+    """Finish the trackers, and upload the output folder to `repo_id`, if any. No failure may cost what is saved."""
+    try:
+        for tracker in trackers:
+            tracker.finish()
+    except Exception as error:
+        logger.warning(f"--report_to: the tracker could not be finished ({one_line(error)}).")
     options = {"ignore_patterns": ["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"]}
     options |= {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
     try:
-        upload_folder(repo_id=repo_id, **options)
-    except Exception as error:  # whatever it is, it must not cost what is saved here
+        if repo_id is not None:
+            upload_folder(repo_id=repo_id, **options)
+    except Exception as error:
         logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {args.output_dir}")
 
 
@@ -1262,13 +1292,16 @@ class StopRequest:
         launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
         self.received, self.launcher = [], os.getppid() if launched else None
         for number in STOP_SIGNALS:
-            signal.signal(number, self.remember)
+            if signal.getsignal(number) != signal.SIG_IGN:  # which shells give to jobs in the background
+                signal.signal(number, self.remember)
 
     def remember(self, number, frame):
         self.received.append(number)
-        # A second Ctrl-C ends the process at once. torchrun passes the first one on, and ends all at a second one.
-        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            logger.warning("Ctrl-C: the run ends after this step, with a checkpoint. A second one ends it at once.")
+            # torchrun sends SIGINT for the first Ctrl-C, SIGTERM for the second one.
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_DFL)
 
     def asked(self):
         """The signal that came, or 0. accelerate's launcher passes none on: SIGTERM stands for one that is gone."""
@@ -1356,6 +1389,8 @@ def build_accelerator(args):
         raise TrainingError("--mixed_precision fp16 needs a GPU, use bf16 or no.")
     if accelerator.device.type == "mps":
         raise TrainingError("Apple GPUs have no float64, which the objective needs: use launch_configs/cpu.yaml.")
+    if accelerator.state.dynamo_plugin.use_regional_compilation:
+        raise TrainingError("--dynamo_use_regional_compilation does not work with this UNet, use --compile instead.")
     configure_sharding(args, accelerator, weight_dtype)
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise TrainingError("--gradient_accumulation_steps: the launch config has another number, leave it out there.")
@@ -1466,9 +1501,9 @@ def train(run, batches, stop):
 
 
 def main(args):
-    """Train; returns the exit status."""
+    """Train; returns the exit status, and the function that sends what no other process is to wait for."""
     accelerator, weight_dtype = build_accelerator(args)
-    vae_config, noise_scheduler = load_configs(args)
+    latent_shape, noise_scheduler = load_configs(args)
     checkpoint, state = find_checkpoint(args, accelerator)
     if args.seed is None:
         args.seed = gather_object([int.from_bytes(os.urandom(4), "big")])[0]
@@ -1481,8 +1516,7 @@ def main(args):
         args.max_train_steps = math.ceil(args.num_train_epochs * len(index) / pairs_per_step)
     check_steps(args, state)
     repo_id = create_hub_repo(args, accelerator)
-    side = args.resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    sizes = (vae_config["latent_channels"], side, side), noise_scheduler.config.num_train_timesteps
+    sizes = latent_shape, noise_scheduler.config.num_train_timesteps
     pairs = PairDataset(args, source, index, *sizes)
     held_out = PairDataset(args, held_out_source, held_out_index, *sizes, held_out=True)
     progress = start_progress(args, accelerator, state, source)
@@ -1498,12 +1532,13 @@ def main(args):
         fill_caches(args, accelerator, pipeline, pairs, held_out)
     torch.manual_seed(args.seed)  # for the start of a LoRA
     parameters = make_trainable(args, pipeline.unet)
-    prepared = accelerator.prepare(pipeline.unet, build_optimizer(args, parameters, pairs_per_step))
+    optimizer = build_optimizer(args, parameters, pairs_per_step)
     # Checkpoints hold the trained weights in diffusers' format in place of accelerate's copy of the model.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     run = argparse.Namespace(args=args, accelerator=accelerator, pipeline=pipeline, noise_scheduler=noise_scheduler)
-    run.unet, run.optimizer = prepared
+    run.unet, run.optimizer = accelerator.prepare(pipeline.unet, optimizer)
+    run.optimizer.defaults = optimizer.defaults  # the polynomial schedule reads them, DeepSpeed's optimizer has none
     run.held_out, run.base_images, run.pairs_per_step, run.progress = held_out, [], pairs_per_step, progress
     start_trackers(run)
     number = sum(parameter.numel() for parameter in parameters)
@@ -1523,19 +1558,15 @@ def main(args):
         logger.warning(f"Stopped by {signal.Signals(signal_number).name} at step {run.progress.step}, to be resumed.")
     else:
         finish(run)
-    # Here the processes part: what the main one has yet to send may take it long.
     accelerator.wait_for_everyone()
-    with tracking(accelerator):
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    if repo_id and not signal_number:
-        upload(args, repo_id)
-    return 128 + signal_number if signal_number else 0
+    unsent = functools.partial(send, args, accelerator.trackers, None if signal_number else repo_id)
+    return 128 + signal_number if signal_number else 0, unsent
 
 
 if __name__ == "__main__":
+    unsent = None
     try:
-        status = main(parse_args())
+        status, unsent = main(parse_args())
     except TrainingError as error:
         status = f"error: {error}"
     except KeyboardInterrupt:
@@ -1547,4 +1578,6 @@ if __name__ == "__main__":
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if unsent is not None:
+        unsent()
     sys.exit(status)

@@ -101,7 +101,8 @@ def run_words(script, words):
     handlers = {number: signal.getsignal(number) for number in script.STOP_SIGNALS}
     try:
         args = script.parse_args(words)
-        status = script.main(args)
+        status, unsent = script.main(args)
+        unsent()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -24,18 +24,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+import filelock
+import huggingface_hub
 import psutil
 import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedType
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 
 # Seconds after which a run is taken to hang.
 TIMEOUT = 900
+# Seconds after which a rank is taken to wait for another one elsewhere.
+PATIENCE = 30
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -72,6 +78,14 @@ PLACES = {
     "source": (pq.ParquetFile, "read_row_group", {True, False}),
     "lora": (StableDiffusionXLPipeline, "save_lora_weights", {True, False}),
     "weights": (Accelerator, "get_state_dict", {True, False}),
+    "clip": (Accelerator, "clip_grad_norm_", {True, False}),
+    "no_sync": (torch.nn.parallel.DistributedDataParallel, "no_sync", {True, False}),
+    "encode": (AutoencoderKL, "encode", {True, False}),
+    "lock": (filelock.FileLock, "acquire", {True, False}),
+    "prepare": (datasets.arrow_writer.ArrowWriter, "finalize", {True, False}),
+    "file": (safetensors.torch, "save_file", {True, False}),
+    "repository": (huggingface_hub, "create_repo", {True, False}),
+    "upload": (huggingface_hub, "upload_folder", {True, False}),
 }
 EVERY_CALL = range(1, 10**6)
 
@@ -113,11 +127,18 @@ def waiting_for_a_signal(file, call):
         handler(number, frame)
         received.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, functools.partial(receive, signal.getsignal(number)))
     file.touch()
     while not received and os.getppid() == launcher:
         time.sleep(0.01)
+    return call()
+
+
+def waiting_for_the_end(file, call):
+    """Write `file`, and go on at the next signal that does not end the process."""
+    file.touch()
+    signal.pause()
     return call()
 
 
@@ -159,6 +180,47 @@ def wandb_killed(call):
 
 def raising(error, call):
     raise error
+
+
+def noting(file, call):
+    with file.open("a") as lines:
+        print(torch.distributed.is_initialized(), file=lines)
+    return call()
+
+
+def noting_alone(file, call):
+    """As `noting`, in place of the call."""
+    noting(file, lambda: None)
+
+
+def created(call):
+    return huggingface_hub.RepoUrl("https://huggingface.co/someone/mapo")
+
+
+def noting_lock(folder, call):
+    """Write that this rank is about to ask for a lock."""
+    (folder / f"{os.environ['RANK']} {Path(call.args[0].lock_file).name}").touch()
+    return call()
+
+
+def waiting_for_the_ranks(folder, lock, size, call):
+    """Wait until all ranks have asked for the lock that is held here."""
+    deadline = time.monotonic() + PATIENCE
+    while len(list(folder.glob(f"* *{lock}"))) < size:
+        if time.monotonic() > deadline:
+            raise TimeoutError("another rank does not wait at the lock")
+        time.sleep(0.01)
+    return call()
+
+
+def noting_gradients(folder, call):
+    """Write what this process holds of the gradients that a step is made of."""
+    accelerator, parameters, *rest = call.args
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+    torch.save([gradient.flatten() for gradient in gradients], folder / f"gradients-{os.environ['RANK']}.pt")
+    return call.func(accelerator, parameters, *rest)
 
 
 def noting_weights(folder, call):

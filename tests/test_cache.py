@@ -1,6 +1,8 @@
 """--cache_latents: the same training from pairs that were encoded once; whole files after any kill, for all runs."""
 
 import collections
+import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -12,10 +14,8 @@ import torch
 from conftest import SCRIPT, command_line, launch, run, scalars
 from safetensors.torch import load_file
 from small_world import draw_pairs
-from test_pairs import write_groups
-
-
-BOTH_WAYS = pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
+from test_pairs import BOTH_WAYS, make_row, write_groups, write_parquet
+from test_sources import save_absolute_paths, save_csv, save_zipped_imagefolder
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def test_cached_is_uncached_bit_by_bit(script, flags, tmp_path, monkeypatch, enc
     """More than one epoch. Each pair is encoded once, before training; a second run encodes nothing."""
     flags.update(max_train_steps=12, resolution=32, **VARIANTS[variant])
     cached = results(run(script, flags))
-    # Two images in two orientations of 48 pairs.
-    assert sum(encoded) == 48 * (2 if "no_hflip" in flags else 4)
+    # The two images of the pair that is tried first; then two images in two orientations of 48 pairs.
+    assert encoded.pop(0) == 2 and sum(encoded) == 48 * (2 if "no_hflip" in flags else 4)
     uncached = results(run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}))
     assert cached == uncached
-    for name in ("encode_images", "encode_prompts", "decode_image"):
-        monkeypatch.setattr(script, name, refuse)
-    assert results(run(script, {**flags, "output_dir": tmp_path / "again"})) == uncached
+    encoded.clear()
+    monkeypatch.setattr(script, "encode_prompts", refuse)
+    assert results(run(script, {**flags, "output_dir": tmp_path / "again"})) == uncached and encoded == [2]
 
 
 # Runs the script with process 1 coming late to the cache, and notes what each process encodes.
@@ -147,7 +147,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_adds_the_rest(script, 
     before = sum(len(moments["moments"].reshape(-1, 4, 2, 4, 2, 2)) for moments, _ in kept.values())
     assert 0 < before < 300
     run(script, flags)
-    assert sum(encoded) == 4 * (300 - before)
+    assert encoded.pop(0) == 2 and sum(encoded) == 4 * (300 - before)
     assert all(path.stat().st_mtime_ns == changed for path, (_, changed) in kept.items())
 
 
@@ -161,7 +161,8 @@ def test_bad_rows_and_resumed_runs_are_the_same_cached(script, flags, tmp_path, 
         caplog.clear()
         out = run(script, {**flags, "cache_latents": cached, "output_dir": tmp_path / f"out-{number}"})
         found.append(results(out))
-        messages.append([record.getMessage() for record in caplog.records if "row" in record.getMessage()])
+        told = [record.getMessage() for record in caplog.records]
+        messages.append([message for message in told if "Skipped" in message or "rows read" in message])
     assert found[0] == found[1]
     assert messages[0] == messages[1] and sum("Skipped" in message for message in messages[0]) >= 6
     # Uncached and cached runs resume each other.
@@ -175,18 +176,42 @@ class Filled(Exception):
     pass
 
 
-def test_the_key_knows_all_that_changes_what_is_stored(script, flags, tmp_path, monkeypatch):
-    """In runs that end when their caches are filled."""
+@pytest.fixture
+def fill(script, flags, monkeypatch):
+    """Runs that end when their caches are filled; each returns the caches that there are."""
 
     def stop(*args):
         raise Filled
 
-    def fill(**changes):
+    def filled(**changes):
         with pytest.raises(Filled):
             run(script, {**flags, **changes})
+        return cache_folders(flags)
 
     monkeypatch.setattr(script, "make_trainable", stop)
-    flags.update(max_train_steps=1, num_validation_pairs=None, max_train_samples=4, resolution=16)
+    flags.update(max_train_steps=1, num_validation_pairs=None, resolution=16)
+    return filled
+
+
+@pytest.mark.parametrize("save", [save_absolute_paths, save_csv, save_zipped_imagefolder])
+def test_the_key_knows_the_files_that_rows_name(flags, tmp_path, fill, save):
+    """Each file's size and time of change."""
+    save(tmp_path / "data", [make_row(number) for number in range(3)])
+    flags["dataset_name"] = tmp_path / "data"
+    assert fill() == (seen := fill()) and len(seen) == 1
+    changed = next(itertools.chain(tmp_path.glob("data/*.zip"), tmp_path.glob("*/2-jpg_1.png")))
+    os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 10**9))
+    assert len(seen := fill()) == 2
+    if changed.suffix == ".png":
+        times = changed.stat().st_atime_ns, changed.stat().st_mtime_ns
+        changed.write_bytes(changed.read_bytes() + b"more")
+        os.utime(changed, ns=times)
+        assert len(fill()) == 3
+
+
+def test_the_key_knows_all_that_changes_what_is_stored(script, flags, tmp_path, monkeypatch, fill):
+    draw_pairs(tmp_path / "pairs", num_pairs=4, num_shards=1)
+    flags["dataset_name"] = tmp_path / "pairs"
     fill()
     seen = cache_folders(flags)
     assert len(seen) == 1
@@ -217,7 +242,7 @@ def test_the_key_knows_all_that_changes_what_is_stored(script, flags, tmp_path, 
             if isinstance(changes, str):
                 patched.setattr(script, "load_pipeline", change(changes))
             fill(**(changes if isinstance(changes, dict) else {}))
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         found = cache_folders(flags)
         # Held-out pairs have a folder of their own, and those left to train on another.
         assert len(found - seen) == (2 if "num_validation_pairs" in changes else 1), changes
@@ -227,6 +252,54 @@ def test_the_key_knows_all_that_changes_what_is_stored(script, flags, tmp_path, 
     assert len(cache_folders(flags) - seen) == 1
 
 
+# Values that a VAE gives -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cached", [True, None], ids=["cached", "uncached"])
+def test_a_vae_without_finite_latents_is_named_at_once(script, flags, monkeypatch, cached):
+    load_pipeline, steps = script.load_pipeline, []
+
+    def load_broken(*args):
+        pipeline = load_pipeline(*args)
+        pipeline.vae.quant_conv.weight.data.fill_(torch.nan)
+        return pipeline
+
+    monkeypatch.setattr(script, "load_pipeline", load_broken)
+    monkeypatch.setattr(script, "train_step", lambda *args: steps.append(args))
+    with pytest.raises(script.TrainingError, match="--pretrained_vae_model_name_or_path"):
+        run(script, {**flags, "cache_latents": cached})
+    assert not cache_files(flags) and not steps
+
+
+@BOTH_WAYS
+def test_a_pair_without_finite_latents_is_an_unusable_row(script, flags, tmp_path, monkeypatch, caplog, streaming):
+    encode_images, number = script.encode_images, 5
+
+    def encode(args, vae, pixels):
+        moments = encode_images(args, vae, pixels)
+        moments[pixels[:, 0, 0, 0] == number] = torch.nan
+        return moments
+
+    monkeypatch.setattr(script, "encode_images", encode)
+    flags.update(dataset_name=write_groups(tmp_path / "data", [[12]]), num_validation_pairs=None, max_bad_rows=0.5)
+    out = run(script, {**flags, "streaming": streaming, "max_train_steps": 3, "resolution": 16})
+    logged = scalars(out)
+    assert len(logged["loss"]) == 3 and set(logged["skipped_steps"].values()) == {0}
+    skipped = [record.getMessage() for record in caplog.records if "Skipped" in record.getMessage()]
+    assert len(skipped) == 1 and skipped[0].startswith(f"Skipped row {number}")
+
+
+# Captions -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cached", [True, None], ids=["cached", "uncached"])
+def test_captions_that_are_cut_are_counted(script, flags, tmp_path, caplog, cached):
+    """75 tokens and two for begin and end fit. One epoch of eight pairs, of which three do not."""
+    rows = [make_row(n, caption=" ".join(["red"] * count)) for n, count in enumerate([3, 75, 76, 1, 5, 90, 200, 75])]
+    write_parquet(tmp_path / "data" / "train.parquet", [rows])
+    flags.update(dataset_name=tmp_path / "data", num_validation_pairs=None, max_train_steps=2, logging_steps=2)
+    out = run(script, {**flags, "cache_latents": cached, "resolution": 16})
+    assert scalars(out)["captions_cut"] == {2: 3 / 8}
+    assert sum("77 tokens" in record.getMessage() for record in caplog.records) == 1
+
+
+# Faults -------------------------------------------------------------------------------------------------------------
 def test_a_full_disk_is_one_sentence_and_leaves_no_part(script, flags, monkeypatch):
     save_file, saved = safetensors.torch.save_file, []
 

@@ -17,7 +17,6 @@ import httpx
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import SCRIPT, command_line, launch, run, scalars
 from cpu_cluster import Fault, full_disk, install, not_finite, raising, signalled
 from small_world import draw_pairs
@@ -49,7 +48,7 @@ def run_to_status(script, flags):
     """As `run`, but returns the exit status."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return script.main(script.parse_args(command_line(flags)))
+    return script.main(script.parse_args(command_line(flags)))[0]
 
 
 def assert_one_sentence(statuses, outputs, *parts):
@@ -107,15 +106,17 @@ SIGNALS = {
 SIGNALS_BY_DEFAULT = [
     ("step", signal.SIGTERM, "map"),
     ("drawing", signal.SIGUSR1, "stream"),
+    ("evaluation", signal.SIGINT, "map"),
     ("checkpoint-behind", signal.SIGTERM, "stream"),
 ]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(
     ("place", "number", "kind"),
     [
         key if key in SIGNALS_BY_DEFAULT else also(*key)
-        for key in itertools.product(SIGNALS, [signal.SIGTERM, signal.SIGUSR1], ["map", "stream"])
+        for key in itertools.product(SIGNALS, STOP_SIGNALS, ["map", "stream"])
     ],
 )
 def test_signal_saves_a_checkpoint_and_exits(script, flags, uninterrupted, monkeypatch, place, number, kind):
@@ -150,6 +151,7 @@ def test_signal_in_the_last_step_or_later_costs_no_weights(script, flags, monkey
     ("rank", "place", "call", "number", "step"),
     [
         (1, "step", 4, signal.SIGUSR1, 4),
+        also(0, "step", 2, signal.SIGINT, 2),
         also(0, "checkpoint", 1, signal.SIGTERM, 4),
         also(1, "drawing", 4, signal.SIGTERM, 3),
         also(0, "evaluation", 3, signal.SIGUSR1, 3),
@@ -176,6 +178,8 @@ LAUNCHERS = {
     [
         ("accelerate", "launcher", signal.SIGTERM),
         ("torchrun", "launcher", signal.SIGTERM),
+        ("accelerate", "group", signal.SIGINT),
+        also("torchrun", "group", signal.SIGINT),
         also("torchrun", "launcher", signal.SIGUSR1),
         also("torchrun", "rank", signal.SIGUSR1),
         also("python", "rank", signal.SIGTERM),
@@ -184,7 +188,8 @@ LAUNCHERS = {
     ],
 )
 def test_signal_to_a_launched_run(script, flags, uninterrupted, tmp_path, launcher, target, number):
-    """Each rank that is to be signalled waits for it within step 3. torchrun signals the loaders' workers as well."""
+    """Each rank that is to be signalled waits for it within step 3. A group, as a terminal has it for Ctrl-C, and
+    torchrun's ranks include the loaders' workers."""
     size = 2 if launcher == "torchrun" else 1
     flags.update(dataloader_num_workers=1, train_batch_size=2, max_train_steps=5, logging_steps=2)
     reached = [tmp_path / f"reached-{rank}" for rank in range(size)]

@@ -1,7 +1,10 @@
 """Dtypes and weights of the models, their conditioning, and the optimizers that keep less than float32."""
 
 import io
+import json
+import math
 import re
+import shutil
 
 import bitsandbytes
 import numpy as np
@@ -11,6 +14,7 @@ from conftest import run, scalars
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from small_world import build_pipeline, png, write_pairs
+from test_arguments import complaint
 from test_training import assert_equal, curves, trained
 
 
@@ -72,11 +76,62 @@ def test_nearly_all_lora_weights_move_under_bf16_at_a_small_learning_rate(script
     assert moved.float().mean() > 0.99
 
 
-def test_variant_of_the_weights_is_loaded_and_trained_in_float32(script, flags, world, tmp_path):
+@pytest.fixture(scope="module")
+def fp16_files(world, tmp_path_factory):
+    """The small world's pipeline in files of the variant fp16 alone."""
+    folder = tmp_path_factory.mktemp("half")
     pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline", add_watermarker=False)
-    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
-    flags.update(pretrained_model_name_or_path=tmp_path / "half", variant="fp16", revision="main", rank=None)
-    assert {weight.dtype for weight in trained(run(script, flags)).values()} == {torch.float32}
+    pipeline.to(torch.float16).save_pretrained(folder, variant="fp16")
+    return folder
+
+
+@pytest.mark.parametrize("vae", [None, "fp16 files", "plain files"])
+def test_variant_of_the_weights_is_loaded_and_trained_in_float32(script, flags, world, fp16_files, spied, vae):
+    """A VAE of its own is loaded in that variant, too, if it has it."""
+    flags.update(pretrained_model_name_or_path=fp16_files, variant="fp16", revision="main", rank=None)
+    flags["max_train_steps"] = 1
+    folders = {None: None, "fp16 files": fp16_files / "vae", "plain files": world / "pipeline" / "vae"}
+    out = run(script, flags | {"pretrained_vae_model_name_or_path": folders[vae]})
+    assert {weight.dtype for weight in trained(out).values()} == {torch.float32}
+    rounded = [bool((weight == weight.half()).all()) for weight in spied[0].vae.parameters()]
+    assert all(rounded) is (vae != "plain files")
+
+
+def test_files_of_a_variant_alone_are_said_to_need_it(script, flags, fp16_files):
+    sentence = complaint(script, flags | {"pretrained_model_name_or_path": fp16_files})
+    assert (
+        f"--pretrained_model_name_or_path {fp16_files} cannot be loaded" in sentence and "--variant fp16" in sentence
+    )
+
+
+def test_bases_without_a_middle_block_and_with_zero_snr_train(script, flags, world, tmp_path):
+    """As SSD-1B is distilled from SDXL, and as its finetunes that predict v are noised."""
+    folder = shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    changes = {"unet/config.json": {"mid_block_type": None}}
+    changes["scheduler/scheduler_config.json"] = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    for file, fields in changes.items():
+        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **fields}))
+    logged = scalars(run(script, flags | {"pretrained_model_name_or_path": folder, "max_train_steps": 2}))
+    assert all(math.isfinite(value) for value in logged["loss"].values()) and set(
+        logged["skipped_steps"].values()
+    ) == {0}
+
+
+@pytest.fixture
+def tf32_backends():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    yield backends
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [True, None])
+def test_allow_tf32_is_for_products_and_convolutions_alike(script, flags, tf32_backends, allowed):
+    for backend in tf32_backends:
+        backend.allow_tf32 = not allowed
+    complaint(script, flags | {"allow_tf32": allowed, "caption_column": "nothing"})
+    assert [backend.allow_tf32 for backend in tf32_backends] == 2 * [bool(allowed)]
 
 
 # Conditioning -------------------------------------------------------------------------------------------------------
@@ -210,4 +265,4 @@ def test_bfloat16_weights_learn_and_resume_as_float32_weights_do(script, full_bf
     assert curves(resumed) == after
     assert_equal(trained(resumed), trained(rounded))
     with pytest.raises(script.TrainingError, match="full_bf16 is False, but True in .*checkpoint-5"):
-        run(script, {**resume, "full_bf16": None})
+        run(script, {**resume, "full_bf16": None, "output_dir": tmp_path / "refused"})

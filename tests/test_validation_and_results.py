@@ -6,10 +6,12 @@ import shutil
 import struct
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from conftest import SCRIPT, command_line, run, scalars
 from cpu_cluster import run_ranks
@@ -23,7 +25,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 PROMPTS = ["a red circle", "an orange star, drawn by hand", "a green square"]
-METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
+METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy", "captions_cut")
 EVAL_METRICS = [f"eval_{name}" for name in METRICS]
 TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
 DRAWN = {"run_validation": True, "validation_steps": 2, "validation_prompts": PROMPTS}
@@ -94,8 +96,8 @@ def test_two_processes_log_evaluate_and_draw_as_one(script, flags, tmp_path):
 
 def test_held_out_pairs_are_not_trained_on(script, flags, monkeypatch):
     flags.update(num_validation_pairs=44, max_train_steps=2)
-    rows, name = [], script.PairDataset.row
-    monkeypatch.setattr(script.PairDataset, "row", lambda *args: rows.append(name(*args)) or rows[-1])
+    rows, step = [], script.preference_step
+    monkeypatch.setattr(script, "preference_step", lambda run, batch: rows.extend(batch["row"]) or step(run, batch))
     run(script, flags)
     assert sorted(row for row in rows if row.startswith("row")) == sorted(2 * [f"row {n}" for n in range(44, 48)])
     assert [row for row in rows if not row.startswith("row")] == 2 * [f"held-out row {n}" for n in range(44)]
@@ -173,7 +175,7 @@ def test_tensorboard_gets_scalars_images_and_settings_but_no_token(finished):
     shown, size = events.Images(name), Image.open(out / "validation" / "step-000004.png").size
     assert [(image.step, image.width, image.height) for image in shown] == [(2, *size), (4, *size)]
     settings = yaml.safe_load(next(out.glob("logs/**/hparams.yml")).read_text())
-    assert settings["beta_mapo"] == 0.25 and settings["dataset_name"] == str(finished["dataset_name"])
+    assert settings["beta_mapo"] == 0.25 and settings["dataset_name"] == "pairs"
     assert not files_with(TOKEN, out)
 
 
@@ -181,9 +183,8 @@ def test_model_card_tells_what_was_done(script, finished):
     out, rank = finished["output_dir"], finished["rank"]
     _, head, text = (out / "README.md").read_text().split("---\n", 2)
     head = yaml.safe_load(head)
-    assert head["base_model"] == str(finished["pretrained_model_name_or_path"])
     assert {"mapo", "text-to-image", "lora" if rank else "unet"} <= set(head["tags"])
-    assert "objective `mapo_v1` at beta 0.25" in text and f"the pairs of `{finished['dataset_name']}`" in text
+    assert "objective `mapo_v1` at beta 0.25" in text and "of `pipeline`" in text and "the pairs of `pairs`" in text
     for name in ("learning_rate", "seed", "max_train_steps", "resolution", "lr_scheduler"):
         assert f"`--{name}`: {finished.get(name, 'constant')}\n" in text
     for library in (torch, script.diffusers, script.transformers, script.datasets):
@@ -193,6 +194,30 @@ def test_model_card_tells_what_was_done(script, finished):
         assert float(written) == pytest.approx(scalars(out)[name][4], rel=1e-6)
     assert (out / re.search(r"!\[.*\]\((.*)\)", text)[1]).is_file()
     assert ("load_lora_weights(" if rank else "unet = UNet2DConditionModel.from_pretrained(") in text
+
+
+def published_files_with(text, out):
+    return [path for path in files_with(text, out) if not path.relative_to(out).parts[0].startswith("checkpoint-")]
+
+
+def test_no_path_of_this_machine_is_published(finished):
+    """Nor is a local folder a base model to the hub, which would refuse the model card."""
+    out = finished["output_dir"]
+    assert not published_files_with(str(out.parent), out)
+    assert "base_model" not in (out / "README.md").read_text().split("---\n")[1]
+
+
+def test_base_from_the_hub_is_named_and_its_place_in_the_cache_is_not(script, flags, world, tmp_path):
+    repo = tmp_path / "cache" / "models--some--sdxl"
+    shutil.copytree(world / "pipeline", repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    flags.update(pretrained_model_name_or_path="some/sdxl", cache_dir=tmp_path / "cache", rank=None)
+    out = run(script, flags | {"max_train_steps": 1})
+    _, head, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == "some/sdxl"
+    assert "of `some/sdxl`" in text and 'from_pretrained("some/sdxl")' in text
+    assert not published_files_with(str(tmp_path), out)
 
 
 # Trackers -----------------------------------------------------------------------------------------------------------
@@ -247,32 +272,62 @@ def test_wandb_gets_scalars_images_and_settings_but_no_token(script, flags, tmp_
     assert not [path for path in (silent / "runs").rglob("*") if path.is_file()]
 
 
-def test_failed_upload_loses_nothing(script, flags, tmp_path, monkeypatch, caplog, capfd):
+def test_a_resumed_run_goes_on_in_its_trackers(script, flags, monkeypatch):
+    """As if killed behind step 3, which has no checkpoint: TensorBoard shows that step once, and W&B a single run."""
+    started, start = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or start(**options))
+    flags.update(report_to="all", checkpointing_steps=2)
+    out = run(script, flags | {"max_train_steps": 3})
+    shutil.rmtree(out / "checkpoint-3")
+    run(script, flags | {"resume_from_checkpoint": "latest"})
+    shown = EventAccumulator(str(out / "logs" / "mapo")).Reload().Scalars("loss")
+    assert [event.step for event in shown] == [1, 2, 3, 4]
+    ((run_id, resume),) = {(options["id"], options["resume"]) for options in started}
+    assert re.fullmatch("[0-9a-f]{8}", run_id) and resume == "allow" and len(started) >= 2
+    assert run_id in (out / "checkpoint-2" / "mapo_state.json").read_text()
+    assert {path.name.rpartition("-")[2] for path in out.glob("logs/wandb/offline-run-*")} == {run_id}
+
+
+# Upload -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(script, monkeypatch):
+    """A hub on which repositories can be created; what happens there, and when weights are loaded, in order."""
+    events, load = [], script.load_pipeline
+    # The hub puts the user before a name without one.
+    repo = types.SimpleNamespace(repo_id="me/some-model")
+    monkeypatch.setattr(script, "create_repo", lambda *args, **options: events.append((args, options)) or repo)
+    monkeypatch.setattr(script, "load_pipeline", lambda *args: events.append("weights") or load(*args))
+    return events
+
+
+def test_failed_upload_loses_nothing(script, flags, hub, tmp_path, monkeypatch, caplog, capfd):
     """There is no network here. From another working directory, with a relative output folder."""
     monkeypatch.chdir(tmp_path)
     flags.update(DRAWN, output_dir="results/mine", push_to_hub=True, hub_token=TOKEN, checkpointing_steps=4)
     out = run(script, flags)
     files = {str(path.relative_to(out)) for path in out.rglob("*")}
     assert {"README.md", "pytorch_lora_weights.safetensors", "validation/step-000004.png", "checkpoint-4"} <= files
-    assert "--push_to_hub failed" in caplog.text and "hf upload mine results/mine" in caplog.text
+    assert "--push_to_hub failed" in caplog.text and "hf upload me/some-model results/mine" in caplog.text
+    # Not False, which would overrule an organization's default.
+    assert hub == [(("mine",), {"exist_ok": True, "private": None, "token": TOKEN}), "weights"]
     assert not files_with(TOKEN, tmp_path) and TOKEN not in caplog.text + "".join(capfd.readouterr())
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_everything_but_checkpoints_wandb_files_and_hidden_folders_is_uploaded(script, flags, monkeypatch):
-    created, uploaded = [], []
-    # The hub puts the user before a name without one.
-    full_name = types.SimpleNamespace(repo_id="me/some-model")
-    monkeypatch.setattr(script, "create_repo", lambda *args, **kwargs: created.append((args, kwargs)) or full_name)
-    monkeypatch.setattr(script, "upload_folder", lambda **kwargs: uploaded.append(kwargs))
-    flags.update(push_to_hub=True, hub_model_id="some-model", hub_token=TOKEN, checkpointing_steps=2)
-    out = run(script, {**flags, "max_train_steps": 2})
-    assert created == [(("some-model",), {"exist_ok": True, "token": TOKEN})]
-    patterns = uploaded[0].pop("ignore_patterns")
+def test_everything_but_checkpoints_wandb_files_and_hidden_folders_is_uploaded(script, flags, hub, monkeypatch):
+    """To a private repository that is there before any weight is loaded."""
+    monkeypatch.setattr(script, "upload_folder", lambda **options: hub.append(options))
+    flags.update(push_to_hub=True, hub_model_id="some-model", hub_token=TOKEN, hub_private_repo=True)
+    out = run(script, {**flags, "checkpointing_steps": 2, "max_train_steps": 2})
+    created, weights, uploaded = hub
+    assert created == (("some-model",), {"exist_ok": True, "private": True, "token": TOKEN}) and weights == "weights"
+    patterns = uploaded.pop("ignore_patterns")
     names = {"repo_id": "me/some-model", "commit_message": "End of training"}
-    assert uploaded == [{"folder_path": out, "token": TOKEN, **names}]
+    assert Path(uploaded.pop("folder_path")) == out and uploaded == {"token": TOKEN, **names}
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     ignored = {file for file in files if file.startswith("checkpoint-2/")}
-    assert len(ignored) > 4 and {"README.md", "pytorch_lora_weights.safetensors"} <= files
+    assert len(ignored) > 3 and {"README.md", "pytorch_lora_weights.safetensors"} <= files
     ignored |= {".cache/huggingface/some.lock", "logs/wandb/offline-run/some.wandb"}
     assert set(filter_repo_objects(sorted(files | ignored), ignore_patterns=patterns)) == files - ignored

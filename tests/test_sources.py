@@ -1,0 +1,356 @@
+"""Sources of pairs: formats, columns, paths, what is said of those that cannot serve, and the index of the labels."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run
+from fsspec.implementations.local import LocalFileOpener
+from test_pairs import (
+    BOTH_WAYS,
+    GROUPS,
+    IMAGES,
+    LABELS,
+    TIED,
+    USABLE,
+    expected_pair,
+    load_pairs,
+    make_args,
+    make_row,
+    random_pixels,
+    reason,
+    summaries,
+    summary,
+    visits,
+    write_groups,
+    write_parquet,
+)
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+def save_bytes(folder, rows):
+    write_parquet(folder / "train.parquet", [rows[:3], rows[3:]])
+
+
+def save_image_feature(folder, rows):
+    table = datasets.Dataset.from_list(rows)
+    for name in IMAGES:
+        table = table.cast_column(name, datasets.Image())
+    folder.mkdir()
+    table.to_parquet(folder / "train.parquet")
+
+
+def write_images(folder, rows):
+    """Put the images of the rows into files of `folder`, and their names into the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for (number, row), name in itertools.product(enumerate(rows), IMAGES):
+        (folder / f"{number}-{name}.png").write_bytes(row[name])
+        row[name] = f"{number}-{name}.png"
+
+
+def save_paths(folder, rows, parent=""):
+    """The Image feature with paths alone, which `to_parquet` would replace by the bytes."""
+    features = {"caption": datasets.Value("string"), **{name: datasets.Image() for name in IMAGES}}
+    features = datasets.Features({**features, **{name: datasets.Value("int64") for name in LABELS}})
+    rows = [
+        {**row, **{name: {"bytes": None, "path": os.path.join(parent, row[name])} for name in IMAGES}} for row in rows
+    ]
+    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, folder / "train.parquet")
+
+
+def save_absolute_paths(folder, rows):
+    folder.mkdir()
+    write_images(folder.parent / "images", rows)
+    save_paths(folder, rows, folder.parent / "images")
+
+
+def save_relative_paths(folder, rows):
+    write_images(folder / "images", rows)
+    save_paths(folder, rows, "images")
+
+
+def save_csv(folder, rows):
+    write_images(folder, rows)
+    with open(folder / "train.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_json_lines(folder, rows):
+    """With absolute paths."""
+    folder.mkdir()
+    write_images(folder.parent / "images", rows)
+    for row, name in itertools.product(rows, IMAGES):
+        row[name] = str(folder.parent / "images" / row[name])
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def save_imagefolder(folder, rows):
+    write_images(folder, rows)
+    rows = [{(f"{name}_file_name" if name in IMAGES else name): row[name] for name in row} for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def save_zipped_imagefolder(folder, rows):
+    save_imagefolder(folder.parent / "unzipped", rows)
+    shutil.make_archive(folder / "train", "zip", folder.parent / "unzipped")
+
+
+WEBDATASET_COLUMNS = ("caption.txt", "jpg_0.png", "jpg_1.png", "label_0.cls", "label_1.cls")
+COLUMN_FLAGS = ("caption_column", "image_0_column", "image_1_column", "label_0_column", "label_1_column")
+
+
+def save_webdataset(folder, rows):
+    folder.mkdir()
+    with tarfile.open(folder / "train-000.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            for value, column in zip(row.values(), WEBDATASET_COLUMNS, strict=True):
+                content = value if isinstance(value, bytes) else str(value).encode()
+                member = tarfile.TarInfo(f"{number:04d}.{column}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def save_ready_ordered(folder, rows):
+    order = [(row["jpg_0"], row["jpg_1"])[:: 1 if row["label_0"] else -1] for row in rows]
+    rows = [{"caption": row["caption"], "win": win, "lose": lose} for row, (win, lose) in zip(rows, order)]
+    save_bytes(folder, rows)
+
+
+LAYOUT_FLAGS = {
+    save_webdataset: dict(zip(COLUMN_FLAGS, WEBDATASET_COLUMNS)),
+    save_ready_ordered: {"chosen_column": "win", "rejected_column": "lose"},
+}
+STREAMED = [save_bytes, save_image_feature, save_ready_ordered]
+PREPARED = [save_absolute_paths, save_relative_paths, save_csv, save_json_lines, save_imagefolder]
+PREPARED += [save_zipped_imagefolder, save_webdataset, *STREAMED]
+LAYOUTS = [*((save, None) for save in PREPARED), *((save, True) for save in STREAMED)]
+
+
+@pytest.mark.parametrize("save, streaming", LAYOUTS)
+def test_any_layout_gives_the_same_pairs(script, tmp_path, save, streaming):
+    save(tmp_path / "data", [make_row(number) for number in range(5)])
+    found = summaries(script, tmp_path / "data", streaming=streaming, **LAYOUT_FLAGS.get(save, {}))
+    assert found == [expected_pair(number) for number in range(5)]
+
+
+def test_a_zip_is_opened_once(script, tmp_path, monkeypatch):
+    """By each process: its directory takes long to read when it has many images."""
+    opened, init = [], zipfile.ZipFile.__init__
+    save_zipped_imagefolder(tmp_path / "data", [make_row(number) for number in range(5)])
+    pairs = load_pairs(script, tmp_path / "data", dataloader_num_workers=2)
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda *args, **kwargs: opened.append(1) or init(*args, **kwargs))
+    assert [summary(tensors) for tensors in visits(pairs)] == [expected_pair(number) for number in range(5)]
+    assert len(opened) <= 1
+    for number, batch in enumerate(script.make_loader(pairs.args, pairs, [[(n, n)] for n in range(5)])):
+        assert summary({**batch, "caption": batch["caption"][0]}) == expected_pair(number)
+
+
+@pytest.mark.parametrize("save", [save_absolute_paths, save_relative_paths])
+def test_rows_that_hold_a_path_alone_are_not_streamed(script, tmp_path, save):
+    save(tmp_path / "data", [make_row(number) for number in range(3)])
+    pairs = load_pairs(script, tmp_path / "data", streaming=True)
+    with pytest.raises(script.UnusableRow, match="path"):
+        pairs.source.record(*pairs.index[0])
+
+
+@pytest.mark.parametrize("save", [save_absolute_paths, save_csv, save_imagefolder])
+def test_a_missing_image_file_is_an_unusable_row(script, tmp_path, save):
+    save(tmp_path / "data", [make_row(number) for number in range(3)])
+    pairs = load_pairs(script, tmp_path / "data")
+    next(tmp_path.glob("*/1-jpg_1.png")).unlink()
+    assert [summary(tensors)[0] for tensors in visits(pairs)] == ["pair 0", "pair 2", "pair 2"]
+
+
+@BOTH_WAYS
+def test_pairs_are_tried_before_weights_are_loaded(script, flags, tmp_path, monkeypatch, streaming):
+    def refuse(*args):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(script, "load_pipeline", refuse)
+    flags["dataset_name"] = write_groups(tmp_path / "data", [[6, 6]], bad=range(12))
+    with pytest.raises(script.TrainingError, match="no row .* can be used.* has no image"):
+        run(script, {**flags, "max_bad_rows": 1, "streaming": streaming})
+
+
+@pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pair?", "some*/pairs"])
+def test_a_folder_with_a_pattern_for_a_name_is_to_be_renamed(script, tmp_path, name):
+    """Of datasets' loader: "pairs*" would be read with its neighbours."""
+    write_groups(tmp_path / name, [[2]])
+    with pytest.raises(script.TrainingError, match="--dataset_name.*rename"):
+        load_pairs(script, tmp_path / name)
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_folders_of_chosen_and_rejected_images_can_be_listed_in_a_file(script, tmp_path, captions):
+    """As the sentence says; `datasets` would not find a file of another name among the images."""
+    rows, found = [make_row(number) for number in range(3)], re.compile(r"list its pairs in .*(train\.csv)")
+    for side, name in (("w", "jpg_0"), ("l", "jpg_1")):
+        (tmp_path / "data" / side).mkdir(parents=True)
+        for number, row in enumerate(rows):
+            (tmp_path / "data" / side / f"{number}.png").write_bytes(row[name])
+            if captions:
+                (tmp_path / "data" / side / f"{number}.txt").write_text(row["caption"])
+    with pytest.raises(script.TrainingError, match=found) as error:
+        load_pairs(script, tmp_path / "data")
+    lines = ["caption,chosen,rejected", *(f"pair {number},w/{number}.png,l/{number}.png" for number in range(3))]
+    (tmp_path / "data" / found.search(str(error.value))[1]).write_text("\n".join(lines))
+    flags = {"chosen_column": "chosen", "rejected_column": "rejected"}
+    expected = [(f"pair {number}", (number, 0, 1), (number, 1, 0)) for number in range(3)]
+    assert summaries(script, tmp_path / "data", **flags) == expected
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_of_save_to_disk_is_to_be_written_as_parquet(script, tmp_path, monkeypatch, splits):
+    """By a version of `datasets` that does not know its own format."""
+    monkeypatch.delitem(datasets.packaged_modules._EXTENSION_TO_MODULE, ".arrow", raising=False)
+    pairs = datasets.Dataset.from_list([make_row(0)])
+    (datasets.DatasetDict(train=pairs) if splits else pairs).save_to_disk(tmp_path / "data")
+    with pytest.raises(script.TrainingError, match="to_parquet"):
+        load_pairs(script, tmp_path / "data")
+
+
+@BOTH_WAYS
+def test_a_split_column_or_format_that_cannot_serve_is_named(script, tmp_path, streaming):
+    for number, split in enumerate(("train", "validation", "test")):
+        write_parquet(tmp_path / "data" / f"{split}.parquet", [[make_row(number)]])
+    for flags, number in (({}, 0), ({"dataset_split_name": "test"}, 2)):
+        assert summaries(script, tmp_path / "data", streaming=streaming, **flags)[0][0] == f"pair {number}"
+    save_imagefolder(tmp_path / "folder", [make_row(0)])
+    for name, flags, sentence in (
+        (
+            "data",
+            {"dataset_split_name": "val"},
+            "--dataset_split_name: .* no split 'val', but train, val",
+        ),
+        ("data", {"validation_split": "val"}, "--validation_split: .* no split 'val'"),
+        ("data", {"caption_column": "text"}, "--caption_column text: .* no such column, but caption"),
+        ("data", {"image_0_column": "label_0"}, "--.*_column label_0 holds .*int64"),
+        ("data", {"image_0_column": "caption", "streaming": True}, "--.*_column caption holds .*string"),
+        ("data", {"label_1_column": "jpg_1"}, "--.*_column jpg_1 holds .*binary"),
+        ("folder", {"streaming": True}, "--streaming reads parquet files"),
+    ):
+        with pytest.raises(script.TrainingError, match=sentence):
+            load_pairs(script, tmp_path / name, **{"streaming": streaming, **flags})
+
+
+# Index --------------------------------------------------------------------------------------------------------------
+@BOTH_WAYS
+def test_the_index_is_built_from_labels_once(script, tmp_path, monkeypatch, streaming):
+    """Counts the bytes that a stream reads; a second start reads no label, and a changed file is read again."""
+    images = {name: random_pixels(500_000, seed=number).tobytes() for number, name in enumerate(IMAGES)}
+    write_parquet(tmp_path / "data" / "train-0.parquet", [[make_row(number, **images) for number in range(3)]] * 4)
+    read, columns, select_columns = [], [], datasets.Dataset.select_columns
+
+    def note_bytes(opened, *args):
+        read.append(opened.f.read(*args))
+        return read[-1]
+
+    def refuse(*args):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(LocalFileOpener, "read", note_bytes, raising=False)
+    monkeypatch.setattr(datasets.Dataset, "select_columns", lambda *a: columns.append(a[1]) or select_columns(*a))
+    load_pairs(script, tmp_path / "data", streaming=streaming)
+    if streaming:
+        # Of 12 MB. A parquet reader begins with the last 64 KiB of a file, where its footer is.
+        assert 0 < sum(map(len, read)) < 2**17
+    else:
+        assert columns == [["caption", *IMAGES, *LABELS], list(LABELS)]
+    with monkeypatch.context() as patched:
+        patched.setattr(script.PairSource, "read_labels", refuse)
+        assert len(load_pairs(script, tmp_path / "data", streaming=streaming).index) == 12
+        with pytest.raises(AssertionError, match="called"):
+            load_pairs(script, tmp_path / "data", streaming=streaming, **{"no-remove_ties": True})
+    write_groups(tmp_path / "data", [[2, 3]], tied={1})
+    assert len(load_pairs(script, tmp_path / "data", streaming=streaming).index) == 4
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_samples_and_held_out_pairs_are_the_same_streamed_or_not(script, tmp_path, groups):
+    """The first pairs are held out, whatever the seed; a random part of the others is trained on."""
+    folder = write_groups(tmp_path / "data", GROUPS[groups], tied=TIED)
+    for most, seed in itertools.product((5, 12, 30), (0, 1)):
+        found = []
+        for streaming in (None, True):
+            flags = {"streaming": streaming, "max_train_samples": most, "num_validation_pairs": 3, "seed": seed}
+            args = make_args(script, folder, **flags)
+            data = [visits(script.PairDataset(args, *both, (4, 1, 1), 1000)) for both in script.load_indexes(args)]
+            found.append([[tensors["caption"] for tensors in pairs] for pairs in data])
+        assert found[0] == found[1]
+        trained, held_out = found[0]
+        assert held_out == USABLE[:3]
+        assert trained == [caption for caption in USABLE[3:] if caption in trained] and len(trained) == min(most, 17)
+    with pytest.raises(script.TrainingError, match="pairs? .*to train on"):
+        load_pairs(script, folder, num_validation_pairs=20)
+
+
+def test_every_pair_is_as_likely_to_be_sampled(script, monkeypatch):
+    """At 1,000 seeds; the bound is 4.5 standard deviations."""
+    index, seen = np.stack([np.zeros(20, int), np.arange(20)], axis=1), np.zeros(20)
+    source = SimpleNamespace(index=lambda args: index)
+    monkeypatch.setattr(script, "PairSource", lambda *args: source)
+    args = make_args(script, max_train_samples=5)
+    for args.seed in range(1000):
+        (_, sample), _ = script.load_indexes(args)
+        seen[sample[:, 1]] += 1
+    assert seen.sum() == 5000 and (np.abs(seen - 250) < 4.5 * math.sqrt(250 * 0.75)).all()
+
+
+def test_a_held_out_split_is_not_sampled(script, tmp_path):
+    for split, size in (("train", 9), ("validation", 6)):
+        write_parquet(tmp_path / "data" / f"{split}.parquet", [[make_row(number) for number in range(size)]])
+    args = make_args(script, tmp_path / "data", max_train_samples=4, validation_split="validation")
+    (_, index), (_, held_out) = script.load_indexes(args)
+    assert len(index) == 4 and held_out[:, 1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+LABEL_TABLES = {
+    pa.bool_(): [(True, False), (True, True), (False, False), (False, True), (None, None), (None, True)],
+    pa.float32(): [(0.51, 0.49), (0.5, 0.5), (0.0, -0.0), (-2.0, -1.5), (math.nan, math.nan), (None, 1.0)],
+}
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("dtype", LABEL_TABLES, ids=str)
+def test_the_higher_label_wins_ties_are_dropped_and_nulls_are_no_ties(script, tmp_path, dtype, streaming):
+    names = [("caption", pa.string()), *((name, pa.binary()) for name in IMAGES), *((name, dtype) for name in LABELS)]
+    rows = [make_row(number, label_0=a, label_1=b) for number, (a, b) in enumerate(LABEL_TABLES[dtype])]
+    folder = write_parquet(tmp_path / "data" / "train.parquet", [rows], pa.schema(names))
+    pairs = load_pairs(script, folder, streaming=streaming)
+    assert [row for _, row in pairs.index] == [0, 3, 4, 5]
+    expected = [("pair 0", (0, 0, 1), (0, 1, 0)), ("pair 3", (3, 1, 0), (3, 0, 1))]
+    assert [summary(pairs[0, number]) for number in (0, 1)] == expected
+    for place in pairs.index[2:]:
+        assert reason(script, pairs.source.record(*place)) == "has no label_0"
+    kept = load_pairs(script, folder, streaming=streaming, **{"no-remove_ties": True})
+    assert [row for _, row in kept.index] == list(range(6))
+
+
+def test_a_stream_keeps_as_many_row_groups_as_it_mixes(script, tmp_path, monkeypatch):
+    folder, read, held = write_groups(tmp_path / "data", [12 * [2]]), [], []
+    pairs = load_pairs(script, folder, streaming=True, shuffle_shards=3)
+    read_row_group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a: read.append(a[1]) or read_row_group(*a))
+    for epoch in range(3):
+        for pair in script.epoch_order(pairs.index, 0, epoch, 3, 1, 4):
+            pairs[0, pair]
+            held.append(len(pairs.source.shards))
+        # Those kept from the epoch before may be used again.
+        assert 9 <= len(read) <= 12 and len(set(read)) == len(read)
+        read.clear()
+    assert max(held) == 3
