@@ -43,6 +43,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -705,6 +706,7 @@ def make_loader(args, data, batches, collate=collate_pairs):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
+LATENTS = ("_class_name", "latent_channels", "scaling_factor", "shift_factor", "latents_mean")  # of VAE configs
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
 
 
@@ -722,7 +724,7 @@ def load_configs(args):
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
     with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
         other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
-        if any(other.get(key) != vae.get(key) for key in ("_class_name", "scaling_factor", "latents_mean")):
+        if any(other.get(key) != vae.get(key) for key in LATENTS):
             raise TrainingError(
                 f"--pretrained_vae_model_name_or_path {vae_name}: its latents are not those of {name}."
             )
@@ -994,10 +996,11 @@ def lora_layers(unet, weights=None):
 
 def save_trained_weights(run, folder):
     """Write `pytorch_lora_weights.safetensors` or `unet/`, by all processes: sharded weights are gathered."""
-    weights, unet = run.accelerator.get_state_dict(run.unet), run.pipeline.unet
+    # Unwrapping for it would leave a compiled UNet without DDP.
+    weights, unet = run.accelerator.get_state_dict(run.unet, unwrap=False), run.pipeline.unet
     if not run.accelerator.is_main_process:
         return
-    weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}  # of a compiled module
+    weights = {name.removeprefix("module.").replace("_orig_mod.", ""): weight for name, weight in weights.items()}
     if run.args.rank is None:
         with torch.device("meta"):
             # Without the folder that the base model was loaded from.
@@ -1058,6 +1061,8 @@ def find_checkpoint(args, accelerator):
     folder = Path(asked) if Path(asked).exists() else output_dir / asked
     state = read_state(folder)
     refuse_other_runs(output_dir, state)
+    if folder.resolve().parent != output_dir.resolve():
+        state.pop("run_id", None)  # in another folder it is another run
     args.seed = state["settings"]["seed"] if args.seed is None else args.seed
     settings = checkpoint_settings(args, accelerator)
     for name, old in state["settings"].items():
@@ -1072,14 +1077,21 @@ def find_checkpoint(args, accelerator):
 
 def refuse_other_runs(output_dir, state):
     """A run must not mix its checkpoints with those of others, or of a later step, nor write over a result."""
-    results = [output_dir / name for name in (LORA_FILE, "unet") if not state and (output_dir / name).exists()]
-    for folder in list_checkpoints(output_dir):
+    others, folders = [], list_checkpoints(output_dir)
+    for folder in folders:
         other = read_state(folder)
-        if not state or other.get("run_id") != state.get("run_id") or other["step"] > state["step"]:
-            results.append(folder)
-    if results:
-        ways = "continue it with --resume_from_checkpoint latest, or choose another --output_dir"
-        raise TrainingError(f"--output_dir {output_dir} holds {results[-1].name} of another or a longer run: {ways}.")
+        # Checkpoints of earlier versions have no run_id.
+        if (
+            not state
+            or other.get("run_id", state.get("run_id")) != state.get("run_id")
+            or other["step"] > state["step"]
+        ):
+            others.append(folder)
+    if others == folders:  # nothing here is of this run
+        others = [output_dir / name for name in (LORA_FILE, "unet") if (output_dir / name).exists()] + others
+    if others:
+        ways = "choose another one" + ", or continue with --resume_from_checkpoint latest" * bool(folders)
+        raise TrainingError(f"--output_dir {output_dir} holds {others[-1].name} of another or a longer run: {ways}.")
 
 
 def start_progress(args, accelerator, state, source):
@@ -1089,6 +1101,7 @@ def start_progress(args, accelerator, state, source):
     progress = Progress(run_id=run_id, order=order)
     if state is not None:
         vars(progress).update({name: state.get(name, value) for name, value in vars(progress).items()})
+    progress.sums += [0.0] * (len(METRICS) - len(progress.sums))  # earlier versions had fewer
     if progress.order != order:
         # A process may need the shards of all lanes of the run that it continues.
         source.shards_kept *= progress.order[1]
@@ -1099,15 +1112,13 @@ def resume(run, checkpoint, state):
     """Load a checkpoint, and make up for the validation that was to follow it."""
     args, progress = run.args, run.progress
     # What the flags say of rates and decay holds from here on.
-    flags = [
-        {name: value for name, value in group.items() if name != "params"} for group in run.optimizer.param_groups
-    ]
+    flags = [{**group, "params": None} for group in run.optimizer.param_groups]
     with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded"):
         if state["settings"]["sharding"] == "none":
             load_trained_weights(args, run.pipeline.unet, checkpoint)
         run.accelerator.load_state(checkpoint)
     for group, values in zip(run.optimizer.param_groups, flags):
-        group.update(values)
+        group.update(values, params=group["params"])
     if progress.step < args.max_train_steps and progress.step % args.validation_steps == 0:
         validate(run)
 
@@ -1122,7 +1133,6 @@ def save_checkpoint(run):
     with failing_together(sentence, together=settings["sharding"] == "none"):
         if accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
-            (folder / STATE).unlink(missing_ok=True)
         save_trained_weights(run, folder)
         accelerator.save_state(folder)
     accelerator.wait_for_everyone()
@@ -1244,10 +1254,12 @@ def write_model_card(args, metrics, step):
 
 
 def finish(run):
-    """Save the trained weights first; then validate and describe them."""
+    """Save the trained weights first; then a checkpoint, to train them longer; then validate and describe them."""
     args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
     with failing_together(f"{output_dir} could not be written, the checkpoints are untouched"):
         save_trained_weights(run, output_dir)
+    if not (output_dir / f"checkpoint-{progress.step}" / STATE).exists():
+        save_checkpoint(run)
     metrics = validate(run)
     with failing_together(f"{output_dir}/README.md could not be written, the weights are saved"):
         if accelerator.is_main_process:
@@ -1298,7 +1310,8 @@ class StopRequest:
     def remember(self, number, frame):
         self.received.append(number)
         if number == signal.SIGINT:
-            logger.warning("Ctrl-C: the run ends after this step, with a checkpoint. A second one ends it at once.")
+            # Python's own writing must not be entered again from here.
+            os.write(2, b"\nCtrl-C: the run ends after this step, with a checkpoint. A second one ends it at once.\n")
             # torchrun sends SIGINT for the first Ctrl-C, SIGTERM for the second one.
             for again in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(again, signal.SIG_DFL)
@@ -1484,7 +1497,8 @@ def train(run, batches, stop):
                 )
             progress.sums, progress.batches_summed, steps, seconds = [0.0] * len(METRICS), 0, 0, 0
         too_many_bad = progress.rows_bad > args.max_bad_rows * max(progress.rows_read, 100)
-        if progress.step % args.checkpointing_steps == 0 or last or failed or too_many_bad or signal_number:
+        due = progress.step % args.checkpointing_steps == 0 and not last  # the last one follows the final weights
+        if due or failed or too_many_bad or signal_number:
             save_checkpoint(run)
         saved = f"the checkpoint of step {progress.step} is saved"
         with failing_together(f"{unreadable} ({saved})") if failed else contextlib.nullcontext():
@@ -1569,6 +1583,9 @@ if __name__ == "__main__":
         status, unsent = main(parse_args())
     except TrainingError as error:
         status = f"error: {error}"
+    except Exception:
+        traceback.print_exc()
+        status = 1
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     finally:

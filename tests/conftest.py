@@ -98,11 +98,13 @@ def run_words(script, words):
     """The script's `main` in this process, from a clean state of accelerate; returns the output folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    handlers = {number: signal.getsignal(number) for number in script.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in getattr(script, "STOP_SIGNALS", ())}
     try:
         args = script.parse_args(words)
-        status, unsent = script.main(args)
-        unsent()
+        status = script.main(args)
+        if isinstance(status, tuple):
+            status, unsent = status
+            unsent()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

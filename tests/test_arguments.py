@@ -445,7 +445,7 @@ def test_bases_of_other_kinds_by_their_configs_alone(script, flags, world, no_we
 def test_vae_of_another_kind_is_not_blamed_on_the_base(script, flags, world, no_weights, tmp_path):
     folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae", {"config.json": {"shift_factor": 0.1}})
     sentence = complaint(script, flags | {"pretrained_vae_model_name_or_path": folder})
-    assert sentence.startswith(f"--pretrained_vae_model_name_or_path {folder}") and "shifts" in sentence, sentence
+    assert sentence.startswith(f"--pretrained_vae_model_name_or_path {folder}") and "latents" in sentence, sentence
 
 
 def test_truncated_weights(script, flags, world, tmp_path):

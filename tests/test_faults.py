@@ -46,9 +46,11 @@ def run_ranks_well(flags):
 
 def run_to_status(script, flags):
     """As `run`, but returns the exit status."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return script.main(script.parse_args(command_line(flags)))[0]
+    try:
+        run(script, flags)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def assert_one_sentence(statuses, outputs, *parts):
@@ -173,6 +175,41 @@ LAUNCHERS = {
 }
 
 
+def launch_and_signal(folder, launcher, target, flags, faults, events):
+    """
+    Launch a run, and send a signal to `target` at each of the events, which are (files to be there, signal); returns
+    the launcher's status and what was printed. A group is what a terminal sends Ctrl-C to.
+    """
+    size = 2 if launcher == "torchrun" else 1
+    with (folder / "log").open("w") as output:
+        line = [sys.executable, *LAUNCHERS[launcher], *cluster.with_faults(faults), SCRIPT, *command_line(flags)]
+        process = subprocess.Popen(list(map(str, line)), stdout=output, stderr=output, start_new_session=True)
+    family = [psutil.Process(process.pid)]
+    try:
+        for files, number in events:
+            deadline = time.monotonic() + cluster.TIMEOUT
+            while process.poll() is None and not all(file.exists() for file in files):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            family = family[:1] + family[0].children(recursive=True)
+            ranks = [member for member in family if "cpu_cluster.py" in " ".join(member.cmdline()[:3])]
+            ranks = [member for member in ranks if member.parent() not in ranks]
+            assert len(ranks) == size, (folder / "log").read_text()
+            last = max(ranks, key=lambda member: int(member.environ().get("RANK", 0)))
+            if target == "group":
+                os.killpg(process.pid, number)
+            else:
+                (last if target == "rank" else family[0]).send_signal(number)
+        process.wait(cluster.TIMEOUT)
+        _, hung = psutil.wait_procs(family[1:], cluster.TIMEOUT)
+    finally:
+        for member in filter(psutil.Process.is_running, reversed(family)):
+            member.kill()
+    log = (folder / "log").read_text()
+    assert not hung and process.returncode != 0, log
+    return process.returncode, log
+
+
 @pytest.mark.parametrize(
     ("launcher", "target", "number"),
     [
@@ -188,39 +225,16 @@ LAUNCHERS = {
     ],
 )
 def test_signal_to_a_launched_run(script, flags, uninterrupted, tmp_path, launcher, target, number):
-    """Each rank that is to be signalled waits for it within step 3. A group, as a terminal has it for Ctrl-C, and
-    torchrun's ranks include the loaders' workers."""
+    """Each rank that is to be signalled waits for it within step 3. Workers in its group get the signal, too."""
     size = 2 if launcher == "torchrun" else 1
     flags.update(dataloader_num_workers=1, train_batch_size=2, max_train_steps=5, logging_steps=2)
-    reached = [tmp_path / f"reached-{rank}" for rank in range(size)]
-    signalled_ranks = [size - 1] if target == "rank" else range(size)
-    faults = {n: [Fault("step", (3,), partial(cluster.waiting_for_a_signal, reached[n]))] for n in signalled_ranks}
-    with (tmp_path / "log").open("w") as output:
-        line = [sys.executable, *LAUNCHERS[launcher], *cluster.with_faults(faults), SCRIPT, *command_line(flags)]
-        process = subprocess.Popen(list(map(str, line)), stdout=output, stderr=output, start_new_session=True)
-    family = [psutil.Process(process.pid)]
-    try:
-        deadline = time.monotonic() + cluster.TIMEOUT
-        while process.poll() is None and not all(reached[rank].exists() for rank in signalled_ranks):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        family += family[0].children(recursive=True)
-        ranks = [member for member in family if "cpu_cluster.py" in " ".join(member.cmdline()[:3])]
-        ranks = [member for member in ranks if member.parent() not in ranks]
-        assert len(ranks) == size, (tmp_path / "log").read_text()
-        last = max(ranks, key=lambda member: int(member.environ().get("RANK", 0)))
-        (last if target == "rank" else family[0]).send_signal(number)
-        process.wait(cluster.TIMEOUT)
-        _, hung = psutil.wait_procs(family[1:], cluster.TIMEOUT)
-    finally:
-        for member in filter(psutil.Process.is_running, reversed(family)):
-            member.kill()
-    log = (tmp_path / "log").read_text()
-    assert not hung and process.returncode != 0, log
+    reached = {rank: tmp_path / f"reached-{rank}" for rank in ([size - 1] if target == "rank" else range(size))}
+    faults = {n: [Fault("step", (3,), partial(cluster.waiting_for_a_signal, file))] for n, file in reached.items()}
+    status, log = launch_and_signal(tmp_path, launcher, target, flags, faults, [(list(reached.values()), number)])
     if launcher == "python":
-        assert process.returncode == 128 + number
+        assert status == 128 + number
     # A launcher that handles no SIGUSR1 is gone by it, and that is answered like SIGTERM.
-    heard = number if target == "rank" else signal.SIGTERM
+    heard = signal.SIGTERM if target == "launcher" else number
     assert f"Stopped by {signal.Signals(heard).name} at step 3" in log, log
     assert checkpoints(flags["output_dir"]) == [3]
     resumed = {**flags, "resume_from_checkpoint": "latest"}
@@ -228,6 +242,38 @@ def test_signal_to_a_launched_run(script, flags, uninterrupted, tmp_path, launch
     assert_exact(uninterrupted(flags, size), flags["output_dir"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_after_ctrl_c_ends_a_process_at_once(flags, number):
+    """In the checkpoint that the first one asked for. torchrun answers a second Ctrl-C with SIGTERM."""
+    flags.update(checkpointing_steps=1)
+    faults = (
+        Fault("step", (2,), partial(signalled, signal.SIGINT)),
+        Fault("checkpoint", (2,), partial(signalled, number)),
+    )
+    statuses, outputs = run_ranks(flags, {0: faults}, size=1)
+    assert statuses == [-number], outputs
+    assert checkpoints(flags["output_dir"]) == [1]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_second_ctrl_c_ends_a_launched_run_at_once(flags, tmp_path, launcher):
+    """Each rank waits for the first one in step 3, and for the second one in the checkpoint that it writes then."""
+    size = 2 if launcher == "torchrun" else 1
+    flags.update(dataloader_num_workers=1, train_batch_size=2, max_train_steps=5)
+    steps, saves = ([tmp_path / f"{place}-{rank}" for rank in range(size)] for place in ("step", "save"))
+    faults = {
+        rank: [
+            Fault("step", (3,), partial(cluster.waiting_for_a_signal, steps[rank])),
+            Fault("checkpoint", (1,), partial(cluster.waiting_for_the_end, saves[rank])),
+        ]
+        for rank in range(size)
+    }
+    launch_and_signal(tmp_path, launcher, "group", flags, faults, [(steps, signal.SIGINT), (saves, signal.SIGINT)])
+    assert checkpoints(flags["output_dir"]) == []
+
+
+# Ends ---------------------------------------------------------------------------------------------------------------
 def test_unexpected_error_ends_a_run_with_workers(flags):
     """They ignore the signal with which Python ends its children, and would be waited for."""
     flags.update(dataloader_num_workers=2)
@@ -236,13 +282,68 @@ def test_unexpected_error_ends_a_run_with_workers(flags):
     assert statuses == [1] and "RuntimeError: out of memory" in outputs[0], outputs
 
 
-@pytest.mark.parametrize("number", [2, also(50)])
-def test_finished_runs_end(flags, number):
-    """A run that has done its work must not hang while the interpreter takes down threads and sockets."""
-    flags.update(train_batch_size=2, max_train_steps=1, report_to="none")
+# The flags of a run, what happens to its second process, and the exit status of both (the first may fail with it).
+ENDS = {
+    "finished": ({}, None, set()),
+    "error": ({}, Fault("step", (2,), partial(raising, RuntimeError("out of memory"))), {1}),
+    "signal": ({}, Fault("step", (1,), partial(signalled, signal.SIGTERM)), {128 + signal.SIGTERM}),
+    "refusal": ({"resume_from_checkpoint": "checkpoint-9"}, None, {1}),
+    "Ctrl-C": ({"run_validation": True}, Fault("drawing", (1,), partial(signalled, signal.SIGINT)), {1, 130}),
+}
+
+
+@pytest.mark.parametrize(("end", "number"), [("finished", 1), ("error", 1), *(also(end, 10) for end in ENDS)])
+def test_launched_runs_end(flags, end, number):
+    """However a run ends, it must not hang or crash while the interpreter takes down threads and sockets."""
+    changes, fault, expected = ENDS[end]
+    flags.update(train_batch_size=2, max_train_steps=2, report_to="none", checkpointing_steps=1, **changes)
     for _ in range(number):
-        done = launch(flags, processes=2, timeout=cluster.TIMEOUT)
-        assert done.returncode == 0, done.stderr
+        done = launch(flags, 2, timeout=cluster.TIMEOUT, wrapper=cluster.with_faults({1: [fault]}) if fault else ())
+        codes = {int(code) for code in re.findall(r"exitcode\s*: (-?\d+) \(pid", done.stderr)}
+        assert done.returncode == bool(expected) and codes <= expected, done.stderr
+        assert bool(codes) == bool(expected), done.stderr
+        shutil.rmtree(flags["output_dir"])
+
+
+# Waits --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("place", "lock", "streaming"),
+    [("prepare", "_builder.lock", None), ("file", ".safetensors.lock", True)],
+    ids=["data set", "index"],
+)
+def test_what_one_rank_prepares_the_other_awaits_at_a_lock(flags, tmp_path, place, lock, streaming):
+    """In a collective it would wait no longer than the time limit of the process group."""
+    flags.update(train_batch_size=2, max_train_steps=1, cache_dir=tmp_path / "cache", streaming=streaming)
+    asking = Fault("lock", cluster.EVERY_CALL, partial(cluster.noting_lock, tmp_path))
+    slow = Fault(place, (1,), partial(cluster.waiting_for_the_ranks, tmp_path, lock, 2))
+    statuses, outputs = run_ranks(flags, {0: [asking, slow], 1: [asking, slow]})
+    assert statuses == [0, 0], "\n".join(outputs)
+
+
+def test_ranks_meet_while_they_fill_a_cache(script, flags, tmp_path):
+    """When one fails at its first pair, the other does not go on to its last one."""
+    pairs = tmp_path / "pairs"
+    draw_pairs(pairs, num_pairs=3 * script.PAIRS_A_ROUND, num_shards=1)
+    flags.update(dataset_name=pairs, cache_dir=tmp_path / "cache", cache_latents=True, train_batch_size=2)
+    # The first image that a rank encodes is a trial.
+    fault = Fault("encode", (2,), partial(raising, RuntimeError("out of memory")))
+    statuses, outputs = run_ranks(flags, {1: [fault]})
+    assert_one_sentence(statuses, outputs, "--cache_latents: pairs could not be encoded into ", "out of memory")
+    assert len(list(tmp_path.glob("cache/mapo_latents/*/*/*.safetensors"))) == script.PAIRS_A_ROUND
+
+
+@pytest.mark.parametrize("place", ["upload", "end"])
+def test_what_is_sent_last_keeps_no_rank_waiting(flags, tmp_path, place):
+    """Neither an upload nor a tracker that is slow may outlast the time limit of a process group."""
+    flags.update(train_batch_size=2, max_train_steps=1, push_to_hub=True)
+    faults = {
+        "repository": Fault("repository", (1,), cluster.created),
+        "upload": Fault("upload", (1,), partial(cluster.noting_alone, tmp_path / "upload")),
+        "end": Fault("end", (1,), partial(cluster.noting, tmp_path / "end")),
+    }
+    statuses, outputs = run_ranks(flags, {0: list(faults.values())})
+    assert statuses == [0, 0], "\n".join(outputs)
+    assert (tmp_path / place).read_text() == "False\n"
 
 
 # Gradients ----------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import cpu_cluster as cluster
@@ -20,6 +21,7 @@ from accelerate.utils import DistributedType
 from conftest import ROOT, SCRIPT, command_line, run
 from cpu_cluster import Fault, full_disk, not_finite, noting_weights, run_ranks, signalled, with_faults
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from PIL import Image
 from test_faults import checkpoints
 from test_training import assert_equal, curves, trained
@@ -258,6 +260,19 @@ def test_trained_weights_stay_float32_in_half_precision(kind_flags, tmp_path, ki
     assert sum(rounded) / len(rounded) < 0.1
 
 
+def test_fsdp2_sums_gradients_in_float32(kind_flags, tmp_path):
+    """Over four micro-batches and two processes; what is reduced in bfloat16 holds numbers of bfloat16 alone."""
+    flags = {**kind_flags, **settings("fsdp2", "full", "32bit", tmp_path / "out"), "mixed_precision": "bf16"}
+    flags.update(max_train_steps=1, gradient_accumulation_steps=4, run_validation=None, num_validation_pairs=None)
+    noting = Fault("clip", (1,), partial(cluster.noting_gradients, tmp_path))
+    statuses, output = launch_config("fsdp2", flags, {0: [noting], 1: [noting]})
+    assert statuses == [0], output
+    for rank in range(2):
+        gradient = torch.cat(torch.load(tmp_path / f"gradients-{rank}.pt"))
+        assert gradient.dtype == torch.float32
+        assert (gradient == gradient.bfloat16().float()).float().mean() < 0.2
+
+
 @pytest.mark.parametrize("kind", ["fsdp2", "multi_node", pytest.param("deepspeed_zero3", marks=pytest.mark.matrix)])
 def test_lora_equals_one_process(world, kind_flags, reference, tmp_path, kind):
     train_whole(world, kind_flags, reference, tmp_path, kind, "lora", "32bit")
@@ -274,7 +289,6 @@ def test_processes_hold_equal_weights_with_every_optimizer(kind_flags, tmp_path,
     assert_ranks_hold_the_same(tmp_path)
 
 
-# Faults under configs that shard -------------------------------------------------------------------------------------
 @pytest.fixture
 def short_flags(kind_flags, tmp_path):
     """A checkpoint at each of five steps, and no validation."""
@@ -288,6 +302,106 @@ def short_flags(kind_flags, tmp_path):
     }
 
 
+# Compilers -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def dynamo(monkeypatch):
+    """A launcher that was given `--dynamo_backend eager`."""
+    torch._dynamo.reset()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+
+
+@pytest.mark.parametrize("training", ["lora", pytest.param("full", marks=pytest.mark.matrix)])
+def test_compiler_of_the_launcher_changes_nothing(
+    script, world, kind_flags, reference, tmp_path, monkeypatch, dynamo, training
+):
+    flags = {**kind_flags, **settings("cpu", training, "32bit", tmp_path / "whole")}
+    whole = run(script, flags)
+    metric_tolerance, weight_tolerance = TOLERANCES["32bit"]
+    with monkeypatch.context() as patch:
+        patch.delenv("ACCELERATE_DYNAMO_BACKEND")
+        metric, weight = measure(whole, reference(training, "32bit"))
+    assert metric < metric_tolerance and weight < weight_tolerance * flags["learning_rate"]
+    assert_loads_in_diffusers(world, whole, flags)
+    flags.update(output_dir=tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-3")
+    assert_resumed(whole, run(script, flags), 3)
+
+
+def test_compiler_of_the_launcher_leaves_two_processes_together(kind_flags, reference, tmp_path):
+    """They reduce their gradients once a step, also after a checkpoint, and equal one process."""
+    flags = {**kind_flags, **settings("multi_gpu", "full", "32bit", tmp_path / "out"), "checkpointing_steps": 1}
+    flags.update(train_batch_size=1, gradient_accumulation_steps=2, run_validation=None)
+    noted = tmp_path / "no_sync"
+    noting = Fault("no_sync", cluster.EVERY_CALL, partial(cluster.noting, noted))
+    env = {"ACCELERATE_DYNAMO_BACKEND": "eager"}
+    statuses, outputs = run_ranks([SCRIPT, *command_line(flags)], {0: [noting]}, env=env)
+    assert statuses == [0, 0], outputs
+    assert len(noted.read_text().splitlines()) == flags["max_train_steps"]
+    metric, weight = measure(flags["output_dir"], reference("full", "32bit"))
+    assert metric < 1e-6 and weight < 0.1 * flags["learning_rate"]
+
+
+def test_names_that_pipelines_do_not_load_are_an_error(script, short_flags, monkeypatch):
+    renamed = Fault("weights", (1,), lambda call: {name.replace("down", "lower"): w for name, w in call().items()})
+    cluster.install(renamed, monkeypatch.setattr)
+    with pytest.raises(script.TrainingError, match="checkpoint-1.* other names than the UNet"):
+        run(script, short_flags)
+
+
+def test_regional_compiler_of_the_launcher_is_refused(script, short_flags, monkeypatch, dynamo):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    with pytest.raises(script.TrainingError, match="--dynamo_use_regional_compilation .* --compile"):
+        run(script, short_flags)
+
+
+@pytest.fixture
+def compiled(world, kind_flags, tmp_path, monkeypatch):
+    """
+    Flags of a compiled run on a UNet of two widths, as SDXL's, for a compiler that only traces; and for each graph
+    that is compiled whether it is one of training, and whether a shape is left open in it.
+    """
+    torch._dynamo.reset()
+    base, graphs = tmp_path / "base", []
+    shutil.copytree(world / "pipeline", base)
+    widths = {"block_out_channels": (32, 32, 64), "attention_head_dim": (1, 2, 4)}
+    UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(base / "unet"), **widths}).save_pretrained(
+        base / "unet"
+    )
+
+    def trace(graph, inputs):
+        graphs.append((torch.is_grad_enabled(), any(isinstance(value, torch.SymInt) for value in inputs)))
+        return graph.forward
+
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend=trace))
+    flags = {**kind_flags, **settings("cpu", "lora", "32bit", tmp_path / "out"), "compile": True}
+    # The script changes the limit, for the time of this test alone.
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        yield {**flags, "pretrained_model_name_or_path": base, "max_train_steps": 3}, graphs
+    torch._logging.set_logs()
+
+
+def test_compiled_blocks_stay_compiled_through_training_and_validation(script, compiled):
+    """Held-out pairs of two batch sizes, drawing, evaluation and training: no limit is hit, and shapes are fixed."""
+    flags, graphs = compiled
+    run(script, flags)
+    assert len(graphs) > 8 and (True, False) in graphs
+    assert not any(open_shape for _, open_shape in graphs)
+
+
+def test_graph_breaks_are_logged(script, compiled, monkeypatch, capfd):
+    flags, _ = compiled
+    attend = Attention.forward
+
+    def breaking(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(Attention, "forward", breaking)
+    run(script, {**flags, "max_train_steps": 1, "run_validation": None, "num_validation_pairs": None})
+    assert "Graph break" in capfd.readouterr().err
+
+
+# Faults under configs that shard -------------------------------------------------------------------------------------
 SHARDED = [
     "deepspeed_zero2",
     pytest.param("deepspeed_zero3", marks=pytest.mark.matrix),
