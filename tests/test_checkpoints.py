@@ -9,14 +9,14 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import cpu_cluster
 import pytest
 import torch
-from conftest import command_line, run, scalars
-from cpu_cluster import Fault, install, killed, raising, signalled
+from conftest import SCRIPT, command_line, run, scalars
+from cpu_cluster import Fault, install, killed, raising, signalled, with_faults
 from diffusers import UNet2DConditionModel
 from small_world import build_pipeline, draw_pairs
 from test_faults import VALIDATION, also, checkpoints, content, run_ranks, run_ranks_well, run_to_status
-from test_launch_configs import launch_well
 from test_training import LORA_WEIGHTS, assert_close, assert_equal, assert_same, curves, trained
 
 
@@ -33,9 +33,9 @@ STREAMED = {"streaming": True, "shuffle_shards": 2}
 
 
 def state_of(folder):
-    """The state in a checkpoint, without the flags."""
+    """The state in a checkpoint, without the flags and without the run's id, which is another in another folder."""
     state = json.loads((folder / STATE).read_text())
-    del state["settings"]
+    del state["settings"], state["run_id"]
     return state
 
 
@@ -109,7 +109,7 @@ def test_run_resumes_on_any_number_of_processes(script, flags, tmp_path, changes
     one = resumed(script, flags, two / "checkpoint-6", tmp_path / "one")
     assert_close(one, whole, steps=range(7, 10))
     states = [state_of(folder / "checkpoint-9") for folder in (whole, two, one)]
-    assert len({(state["pairs_seen"], state["run_id"]) for state in states}) == 1
+    assert len({state["pairs_seen"] for state in states}) == 1
 
 
 @pytest.mark.parametrize("changes", [STREAMED, pytest.param({}, marks=pytest.mark.matrix)], ids=["stream", "map"])
@@ -203,18 +203,36 @@ def test_rates_of_a_prolonged_run_are_those_of_a_longer_one(script, flags, tmp_p
     assert scalars(last)["lr"] == pytest.approx(dict(zip((4, 5, 6), rates)))
 
 
-@pytest.mark.parametrize("kind", ["deepspeed_zero2", *(also(kind) for kind in ("deepspeed_zero3", "fsdp2"))])
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+SHARDED = {
+    "zero2": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["zero2", also("zero3"), also("fsdp2")])
 def test_flags_hold_in_sharded_optimizers(script, flags, tmp_path, kind):
     """As on one process, with the schedule that asks the optimizer for its rate."""
     flags.update(lr_scheduler="polynomial", lr_warmup_steps=1, adam_epsilon=1e-3, max_train_steps=2)
-    second = {**SECOND, "max_train_steps": 4, "lr_power": 2}
-    lasts = []
-    for size, start in ((4, partial(run, script)), (2, partial(launch_well, kind))):
-        flags.update(train_batch_size=size, output_dir=tmp_path / f"{size}")
-        checkpoint = start(flags) / "checkpoint-2"
-        changes = {"resume_from_checkpoint": checkpoint, "output_dir": tmp_path / f"{size}-second"}
-        lasts.append(start({**flags, **second, **changes}))
-    assert_close(*lasts)
+    second = {**SECOND, "max_train_steps": 4, "lr_power": 2, "resume_from_checkpoint": "latest"}
+    whole = {**flags, "output_dir": tmp_path / "whole"}
+    run(script, whole)
+    run(script, {**whole, **second})
+    flags["train_batch_size"] = 2
+    for changes in ({}, second):
+        words = [*with_faults({}), SCRIPT, *command_line({**flags, **changes})]
+        statuses, outputs = cpu_cluster.run_ranks(words, env={"ACCELERATE_USE_CPU": "false", **SHARDED[kind]})
+        assert statuses == [0, 0], outputs
+    settings = json.loads((flags["output_dir"] / "checkpoint-4" / STATE).read_text())["settings"]
+    assert settings["sharding"] != "none"
+    assert_close(flags["output_dir"], tmp_path / "whole")
 
 
 def test_differences_of_flags_are_refused_or_reported(script, flags, tmp_path, caplog):
@@ -285,15 +303,15 @@ def test_checkpoint_of_a_later_step_is_refused(script, flags, spied):
     assert len(spied) == 1
 
 
-@pytest.mark.parametrize("number", [None, signal.SIGTERM])
-def test_checkpoint_of_the_last_step_is_written_once(script, flags, monkeypatch, number):
+@pytest.mark.parametrize(("every", "number"), [(3, None), (2, None), (2, signal.SIGTERM)])
+def test_checkpoint_of_the_last_step_is_written_once(script, flags, monkeypatch, every, number):
     """Its number may be one of --checkpointing_steps, and a signal may come in it."""
     saved, save = [], script.save_checkpoint
     monkeypatch.setattr(script, "save_checkpoint", lambda run: saved.append(run.progress.step) or save(run))
     if number:
         install(Fault("step", (4,), partial(signalled, number)), monkeypatch.setattr)
-    assert run_to_status(script, {**flags, "checkpointing_steps": 2}) == (128 + number if number else 0)
-    assert saved == [2, 4]
+    assert run_to_status(script, {**flags, "checkpointing_steps": every}) == (128 + number if number else 0)
+    assert saved == [every, 4]
 
 
 def test_last_checkpoint_that_fails_costs_no_weights(script, flags, tmp_path, monkeypatch):
@@ -398,14 +416,16 @@ def test_resuming_into_the_folder_of_another_run_is_refused(script, flags, tmp_p
     refused(script, {**flags, "resume_from_checkpoint": out / "checkpoint-2"}, other, "checkpoint-1")
 
 
-def test_id_of_a_run_is_drawn_once(script, flags, tmp_path):
+def test_run_has_an_id_until_it_goes_on_in_another_folder(script, flags, tmp_path):
     flags["checkpointing_steps"] = 2
-    whole = run(script, flags)
+    out = run(script, flags)
     run(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 5})
-    ids = [state_of(whole / f"checkpoint-{step}")["run_id"] for step in (2, 4, 5)]
-    other = state_of(run(script, {**flags, "output_dir": tmp_path / "other"}) / "checkpoint-4")["run_id"]
-    assert len(set(ids)) == 1 and other != ids[0]
-    assert re.fullmatch("[0-9a-f]{8}", ids[0]) and re.fullmatch("[0-9a-f]{8}", other)
+    branch = resumed(script, flags, out / "checkpoint-2", tmp_path / "branch")
+    run(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 6, "output_dir": branch})
+    folders = [[out / f"checkpoint-{step}" for step in (2, 4, 5)], [branch / f"checkpoint-{step}" for step in (4, 6)]]
+    ids = [{json.loads((path / STATE).read_text())["run_id"] for path in paths} for paths in folders]
+    assert [len(drawn) for drawn in ids] == [1, 1] and ids[0] != ids[1]
+    assert all(re.fullmatch("[0-9a-f]{8}", run_id) for drawn in ids for run_id in drawn)
 
 
 # Written ------------------------------------------------------------------------------------------------------------

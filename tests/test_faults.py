@@ -45,11 +45,13 @@ def run_ranks_well(flags):
 
 
 def run_to_status(script, flags):
-    """As `run`, but returns the exit status."""
+    """As `run`, but returns the exit status, or None after a SIGINT that the script has not caught."""
     try:
         run(script, flags)
     except SystemExit as end:
         return end.code
+    except KeyboardInterrupt:
+        return None
     return 0
 
 
