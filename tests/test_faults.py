@@ -244,7 +244,7 @@ def test_signal_to_a_launched_run(script, flags, uninterrupted, tmp_path, launch
     assert_exact(uninterrupted(flags, size), flags["output_dir"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, also(signal.SIGTERM)])
 def test_second_signal_after_ctrl_c_ends_a_process_at_once(flags, number):
     """In the checkpoint that the first one asked for. torchrun answers a second Ctrl-C with SIGTERM."""
     flags.update(checkpointing_steps=1)
@@ -287,14 +287,14 @@ def test_unexpected_error_ends_a_run_with_workers(flags):
 # The flags of a run, what happens to its second process, and the exit status of both (the first may fail with it).
 ENDS = {
     "finished": ({}, None, set()),
-    "error": ({}, Fault("step", (2,), partial(raising, RuntimeError("out of memory"))), {1}),
+    "error": ({}, Fault("step", (2,), partial(raising, RuntimeError("out of memory"))), {1, -signal.SIGTERM}),
     "signal": ({}, Fault("step", (1,), partial(signalled, signal.SIGTERM)), {128 + signal.SIGTERM}),
     "refusal": ({"resume_from_checkpoint": "checkpoint-9"}, None, {1}),
     "Ctrl-C": ({"run_validation": True}, Fault("drawing", (1,), partial(signalled, signal.SIGINT)), {1, 130}),
 }
 
 
-@pytest.mark.parametrize(("end", "number"), [("finished", 1), ("error", 1), *(also(end, 10) for end in ENDS)])
+@pytest.mark.parametrize(("end", "number"), [("finished", 1), *(also(end, 10) for end in ENDS)])
 def test_launched_runs_end(flags, end, number):
     """However a run ends, it must not hang or crash while the interpreter takes down threads and sockets."""
     changes, fault, expected = ENDS[end]
@@ -310,7 +310,7 @@ def test_launched_runs_end(flags, end, number):
 # Waits --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("place", "lock", "streaming"),
-    [("prepare", "_builder.lock", None), ("file", ".safetensors.lock", True)],
+    [also("prepare", "_builder.lock", None), ("file", ".safetensors.lock", True)],
     ids=["data set", "index"],
 )
 def test_what_one_rank_prepares_the_other_awaits_at_a_lock(flags, tmp_path, place, lock, streaming):
@@ -334,7 +334,7 @@ def test_ranks_meet_while_they_fill_a_cache(script, flags, tmp_path):
     assert len(list(tmp_path.glob("cache/mapo_latents/*/*/*.safetensors"))) == script.PAIRS_A_ROUND
 
 
-@pytest.mark.parametrize("place", ["upload", "end"])
+@pytest.mark.parametrize("place", ["upload", also("end")])
 def test_what_is_sent_last_keeps_no_rank_waiting(flags, tmp_path, place):
     """Neither an upload nor a tracker that is slow may outlast the time limit of a process group."""
     flags.update(train_batch_size=2, max_train_steps=1, push_to_hub=True)

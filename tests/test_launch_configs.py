@@ -326,6 +326,7 @@ def test_compiler_of_the_launcher_changes_nothing(
     assert_resumed(whole, run(script, flags), 3)
 
 
+@pytest.mark.matrix
 def test_compiler_of_the_launcher_leaves_two_processes_together(kind_flags, reference, tmp_path):
     """They reduce their gradients once a step, also after a checkpoint, and equal one process."""
     flags = {**kind_flags, **settings("multi_gpu", "full", "32bit", tmp_path / "out"), "checkpointing_steps": 1}
