@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -32,6 +33,14 @@ VALIDATION = {
     "num_inference_steps": 2,
 }
 STREAMED = {"streaming": True, "shuffle_shards": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_worker_is_left():
+    """A loader's workers ignore the signal with which Python ends its children, and would be waited for."""
+    yield
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def run_ranks(flags, faults=None, size=2, env=None):
@@ -517,11 +526,13 @@ def test_source_that_fails_on_one_rank_stops_all(flags, uninterrupted, own_pairs
     assert_exact(whole, run_ranks_well({**flags, "resume_from_checkpoint": "latest"}))
 
 
-def test_source_that_fails_before_the_first_step(script, flags, own_pairs, monkeypatch):
-    flags.update(STREAMED)
+@pytest.mark.parametrize(("call", "sentence"), [(1, "cannot be trained on"), (2, "cannot be read any further")])
+def test_source_that_fails_before_the_first_step(script, flags, own_pairs, monkeypatch, call, sentence):
+    """In the first pair, which is tried, or in the first batch, which needs two row groups."""
+    flags.update(STREAMED, train_batch_size=8)
     script.load_indexes(script.parse_args(command_line(flags)))
-    install(Fault("source", (1,), partial(raising, ConnectionError("gone"))), monkeypatch.setattr)
-    with pytest.raises(script.TrainingError, match=f"--dataset_name {own_pairs} cannot be read any further: .*gone"):
+    install(Fault("source", (call,), partial(raising, ConnectionError("gone"))), monkeypatch.setattr)
+    with pytest.raises(script.TrainingError, match=f"--dataset_name {own_pairs} {sentence}: .*gone"):
         run(script, flags)
     assert checkpoints(flags["output_dir"]) == []
 
