@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_diffusion_mapo_sdxl.py"
 
 torch.set_num_threads(1)
+# Shells let jobs in the background ignore Ctrl-C, which processes inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load_script():
