@@ -174,7 +174,7 @@ def test_step_means_over_pairs(script, monkeypatch, name):
     """
     chosen, rejected = [0.125, 0.5, 0.75, 0.25], [0.25, 0.5, 0.5, 1.0]
     errors = torch.tensor([chosen, rejected], requires_grad=True)
-    monkeypatch.setattr(script, "encode_pairs", lambda *_: ())
+    monkeypatch.setattr(script, "encode_pairs", lambda *_: (torch.tensor([0.0, 0.0, 1.0, 0.0]),))
     monkeypatch.setattr(script, "denoising_errors", lambda *_: errors.unbind())
     kind, beta = ("mapo_v1", 0.1) if name == "mapo_v1" else ("mapo", 8.0 if name == "mapo" else math.inf)
     args = SimpleNamespace(loss_type=kind, beta_mapo=beta, snr_value=SNR, gradient_checkpointing=False)
@@ -186,7 +186,7 @@ def test_step_means_over_pairs(script, monkeypatch, name):
     margins = [SCORES[name](w) - SCORES[name](r) for w, r in zip(chosen, rejected)]
     scale, weight = (STEPS, beta) if kind == "mapo_v1" else (1, 1 / beta)
     losses = [w + weight * math.log1p(math.exp(-scale * margin)) for w, margin in zip(chosen, margins)]
-    expected = {"chosen_mse": 1.625 / 4, "rejected_mse": 2.25 / 4, "accuracy": 0.5}
+    expected = {"chosen_mse": 1.625 / 4, "rejected_mse": 2.25 / 4, "accuracy": 0.5, "captions_cut": 0.25}
     expected |= {"loss": sum(losses) / 4, "margin": sum(margins) / 4}
     assert dict(zip(script.METRICS, metrics.tolist(), strict=True)) == pytest.approx(expected, rel=1e-12)
     assert not metrics.requires_grad
