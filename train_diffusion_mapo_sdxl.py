@@ -1000,7 +1000,7 @@ def save_trained_weights(run, folder):
     weights, unet = run.accelerator.get_state_dict(run.unet, unwrap=False), run.pipeline.unet
     if not run.accelerator.is_main_process:
         return
-    weights = {name.removeprefix("module.").replace("_orig_mod.", ""): weight for name, weight in weights.items()}
+    weights = {name.replace("_orig_mod.", "").removeprefix("module."): weight for name, weight in weights.items()}
     if run.args.rank is None:
         with torch.device("meta"):
             # Without the folder that the base model was loaded from.
