@@ -347,7 +347,9 @@ def parse_args(input_args=None):
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of old launchers
     args, unknown = parser.parse_known_args(input_args)
     del args.local_rank
-    unknown = [flag.partition("=")[0] for flag in unknown if flag not in HARMLESS_FLAGS]
+    asked_otherwise = ["--center_crop"] * args.random_crop + ["--random_flip"] * args.no_hflip
+    harmless = set(HARMLESS_FLAGS) - set(asked_otherwise)
+    unknown = [flag.partition("=")[0] for flag in unknown if flag not in harmless]
     # Not the values of unknown flags.
     unknown = [flag for flag in unknown if flag.startswith("-") or flag in FOREIGN_FLAGS] or unknown
     if unknown:
@@ -706,7 +708,9 @@ def make_loader(args, data, batches, collate=collate_pairs):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-LATENTS = ("_class_name", "latent_channels", "scaling_factor", "shift_factor", "latents_mean")  # of VAE configs
+# What a VAE's config says of its latents, and AutoencoderKL's defaults.
+LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
+LATENTS |= {"shift_factor": None, "latents_mean": None}
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
 
 
@@ -724,11 +728,13 @@ def load_configs(args):
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
     with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
         other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
-        if any(other.get(key) != vae.get(key) for key in LATENTS):
-            raise TrainingError(
-                f"--pretrained_vae_model_name_or_path {vae_name}: its latents are not those of {name}."
-            )
-    channels, continuous = vae.get("latent_channels", 4), scheduler.get("timestep_type") == "continuous"
+        if any(other.get(key, default) != vae.get(key, default) for key, default in LATENTS.items()):
+            sentence = f"--pretrained_vae_model_name_or_path {vae_name}: its latents are not those of {name}."
+            raise TrainingError(sentence)
+    channels, continuous = (
+        vae.get("latent_channels", LATENTS["latent_channels"]),
+        scheduler.get("timestep_type") == "continuous",
+    )
     no_betas = "beta_start" not in scheduler or scheduler.get("use_flow_sigmas") or continuous
     rules = [
         (unet.get("addition_embed_type") != "text_time", "its UNet does not take SDXL's sizes and crops"),
@@ -822,6 +828,7 @@ class StochasticRounding:
 
 
 def build_optimizer(args, parameters, pairs_per_step):
+    """AdamW, with 32-bit or 8-bit states, at the learning rate from which schedules start."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
@@ -945,8 +952,8 @@ def fill_caches(args, accelerator, pipeline, *data):
     for pairs in data:
         key = Hasher.hash([settings, pairs.source.fingerprint, pairs.source.stamps(), pairs.index])
         # One folder and one list for all processes, made before any of them writes.
-        folder = gather_object([Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)])[0]
-        pairs.cache = folder
+        key = gather_object([key])[0]
+        pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
         missing = gather_object([[n for n in range(len(pairs.index)) if not pairs.cached(n).exists()]])[0]
         mine = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
         # A loader's workers take turns, so each of them gets a stretch, too.
@@ -1044,6 +1051,7 @@ def checkpoint_settings(args, accelerator):
 
 
 def read_state(folder):
+    """What a checkpoint's state file holds."""
     try:
         return json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
@@ -1258,7 +1266,8 @@ def finish(run):
     args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
     with failing_together(f"{output_dir} could not be written, the checkpoints are untouched"):
         save_trained_weights(run, output_dir)
-    if not (output_dir / f"checkpoint-{progress.step}" / STATE).exists():
+    # A finished run that is run again has it; one process looks, so that all do the same.
+    if not gather_object([(output_dir / f"checkpoint-{progress.step}" / STATE).exists()])[0]:
         save_checkpoint(run)
     metrics = validate(run)
     with failing_together(f"{output_dir}/README.md could not be written, the weights are saved"):

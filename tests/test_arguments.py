@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SCRIPT, launch, run
+from conftest import ROOT, SCRIPT, command_line, launch, run
 
 
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--dataset_name", "pairs"]
@@ -290,6 +290,11 @@ def test_harmless_flags_of_other_scripts_change_nothing(script):
     assert parse(script, IGNORED) == parse(script, "--local_rank=3") == parse(script)
 
 
+@pytest.mark.parametrize("words", ["--center_crop --random_crop", "--random_flip --no_hflip"])
+def test_harmless_flags_that_another_flag_contradicts_are_refused(script, capsys, words):
+    assert words.split()[0] in refusal(script, capsys, words.split())
+
+
 def test_missing_packages(script, capsys, monkeypatch):
     needed = {"--use_8bit_adam": "bitsandbytes", "--rank 4": "peft", "--report_to wandb": "wandb"}
     for words, package in {**needed, "--report_to tensorboard": "tensorboard"}.items():
@@ -430,6 +435,13 @@ def copy_configs(folder, copy, changes):
         fields = {**json.loads((copy / file).read_text()), **fields}
         (copy / file).write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
     return copy
+
+
+def test_vae_whose_config_leaves_defaults_out_is_the_same(script, flags, world, tmp_path):
+    folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae", {"config.json": {"latent_channels": ...}})
+    flags.update(pretrained_vae_model_name_or_path=folder)
+    (channels, *_), _ = script.load_configs(script.parse_args(command_line(flags)))
+    assert channels == 4
 
 
 @pytest.mark.parametrize(("changes", "word"), OTHER_BASES.values(), ids=OTHER_BASES)
