@@ -66,8 +66,14 @@ from datasets.fingerprint import Hasher
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import check_min_version, convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import check_min_version
 from diffusers.utils.hub_utils import populate_model_card
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
@@ -131,7 +137,7 @@ def preference_step(run, batch):
     """The objective on a batch: the scalar loss with its gradient, and METRICS as one detached float64 tensor."""
     args, config = run.args, run.noise_scheduler.config
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
-    *encoded, captions_cut = encode_pairs(args, run.pipeline, batch)
+    *encoded, captions_cut = encode_pairs(run, batch)
     with autocast(run):
         chosen, rejected = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
     if args.loss_type == "mapo":
@@ -244,12 +250,18 @@ POSITIVE_OR_INF = functools.partial(POSITIVE, high=math.inf)
 
 def add_model_and_data_arguments(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
+    add("--pretrained_model_name_or_path", required=True, help="SDXL: hub id, local folder or .safetensors file.")
     add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--pretrained_unet_name_or_path", help="Another UNet to start from, e.g. the output_dir of an earlier run.")
+    add("--init_lora", help="LoRA to continue, e.g. the output_dir of an earlier run; it brings its layers.")
     add("--revision", help="Revision of the pretrained model on the hub.")
     add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
     add("--cache_dir", help="Folder for downloaded models, data sets, indexes and cached latents.")
-    add("--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank (alpha = rank), not the whole UNet.")
+    add("--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank, not the whole UNet.")
+    add("--lora_alpha", type=POSITIVE, help="LoRA's alpha. Without it, the rank, as in diffusers (sd-scripts: 1).")
+    layers = "`attention` (diffusers' choice), `transformer` (sd-scripts'), `all` (convolutions, too), or names."
+    add("--lora_layers", nargs="+", help=f"Layers with LoRA (all): {layers}")
+    add("--train_text_encoder", action="store_true", help="Train a LoRA on both text encoders, too.")
     add = parser.add_argument_group("pairs").add_argument
     add("--dataset_name", required=True, help="Pairs: hub id or local folder that `datasets` can load.")
     add("--dataset_config_name", help="Configuration of the data set, if it has several.")
@@ -294,7 +306,8 @@ def add_training_arguments(parser):
     add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=POSITIVE, default=1e-5, help="The usual 5e-4 destroys a fully trained SDXL.")
-    add("--scale_lr", action="store_true", help="Multiply the learning rate by the pairs per optimizer step.")
+    add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="Learning rate of the text encoders.")
+    add("--scale_lr", action="store_true", help="Multiply the learning rates by the pairs per optimizer step.")
     schedulers = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
     add("--lr_scheduler", choices=schedulers, default="constant", help="Learning rate schedule.")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
@@ -319,6 +332,8 @@ def add_output_arguments(parser):
     add("--logging_steps", type=COUNT, default=10, help="Optimizer steps between log lines.")
     add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Tracker.")
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
+    add("--no_kohya_format", action="store_true", help="Write no second file of the LoRA for ComfyUI and others.")
+    add("--extract_lora_rank", type=COUNT, help="Also write what the whole UNet has learned as a LoRA of this rank.")
     add("--push_to_hub", action="store_true", help="Upload output_dir at the end.")
     add("--hub_model_id", help="Repository to upload to. Without it, the name of output_dir.")
     add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
@@ -362,7 +377,14 @@ def parse_args(input_args=None):
     rounds = args.rank is None and args.use_8bit_adam and args.mixed_precision == "bf16"
     needed = [(f"--report_to {args.report_to}", tracker) for tracker in trackers]
     needed += [("--use_8bit_adam", "bitsandbytes")] * args.use_8bit_adam + [("--rank", "peft")] * bool(args.rank)
-    rules = [
+    needed += [("--extract_lora_rank", "peft")] * bool(args.extract_lora_rank)
+    lora = ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder")
+    rules = [(getattr(args, name) and not args.rank, f"--{name} needs --rank") for name in lora]
+    cached_text = args.train_text_encoder and args.cache_latents
+    rules += [
+        (args.init_lora and args.lora_layers, "--init_lora brings its own layers, leave --lora_layers out"),
+        (args.extract_lora_rank and args.rank, "--extract_lora_rank is for the whole UNet, without --rank"),
+        (cached_text, "--train_text_encoder cannot be used with --cache_latents, which keeps their output"),
         (args.cache_latents and args.random_crop, "--random_crop cannot be used with --cache_latents"),
         (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
         (bool(args.chosen_column) != bool(args.rejected_column), "--chosen_column and --rejected_column go together"),
@@ -374,6 +396,8 @@ def parse_args(input_args=None):
     rules += [(not importlib.util.find_spec(n), f"{flag} needs {n}: pip install {n}") for flag, n in needed]
     for sentence in [sentence for broken, sentence in rules if broken]:
         parser.error(sentence)
+    if args.rank and not args.init_lora:
+        args.lora_layers = args.lora_layers or ["all"]
     return args
 
 
@@ -712,89 +736,220 @@ def make_loader(args, data, batches, collate=collate_pairs):
 LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
 LATENTS |= {"shift_factor": None, "latents_mean": None}
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
+# A single file holds no configs. Empty tensors in it say what differs from SDXL's.
+SINGLE_FILE_CONFIGS = "stabilityai/stable-diffusion-xl-base-1.0"
+SINGLE_FILE_SIGNS = {"v_pred": {"prediction_type": "v_prediction"}}
+SINGLE_FILE_SIGNS["ztsnr"] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+LORA_LAYERS = {"attention": ATTENTION, "transformer": TRANSFORMER, "all": TRANSFORMER + RESNET}
+TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def single_file_changes(args):
+    """What of the scheduler's config a single file changes; {} for a pipeline in diffusers' layout."""
+    name = args.pretrained_model_name_or_path
+    if name.endswith((".ckpt", ".pt", ".bin")):
+        raise TrainingError(f"--pretrained_model_name_or_path {name}: only .safetensors files are loaded.")
+    if not name.endswith(".safetensors"):
+        return {}
+    with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
+        with safetensors.safe_open(name, "pt") as file:
+            names = set(file.keys())
+        if "conditioner.embedders.1.model.ln_final.weight" not in names:
+            raise TrainingError(NO_SDXL.format(name=name, reason="it has no text_encoder_2"))
+    return {key: value for sign in names & SINGLE_FILE_SIGNS.keys() for key, value in SINGLE_FILE_SIGNS[sign].items()}
+
+
+def check_lora(args, unet_config):
+    """A LoRA to continue must be of the rank and alpha asked for; other layers must be names of the UNet's layers."""
+    layers = [] if args.init_lora or args.lora_layers[0] in LORA_LAYERS else args.lora_layers
+    with torch.device("meta"):
+        modules = UNet2DConditionModel.from_config(unet_config).named_modules() if layers else []
+    names = [f".{name}" for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    for layer in layers:
+        if not any(name.endswith(f".{layer}") for name in names):
+            presets = ", ".join(LORA_LAYERS)
+            raise TrainingError(f"--lora_layers {layer} is neither a layer of the UNet nor one of: {presets}.")
+    if args.init_lora:
+        with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
+            weights, alphas = read_lora(args.init_lora, unet_config)
+        ranks = {len(weight) for name, weight in weights.items() if ".lora_A." in name}
+        checks = [("rank", ranks, args.rank), ("lora_alpha", alphas or ranks, args.lora_alpha or args.rank)]
+        for flag, there, asked in checks:
+            if there != {asked}:
+                there = ", ".join(f"{value:g}" for value in sorted(there)) or "none"
+                raise TrainingError(f"--{flag} {asked:g}: --init_lora {args.init_lora} has {there}.")
+        if any(name.startswith("text_encoder") for name in weights) and not args.train_text_encoder:
+            raise TrainingError(f"--init_lora {args.init_lora} adapts the text encoders: add --train_text_encoder.")
 
 
 def load_configs(args):
     """Shape of the latents and noise scheduler, by configs alone; refuses a base of another kind than SDXL's."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    options = {"cache_dir": args.cache_dir, "revision": args.revision}
+    options, changes = {"cache_dir": args.cache_dir, "revision": args.revision}, single_file_changes(args)
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        parts = StableDiffusionXLPipeline.load_config(name, **options)
+        folder = SINGLE_FILE_CONFIGS if name.endswith(".safetensors") else name
+        parts = StableDiffusionXLPipeline.load_config(folder, **options)
         needed = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
         missing = [part for part in needed if not (parts.get(part) or [None])[0]]
         if missing:
             raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
-        unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
+        unet, vae = (UNet2DConditionModel.load_config(folder, subfolder=part, **options) for part in needed[:2])
+        scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler", **options) | changes
     with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
         other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
         if any(other.get(key, default) != vae.get(key, default) for key, default in LATENTS.items()):
             sentence = f"--pretrained_vae_model_name_or_path {vae_name}: its latents are not those of {name}."
             raise TrainingError(sentence)
-    channels, continuous = (
-        vae.get("latent_channels", LATENTS["latent_channels"]),
-        scheduler.get("timestep_type") == "continuous",
-    )
-    no_betas = "beta_start" not in scheduler or scheduler.get("use_flow_sigmas") or continuous
+    channels = vae.get("latent_channels", LATENTS["latent_channels"])
+    no_betas = scheduler.get("use_flow_sigmas") or scheduler.get("timestep_type") == "continuous"
+    prediction_type = scheduler.get("prediction_type", "epsilon")
     rules = [
         (unet.get("addition_embed_type") != "text_time", "its UNet does not take SDXL's sizes and crops"),
         ({unet.get("in_channels", 4), unet.get("out_channels", 4)} != {channels}, "its UNet takes more than latents"),
         (unet.get("time_cond_proj_dim"), "its UNet was distilled to take the guidance scale"),
-        (no_betas, "its scheduler is of EDM or flow matching"),
-        (
-            scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
-            "it predicts no epsilon or v",
-        ),
+        (no_betas or "beta_start" not in scheduler, "its scheduler is of EDM or flow matching"),
+        (prediction_type not in ("epsilon", "v_prediction"), "it predicts no epsilon or v"),
         (vae.get("latents_mean") or vae.get("shift_factor"), "its VAE shifts its latents"),
     ]
     for reason in [reason for broken, reason in rules if broken]:
         raise TrainingError(NO_SDXL.format(name=name, reason=reason))
+    if args.rank is not None:
+        check_lora(args, unet)
     side = args.resolution // 2 ** (len(other.get("block_out_channels", [64])) - 1)
     return (channels, side, side), DDPMScheduler.from_config(scheduler)
 
 
-def load_vae(args, options):
-    """The VAE that a flag names, in the variant asked for if it has it."""
-    name = args.pretrained_vae_model_name_or_path
-    try:
-        return AutoencoderKL.from_pretrained(name, variant=args.variant, **options)
-    except OSError:
-        return AutoencoderKL.from_pretrained(name, **options)
+def load_part(part_class, name, subfolders, variant, **options):
+    """A part that a flag names, in one of these folders of it, and in the variant asked for if it has it."""
+    for subfolder, kind in itertools.product(subfolders, dict.fromkeys([variant, None])):
+        try:
+            return part_class.from_pretrained(name, subfolder=subfolder, variant=kind, **options)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def load_unet(args, dtype):
+    """The UNet that training starts from."""
+    options = {"cache_dir": args.cache_dir, "use_safetensors": True, "dtype": dtype}
+    name, other = args.pretrained_model_name_or_path, args.pretrained_unet_name_or_path
+    if other is not None:
+        return load_part(UNet2DConditionModel, other, ("unet", ""), args.variant, **options)
+    if name.endswith(".safetensors"):
+        return UNet2DConditionModel.from_single_file(name, config=SINGLE_FILE_CONFIGS, subfolder="unet", **options)
+    options |= {"revision": args.revision, "variant": args.variant}
+    return UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
 
 
 def load_pipeline(args, accelerator, weight_dtype):
     """The SDXL pipeline on the device: frozen parts in `weight_dtype`, a wholly trained UNet in its own dtype."""
     options = {"cache_dir": args.cache_dir, "use_safetensors": True}
-    vae_name, name = args.pretrained_vae_model_name_or_path, args.pretrained_model_name_or_path
+    unet_name, vae_name = args.pretrained_unet_name_or_path, args.pretrained_vae_model_name_or_path
+    name, parts = args.pretrained_model_name_or_path, {}
     # Under ZeRO-3 transformers would shard the frozen text encoders as it loads them.
     transformers.integrations.unset_hf_deepspeed_config()
-    with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-        parts = {"vae": load_vae(args, options)} if vae_name else {}
-    parts |= {"revision": args.revision, "variant": args.variant, "add_watermarker": False}
+    unet_dtype = weight_dtype
+    if args.rank is None:
+        unet_dtype = torch.bfloat16 if args.full_bf16 else torch.float32
+    if vae_name:
+        with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
+            parts["vae"] = load_part(AutoencoderKL, vae_name, (None,), args.variant, **options)
+    if unet_name:
+        with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
+            parts["unet"] = load_unet(args, unet_dtype)
+    options |= {"revision": args.revision, "variant": args.variant, "add_watermarker": False}
+    load = StableDiffusionXLPipeline.from_pretrained
+    # Each part is loaded in the dtype that it keeps.
+    options["dtype"] = {"unet": unet_dtype, "vae": torch.float32, "default": weight_dtype}
+    if name.endswith(".safetensors"):
+        load, options = StableDiffusionXLPipeline.from_single_file, {"config": SINGLE_FILE_CONFIGS}
     advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **parts, **options)
-    dtypes = dict.fromkeys(["unet", "vae", "text_encoder", "text_encoder_2"], weight_dtype)
-    if args.rank is None:
-        dtypes["unet"] = torch.bfloat16 if args.full_bf16 else torch.float32
-    if pipeline.vae.config.force_upcast:
-        dtypes["vae"] = torch.float32  # its half precision overflows
+        pipeline = load(name, **parts, **options)
+    changes = single_file_changes(args)
+    if changes:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    dtypes = {"unet": unet_dtype, "text_encoder": weight_dtype, "text_encoder_2": weight_dtype}
+    # What half precision overflows in is upcast.
+    dtypes["vae"] = torch.float32 if pipeline.vae.config.force_upcast else weight_dtype
     for name, dtype in dtypes.items():
         getattr(pipeline, name).requires_grad_(False).to(accelerator.device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def make_trainable(args, unet):
-    """Choose what is trained, the whole UNet or a new LoRA adapter; return those parameters."""
+def trained_parts(args, pipeline):
+    """The modules that are trained, wholly or with a LoRA, by their names in the pipeline."""
+    names = ["unet", "text_encoder", "text_encoder_2"] if args.train_text_encoder else ["unet"]
+    return {name: getattr(pipeline, name) for name in names}
+
+
+def read_lora(folder, unet_config=None):
+    """A LoRA of any format that diffusers knows, {name in peft's way: weight}, and its alphas if it says some."""
+    options = {"unet_config": unet_config, "use_safetensors": True, "return_lora_metadata": True}
+    weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(folder, **options)
+    unet = {name: weight for name, weight in weights.items() if name.startswith("unet.")}
+    text = {name: weight for name, weight in weights.items() if name not in unet}
+    text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text)) if text else {}
+    weights = convert_unet_state_dict_to_peft(unet) | text
+    alphas = set((alphas or {}).values()) or {(metadata or {}).get("unet.lora_alpha")}
+    return weights, alphas - {None}
+
+
+def names_in_files(name, part, weights):
+    """`weights` of a part of the pipeline under the names that they have in files."""
+    # transformers 5 has a flat CLIPTextModel; other readers know the names of before.
+    flat = name == "text_encoder" and not hasattr(part, "text_model")
+    return {f"{name}.{'text_model.' * flat}{key}": weight for key, weight in weights.items()}
+
+
+def set_lora(parts, weights):
+    """Copy a LoRA of a file into those that the parts have; all of its weights must be theirs."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    weights = dict(weights)
+    for name, part in parts.items():
+        own = get_peft_model_state_dict(part)
+        own = {key: weights.pop(in_file) for key, in_file in zip(own, names_in_files(name, part, own))}
+        set_peft_model_state_dict(part, own)
+        cast_training_params(part, torch.float32)
+    if weights:
+        raise ValueError(f"{len(weights)} of its weights are of no layer, as {next(iter(weights))}")
+
+
+def add_lora(args, parts):
+    """Give the parts that are trained a new LoRA, or the one to continue."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
+        weights = read_lora(args.init_lora, parts["unet"].config)[0] if args.init_lora else {}
+        for name, part in parts.items():
+            names = names_in_files(name, part, {layer: layer for layer, _ in part.named_modules()})
+            layers = [layer for in_file, layer in names.items() if f"{in_file}.lora_A.weight" in weights]
+            if not layers and name == "unet":
+                layers = LORA_LAYERS.get((args.lora_layers or ["all"])[0], args.lora_layers)
+            elif not layers:
+                # The output of the first encoder's last layer is not used, it would get no gradient.
+                layers = range(part.config.num_hidden_layers - (name == "text_encoder"))
+                layers = [f"layers.{number}.self_attn.{layer}" for number in layers for layer in TEXT_LORA_LAYERS]
+            options = {"lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
+            inject_adapter_in_model(LoraConfig(r=args.rank, target_modules=layers, **options), part)
+            cast_training_params(part, torch.float32)
+        adapted = {name: part for name, part in parts.items() if any(key.startswith(f"{name}.") for key in weights)}
+        if args.init_lora:
+            set_lora(adapted, weights)
+
+
+def make_trainable(args, pipeline):
+    """Choose what is trained, the whole UNet or LoRA adapters; return the parameters of each trained part."""
+    unet = pipeline.unet
     if args.rank is None:
         unet.requires_grad_(True)
     else:
-        from peft import LoraConfig
-
-        layers = {"target_modules": ["to_k", "to_q", "to_v", "to_out.0"], "init_lora_weights": "gaussian"}
-        unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, **layers))
-        cast_training_params(unet, torch.float32)
+        add_lora(args, trained_parts(args, pipeline))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
@@ -802,7 +957,9 @@ def make_trainable(args, unet):
         torch._dynamo.config.recompile_limit = 64
         torch._logging.set_logs(graph_breaks=True)
         unet.compile_repeated_blocks(dynamic=False)  # in place, so that the weights keep their names
-    return [parameter for parameter in unet.train().parameters() if parameter.requires_grad]
+    unet.train()
+    parts = trained_parts(args, pipeline).values()
+    return [[parameter for parameter in part.parameters() if parameter.requires_grad] for part in parts]
 
 
 def round_stochastically(weights, generator):
@@ -828,7 +985,7 @@ class StochasticRounding:
 
 
 def build_optimizer(args, parameters, pairs_per_step):
-    """AdamW, with 32-bit or 8-bit states, at the learning rate from which schedules start."""
+    """AdamW, with 32-bit or 8-bit states, at the learning rates from which the schedules of all parts start."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
@@ -836,9 +993,11 @@ def build_optimizer(args, parameters, pairs_per_step):
         optimizer_class = bitsandbytes.optim.AdamW8bit
         if args.full_bf16:
             optimizer_class = type("RoundedAdamW8bit", (StochasticRounding, optimizer_class), {})
-    learning_rate = args.learning_rate * (pairs_per_step if args.scale_lr else 1)
+    rates = (args.learning_rate, args.text_encoder_lr, args.text_encoder_lr)
+    scale = pairs_per_step if args.scale_lr else 1
+    groups = [{"params": group, "lr": scale * rate} for group, rate in zip(parameters, rates)]
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    return optimizer_class(parameters, learning_rate, betas, args.adam_epsilon, weight_decay=decay)
+    return optimizer_class(groups, groups[0]["lr"], betas, args.adam_epsilon, weight_decay=decay)
 
 
 def build_schedule(args, optimizer, step):
@@ -868,20 +1027,20 @@ def encode_images(args, vae, pixel_values):
     return torch.cat(moments)
 
 
-def encode_prompts(pipeline, prompts):
+def encode_prompts(pipeline, prompts, text_encoders):
     """
     Each prompt by itself: prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`, and
     whether the prompt had more tokens and was cut, `(prompts,)`.
     """
     prompt_embeds, pooled_prompt_embeds, cut = [], [], []
-    encoders = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt", "return_overflowing_tokens": True}
     for prompt in prompts:
         hidden_states = []
         # `pipeline.encode_prompt` would wait for the device.
-        for tokenizer, text_encoder in encoders:
+        for tokenizer, text_encoder in zip((pipeline.tokenizer, pipeline.tokenizer_2), text_encoders):
             input_ids = tokenizer(prompt, **options).input_ids
-            output = text_encoder(input_ids[:1].to(text_encoder.device, non_blocking=True), output_hidden_states=True)
+            on_device = input_ids[:1].to(pipeline.text_encoder.device, non_blocking=True)
+            output = text_encoder(on_device, output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
         prompt_embeds.append(torch.cat(hidden_states, dim=-1))
         pooled_prompt_embeds.append(output.text_embeds)
@@ -889,16 +1048,17 @@ def encode_prompts(pipeline, prompts):
     return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds), torch.cat(cut)
 
 
-@torch.no_grad()
-def encode_pairs(args, pipeline, batch):
+def encode_pairs(run, batch):
     """Samples of the VAE's posterior `(2 * pairs, channels, height, width)`, and what `encode_prompts` gives."""
+    vae = run.pipeline.vae
     if "moments" in batch:
         moments, embeds = batch["moments"], [batch[name] for name in EMBEDDINGS]
     else:
-        moments = encode_images(args, pipeline.vae, batch["pixel_values"])
-        embeds = encode_prompts(pipeline, batch["caption"])
+        with torch.no_grad():
+            moments = encode_images(run.args, vae, batch["pixel_values"])
+        embeds = encode_prompts(run.pipeline, batch["caption"], run.text_encoders)
     mean, std = moments.float().unbind(dim=1)
-    return (mean + std * batch["posterior_noise"]) * pipeline.vae.config.scaling_factor, *embeds
+    return (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor, *embeds
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------
@@ -933,7 +1093,9 @@ def cache_pair(args, pipeline, path, item):
         pixel_values = item["pixel_values"].to(pipeline.vae.device)
         moments = encode_images(args, pipeline.vae, pixel_values.flatten(0, 1)).unflatten(0, (2, -1))
         unusable = None if moments.isfinite().all() else "has an image that the VAE encodes to NaN"
-        embeds = dict(zip(EMBEDDINGS, [embeds[0] for embeds in encode_prompts(pipeline, [item["caption"]])]))
+        text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
+        embeds = encode_prompts(pipeline, [item["caption"]], text_encoders)
+        embeds = dict(zip(EMBEDDINGS, [values[0] for values in embeds]))
         tensors = {"moments": moments, "add_time_ids": item["add_time_ids"], **embeds}
     metadata = {"pair": json.dumps([item["labels"], unusable])}
     write_whole(path, functools.partial(safetensors.torch.save_file, tensors, metadata=metadata))
@@ -972,8 +1134,10 @@ def fill_caches(args, accelerator, pipeline, *data):
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 STATE, LORA_FILE = "mapo_state.json", "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 # A difference in one of the first settings is refused; in any other but the last ones it is reported.
-FIXED_ON_RESUME = ("rank", "use_8bit_adam", "full_bf16", "streaming", "shuffle_shards", "seed", "sharding")
+FIXED_ON_RESUME = ("rank", "lora_alpha", "lora_layers", "init_lora", "train_text_encoder", "use_8bit_adam")
+FIXED_ON_RESUME += ("full_bf16", "streaming", "shuffle_shards", "seed", "sharding")
 FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token", "output_dir")
 
 
@@ -994,46 +1158,48 @@ class Progress:
     order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
 
 
-def lora_layers(unet, weights=None):
-    """The LoRA of a UNet as diffusers saves it: {name: weight}."""
-    from peft import get_peft_model_state_dict
-
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights))
-
-
 def save_trained_weights(run, folder):
     """Write `pytorch_lora_weights.safetensors` or `unet/`, by all processes: sharded weights are gathered."""
     # Unwrapping for it would leave a compiled UNet without DDP.
-    weights, unet = run.accelerator.get_state_dict(run.unet, unwrap=False), run.pipeline.unet
+    weights = {name: run.accelerator.get_state_dict(part, unwrap=False) for name, part in run.trained.items()}
     if not run.accelerator.is_main_process:
         return
-    weights = {name.replace("_orig_mod.", "").removeprefix("module."): weight for name, weight in weights.items()}
+    weights = {
+        part: {name.replace("_orig_mod.", "").removeprefix("module."): w for name, w in tensors.items()}
+        for part, tensors in weights.items()
+    }
     if run.args.rank is None:
+        unet = run.pipeline.unet
         with torch.device("meta"):
             # Without the folder that the base model was loaded from.
             whole = UNet2DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "_name_or_path"})
-        whole.load_state_dict(weights, assign=True)
+        whole.load_state_dict(weights["unet"], assign=True)
         whole.save_pretrained(folder / "unet")
         files, names = (folder / "unet").glob("*.safetensors"), set(unet.state_dict())
     else:
-        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=lora_layers(unet, weights))
-        files, names = [folder / LORA_FILE], {f"unet.{name}" for name in lora_layers(unet)}
+        from peft import get_peft_model_state_dict
+
+        lora, names = {}, set()
+        for name, part in trained_parts(run.args, run.pipeline).items():
+            layers = get_peft_model_state_dict(part, state_dict=weights[name])
+            layers, config = names_in_files(name, part, layers), part.peft_config["default"].to_dict()
+            names |= names_in_files(name, part, get_peft_model_state_dict(part)).keys()
+            lora[f"{name}_lora_layers"] = {key.removeprefix(f"{name}."): weight for key, weight in layers.items()}
+            lora[f"{name}_lora_adapter_metadata"] = config
+        StableDiffusionXLPipeline.save_lora_weights(folder, **lora)
+        files = [folder / LORA_FILE]
     # Whatever wraps the UNet, the files hold the names that pipelines load.
     if set().union(*(safetensors.safe_open(file, "pt").keys() for file in files)) != names:
         raise TrainingError(f"{folder} was written with other names than the UNet's weights have.")
 
 
-def load_trained_weights(args, unet, folder):
+def load_trained_weights(args, pipeline, folder):
     """Load what `save_trained_weights` wrote into the same parameters, which the optimizer already holds."""
     if args.rank is None:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict())
+        weights = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
+        pipeline.unet.load_state_dict(weights)
     else:
-        from peft import set_peft_model_state_dict
-
-        layers = StableDiffusionXLPipeline.lora_state_dict(folder)[0]
-        layers = {name.removeprefix("unet."): weight for name, weight in layers.items()}
-        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers))
-        cast_training_params(unet, torch.float32)
+        set_lora(trained_parts(args, pipeline), read_lora(folder)[0])
 
 
 def list_checkpoints(output_dir):
@@ -1123,7 +1289,7 @@ def resume(run, checkpoint, state):
     flags = [{**group, "params": None} for group in run.optimizer.param_groups]
     with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded"):
         if state["settings"]["sharding"] == "none":
-            load_trained_weights(args, run.pipeline.unet, checkpoint)
+            load_trained_weights(args, run.pipeline, checkpoint)
         run.accelerator.load_state(checkpoint)
     for group, values in zip(run.optimizer.param_groups, flags):
         group.update(values, params=group["params"])
@@ -1261,11 +1427,55 @@ def write_model_card(args, metrics, step):
     card.save(output_dir / "README.md")
 
 
+def write_kohya_lora(folder):
+    """The LoRA of a folder once more, under the names that ComfyUI, A1111 and sd-scripts know."""
+    weights, (alpha,) = read_lora(folder)
+    weights = convert_state_dict_to_kohya(weights)
+    weights |= {name: torch.tensor(float(alpha)) for name in weights if name.endswith(".alpha")}
+    write_whole(folder / KOHYA_FILE, functools.partial(safetensors.torch.save_file, weights))
+
+
+@torch.no_grad()
+def extract_lora(args, device):
+    """
+    Write `extracted_lora/`: the LoRA that comes nearest to what training has changed in the UNet, by the largest
+    singular values of each layer's difference. Layers are those of `--lora_layers all`; norms and biases have none.
+    """
+    from peft import LoraConfig
+
+    folder, rank, weights, kept, whole = Path(args.output_dir), args.extract_lora_rank, {}, 0.0, 0.0
+    before = load_unet(args, torch.float32).state_dict()
+    trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
+    for name, weight in tqdm(trained.items(), "Extracting a LoRA"):
+        difference = weight.to(device, torch.float32) - before.pop(name).to(device)
+        whole += difference.square().sum().item()
+        layer = name.removesuffix(".weight")
+        if layer == name or not layer.endswith(tuple(f".{suffix}" for suffix in LORA_LAYERS["all"])):
+            continue
+        u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+        kept += s[:rank].square().sum().item()
+        up, down = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * v[:rank]
+        # A layer may be narrower than the rank.
+        up, down = F.pad(up, (0, rank - up.shape[1])), F.pad(down, (0, 0, 0, rank - len(down)))
+        window = weight.shape[2:]
+        weights[f"{layer}.lora_A.weight"] = down.reshape(rank, weight.shape[1], *window).cpu().contiguous()
+        weights[f"{layer}.lora_B.weight"] = up.reshape(*up.shape, *[1] * len(window)).cpu().contiguous()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS["all"]).to_dict()
+    folder = folder / "extracted_lora"
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
+    share = kept / whole if whole else 0.0
+    logger.info(f"{folder} of rank {rank} keeps {share:.1%} of the squared change of the UNet's weights.")
+    if not args.no_kohya_format:
+        write_kohya_lora(folder)
+
+
 def finish(run):
     """Save the trained weights first; then a checkpoint, to train them longer; then validate and describe them."""
     args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
     with failing_together(f"{output_dir} could not be written, the checkpoints are untouched"):
         save_trained_weights(run, output_dir)
+        if accelerator.is_main_process and args.rank is not None and not args.no_kohya_format:
+            write_kohya_lora(output_dir)
     # A finished run that is run again has it; one process looks, so that all do the same.
     if not gather_object([(output_dir / f"checkpoint-{progress.step}" / STATE).exists()])[0]:
         save_checkpoint(run)
@@ -1285,8 +1495,16 @@ def create_hub_repo(args, accelerator):
             return create_repo(repo_id, exist_ok=True, private=private, token=args.hub_token).repo_id
 
 
-def send(args, trackers, repo_id):
-    """Finish the trackers, and upload the output folder to `repo_id`, if any. No failure may cost what is saved."""
+def send(args, trackers, device, repo_id):
+    """
+    Extract a LoRA on `device`, finish the trackers, and upload the output folder to `repo_id`, if there are any. No
+    failure may cost what is saved.
+    """
+    try:
+        if device is not None:
+            extract_lora(args, device)
+    except Exception as error:
+        logger.error(f"--extract_lora_rank: the UNet is saved, but no LoRA could be made of it ({one_line(error)}).")
     try:
         for tracker in trackers:
             tracker.finish()
@@ -1371,6 +1589,9 @@ def check_steps(args, state):
 
 def configure_sharding(args, accelerator, weight_dtype):
     """Refuse what FSDP and DeepSpeed cannot do, and keep their gradients and trained weights in float32."""
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if args.train_text_encoder and sharded:
+        raise TrainingError("--train_text_encoder: one model can be sharded, use launch_configs/multi_gpu.yaml.")
     if accelerator.distributed_type == DistributedType.FSDP:
         if args.use_8bit_adam:
             raise TrainingError("--use_8bit_adam: bitsandbytes cannot step sharded weights, use deepspeed_zero2.yaml.")
@@ -1437,11 +1658,12 @@ def train_step(run, micro_batches, batches, stop):
     while micro_batches:
         batch = micro_batches.pop(0)
         rows, skipped = rows + batch["row"], skipped + int(batch["skipped"].sum())
-        with accelerator.accumulate(run.unet):
+        with accelerator.accumulate(*run.trained.values()):
             loss, metrics = preference_step(run, batch)
             accelerator.backward(loss)
         sums = sums + metrics
-    grad_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
+    trained = itertools.chain(*(part.parameters() for part in run.trained.values()))
+    grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     progress.step += 1
     try:
@@ -1523,6 +1745,19 @@ def train(run, batches, stop):
     return 0
 
 
+def prepare(run, optimizer):
+    """Wrap what is trained and the optimizer for this run's processes."""
+    accelerator, pipeline, parts = run.accelerator, run.pipeline, trained_parts(run.args, run.pipeline)
+    # Checkpoints hold the trained weights in diffusers' format in place of accelerate's copy of the model.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    *wrapped, run.optimizer = accelerator.prepare(*parts.values(), optimizer)
+    run.optimizer.defaults = optimizer.defaults  # the polynomial schedule reads them, DeepSpeed's optimizer has none
+    run.trained = dict(zip(parts, wrapped))
+    run.unet = run.trained["unet"]
+    run.text_encoders = [run.trained.get(name, getattr(pipeline, name)) for name in ("text_encoder", "text_encoder_2")]
+
+
 def main(args):
     """Train; returns the exit status, and the function that sends what no other process is to wait for."""
     accelerator, weight_dtype = build_accelerator(args)
@@ -1553,18 +1788,16 @@ def main(args):
         check_vae(args, pipeline.vae, first_pair)
     if args.cache_latents:
         fill_caches(args, accelerator, pipeline, pairs, held_out)
+    # add_noise would move it in the first step, and wait for that.
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     torch.manual_seed(args.seed)  # for the start of a LoRA
-    parameters = make_trainable(args, pipeline.unet)
+    parameters = make_trainable(args, pipeline)
     optimizer = build_optimizer(args, parameters, pairs_per_step)
-    # Checkpoints hold the trained weights in diffusers' format in place of accelerate's copy of the model.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     run = argparse.Namespace(args=args, accelerator=accelerator, pipeline=pipeline, noise_scheduler=noise_scheduler)
-    run.unet, run.optimizer = accelerator.prepare(pipeline.unet, optimizer)
-    run.optimizer.defaults = optimizer.defaults  # the polynomial schedule reads them, DeepSpeed's optimizer has none
+    prepare(run, optimizer)
     run.held_out, run.base_images, run.pairs_per_step, run.progress = held_out, [], pairs_per_step, progress
     start_trackers(run)
-    number = sum(parameter.numel() for parameter in parameters)
+    number = sum(parameter.numel() for parameter in itertools.chain(*parameters))
     logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
     logger.info(f"  Pairs = {len(index)}, held out = {len(held_out_index)}, per optimizer step = {pairs_per_step}")
     if checkpoint is None:
@@ -1582,7 +1815,9 @@ def main(args):
     else:
         finish(run)
     accelerator.wait_for_everyone()
-    unsent = functools.partial(send, args, accelerator.trackers, None if signal_number else repo_id)
+    extracts = args.extract_lora_rank and accelerator.is_main_process and not signal_number
+    device = accelerator.device if extracts else None
+    unsent = functools.partial(send, args, accelerator.trackers, device, None if signal_number else repo_id)
     return 128 + signal_number if signal_number else 0, unsent
 
 

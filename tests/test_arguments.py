@@ -37,8 +37,8 @@ DEFAULTS |= {"label_1_column": "label_1", "chosen_column": None, "rejected_colum
 COUNTS = ["rank", "lora_rank", "shuffle_shards", "max_train_samples", "resolution", "vae_encode_batch_size"]
 COUNTS += ["train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles"]
 COUNTS += ["max_bad_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"]
-COUNTS += ["num_inference_steps", "num_validation_pairs"]
-POSITIVE = ["learning_rate", "lr_power", "adam_epsilon", "max_grad_norm", "snr_value"]
+COUNTS += ["num_inference_steps", "num_validation_pairs", "extract_lora_rank"]
+POSITIVE = ["learning_rate", "lr_power", "adam_epsilon", "max_grad_norm", "snr_value", "text_encoder_lr"]
 # Kind of number: its flags, values out of range, and the values at the ends of the range.
 NUMBERS = {
     "count": (COUNTS, ["0", "-1", "1.5", "1e3", "nan", "inf", "many", ""], []),
@@ -47,6 +47,7 @@ NUMBERS = {
     "share below one": (["adam_beta1", "adam_beta2"], ["-0.1", "1", "1.1", "nan", "inf"], ["0", "0.9999"]),
     "not negative": (["adam_weight_decay", "guidance_scale"], ["-1e-9", "nan", "inf", "x"], ["0"]),
     "positive": (POSITIVE, ["0", "-1e-9", "nan", "inf", "x"], ["1e-30"]),
+    "positive, with --rank": (["lora_alpha"], ["0", "-1e-9", "nan", "inf", "x"], []),
     "positive or infinite": (["beta_mapo"], ["0", "-1", "nan", "-inf", "x"], ["1e-3", "inf"]),
 }
 
@@ -63,6 +64,13 @@ CONTRADICTIONS = [
     ("--lr_scheduler polynomial --learning_rate 1e-7", ["--learning_rate", "--lr_scheduler"]),
     ("--lr_scheduler piecewise_constant", ["--lr_scheduler"]),
     ("--mixed_precision fp8", ["--mixed_precision"]),
+    ("--lora_alpha 8", ["--lora_alpha", "--rank"]),
+    ("--lora_layers all", ["--lora_layers", "--rank"]),
+    ("--train_text_encoder", ["--train_text_encoder", "--rank"]),
+    ("--init_lora lora", ["--init_lora", "--rank"]),
+    ("--rank 4 --init_lora lora --lora_layers all", ["--init_lora", "--lora_layers"]),
+    ("--rank 4 --extract_lora_rank 4", ["--extract_lora_rank", "--rank"]),
+    ("--rank 4 --train_text_encoder --cache_latents", ["--train_text_encoder", "--cache_latents"]),
 ]
 ALLOWED = [
     "--streaming",

@@ -141,10 +141,11 @@ class Oracle:
             return self.full
         merged = {name: weight.detach() for name, weight in self.full.items()}
         for name in self.lora:
-            if name.endswith(".lora.down.weight"):
-                update = self.lora[name.replace("down.weight", "up.weight")] @ self.lora[name]
-                target = name.removeprefix("unet.").replace(".lora.down", "")
-                merged[target] = merged[target] + update
+            if name.endswith(".lora_A.weight"):
+                update = self.lora[name.replace("lora_A", "lora_B")].flatten(1) @ self.lora[name].flatten(1)
+                target = name.removeprefix("unet.").replace(".lora_A", "")
+                scale = (self.args.lora_alpha or self.args.rank) / self.args.rank
+                merged[target] = merged[target] + scale * update.view_as(merged[target])
         return merged
 
     def errors(self, items):

@@ -1,0 +1,450 @@
+#!/usr/bin/env python
+# Copyright 2026 The MaPO SDXL contributors. All rights reserved.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+#
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "accelerate>=1.12", "datasets>=4.4.1",
+#   "peft>=0.18", "sentencepiece", "protobuf", "ftfy"]
+# ///
+"""Make preference pairs with Stable Diffusion XL itself, in the layout of Pick-Style (arXiv 2406.06424).
+
+As Pick-Style was made: chosen images are drawn with a style prefix before the caption, rejected ones without it.
+
+    accelerate launch make_pick_style_sdxl.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --prompts captions.txt \
+        --style_prefix "A flat cartoon with thick outlines of" --mixed_precision bf16 --output_dir pairs
+
+In place of `--style_prefix`, `--num_candidates 8 --scorer pickscore` pairs the best of eight images of a caption with
+the worst, and `--chosen_images photos` pairs photos of a subject with what the model draws of it. `--lora` or `--unet`
+draws with an aligned model, for another round. The same command resumes, on any number of processes.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import sys
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets.fingerprint import Hasher
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub import DatasetCardData, ModelCard, create_repo, hf_hub_download, upload_folder
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+
+logger = get_logger(__name__)
+BASE, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
+
+
+# Errors and files ----------------------------------------------------------------------------------------------------
+class PairsError(Exception):
+    """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
+
+
+@contextlib.contextmanager
+def naming(subject, fault="cannot be loaded"):
+    """Turn any error into a PairsError that names the flag or file at fault, and gives the reason."""
+    try:
+        yield
+    except PairsError:
+        raise
+    except Exception as error:  # broken files raise most of the built-in ones
+        raise PairsError(f"{subject} {fault}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def write_whole(path, write):
+    """Call `write(path)` on a hidden neighbour that then takes the path's place, so nobody sees half a file."""
+    aside = path.with_name(f".incomplete-{path.name}")
+    with naming(f"--output_dir: {path}", "cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        os.replace(aside, path)
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+def add_arguments(parser):
+    add = parser.add_argument_group("captions and pairs").add_argument
+    add("--prompts", required=True, help="Captions: a .txt, .csv, .json, .jsonl or .parquet file, or a hub id.")
+    add("--prompt_column", "--caption_column", default="prompt", help="Column of the captions, except in a .txt.")
+    add("--prompt_split", default="train", help="Split of the hub data set.")
+    add("--max_prompts", type=int, help="Use only the first captions.")
+    kind = parser.add_mutually_exclusive_group(required=True).add_argument
+    kind("--style_prefix", help="Words that stand before the captions of the chosen images only.")
+    kind("--num_candidates", type=int, help="Draw so many images of a caption, and pair the best with the worst.")
+    kind("--chosen_images", metavar="FOLDER", help="Photos to choose over drawn images, used in turn.")
+    add("--different_seeds", action="store_true", help="Give the two images of a style pair different noise.")
+    scorers = {"choices": ["pickscore", "hps", "aesthetic", "clip", "siglip"]}
+    add("--scorer", **scorers, help="Who ranks the candidates; takes the evaluation script's flags for its files.")
+    add = parser.add_argument_group("drawing").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
+    add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
+    add("--unet", help="UNet in place of the pipeline's: hub id or local folder, e.g. of training.")
+    add("--lora", help="LoRA to draw with: hub id or local folder, e.g. of training, or a .safetensors file.")
+    add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
+    add("--resolution", type=int, default=1024, help="Side of the drawn images in pixels.")
+    add("--seed", type=int, default=0, help="Seed of the noise and of the sides.")
+    add("--batch_size", type=int, default=4, help="Images per process and forward pass.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="pairs", help="Folder for everything that the run writes.")
+    add("--push_to_hub", action="store_true", help="Upload the pairs and their card at the end.")
+    add("--hub_model_id", help="Data set repository to upload to. Without it, the name of output_dir.")
+    add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
+    add("--hub_token", help="Token for the upload. Without it, that of `hf auth login`.")
+
+
+def parse_args(input_args=None):
+    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --prompts FILE --style_prefix WORDS",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    args, others = parser.parse_known_args(input_args)
+    unknown = [word for word in others if word.startswith("-") and not word.startswith(f"--{args.scorer}_")]
+    unknown = unknown or others * (not args.scorer)
+    counts = {name: vars(args)[name] for name in ("max_prompts", "num_inference_steps", "resolution", "batch_size")}
+    low = [f"--{name}" for name, number in counts.items() if number is not None and number < 1]
+    alone = args.scorer and not find_spec("evaluate_diffusion_mapo_sdxl")
+    rules = [
+        (low, f"{', '.join(low)} must be at least 1"),
+        (unknown, f"unknown arguments: {', '.join(unknown)} (see --help for the list)"),
+        (args.style_prefix is not None and not args.style_prefix.strip(), "--style_prefix is empty"),
+        (args.different_seeds and not args.style_prefix, "--different_seeds needs --style_prefix"),
+        (args.num_candidates is not None and args.num_candidates < 2, "--num_candidates must be at least 2"),
+        (bool(args.num_candidates) != bool(args.scorer), "--num_candidates and --scorer go together"),
+        (alone, "--scorer needs evaluate_diffusion_mapo_sdxl.py beside this script"),
+        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
+        (not 0 <= args.seed < 2**32, "--seed must be from 0 to 4294967295"),
+        (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
+        (args.lora and not find_spec("peft"), "--lora needs: pip install peft"),
+    ]
+    for sentence in [sentence for broken, sentence in rules if broken]:
+        parser.error(sentence)
+    args.style_prefix = args.style_prefix and args.style_prefix.strip()
+    if args.scorer:
+        from evaluate_diffusion_mapo_sdxl import parse_args as parse_evaluation
+
+        args.evaluation = parse_evaluation(["--images", "a=b", "--prompts", "c", "--scorers", args.scorer, *others])
+    return args
+
+
+# Captions and photos -------------------------------------------------------------------------------------------------
+PROMPT_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def stream_rows(args, column):
+    """Rows of --prompts. Of parquet files, which may hold images, only the column is read."""
+    suffix, split, source = Path(args.prompts).suffix, args.prompt_split, {"path": args.prompts}
+    if suffix in PROMPT_FILES:
+        source, split = {"path": PROMPT_FILES[suffix], "data_files": args.prompts}, "train"
+    builder = datasets.load_dataset_builder(**source, **({"encoding": "utf-8-sig"} if suffix == ".txt" else {}))
+    rows = builder.as_streaming_dataset(split=split)
+    if hasattr(builder.config, "columns") and column in (rows.features or ()):
+        builder.config.columns = [column]
+        rows = builder.as_streaming_dataset(split=split)
+    return rows
+
+
+def read_captions(args):
+    """The first --max_prompts captions; rows without text are left out."""
+    column, captions, left_out = "text" if args.prompts.endswith(".txt") else args.prompt_column, [], 0
+    with naming(f"--prompts {args.prompts}"):
+        for row in stream_rows(args, column):
+            if column not in row:
+                raise PairsError(f"--prompt_column {column} is not among the columns {', '.join(row)}.")
+            caption = row[column].strip() if isinstance(row[column], str) else ""
+            captions += [caption] if caption else []
+            left_out += not caption
+            if len(captions) == args.max_prompts:
+                break
+    if not captions:
+        raise PairsError(f"--prompts {args.prompts} holds no caption.")
+    if left_out:
+        logger.warning(f"--prompts {args.prompts}: {left_out} of the rows hold no text and are left out.")
+    return captions
+
+
+def read_photos(args):
+    """--chosen_images in the order of their names: upright, on white, and no larger than --resolution asks for."""
+    paths, photos = sorted(Path(args.chosen_images).glob("*")), []
+    for path in [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]:
+        with naming(f"--chosen_images: {path}", "cannot be read"), Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            side = min(args.resolution, *image.size)
+            photos.append(ImageOps.cover(image, (side, side), Image.Resampling.LANCZOS))
+    if not photos:
+        raise PairsError(f"--chosen_images {args.chosen_images} is no folder with .png, .jpg, .jpeg or .webp files.")
+    return photos
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+def find_file(flag, source, *names):
+    """Path of the first of these files in a local folder or, then downloaded, of a hub id."""
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            path = Path(source, name) if Path(source).is_dir() else Path(hf_hub_download(source, name))
+            if path.is_file():
+                return path
+    raise PairsError(f"--{flag} {source} is no folder or reachable hub id with {' or '.join(names)}.")
+
+
+def find_models(args):
+    """The file that stands for each model, {flag: path}; a base or UNet of another kind is refused by its config."""
+    base, lora = getattr(args, BASE), (args.lora, "pytorch_lora_weights.safetensors")
+    if args.lora and args.lora.endswith(".safetensors"):
+        lora = (str(Path(args.lora).parent), Path(args.lora).name)
+    wanted = {BASE: (base, "unet/config.json"), VAE: (getattr(args, VAE), "config.json")}
+    wanted |= {"unet": (args.unet, "unet/config.json", "config.json"), "lora": lora}
+    files = {flag: find_file(flag, *names) for flag, names in wanted.items() if names[0]}
+    with naming("A UNet's config"):
+        configs = {flag: json.loads(files[flag].read_text()) for flag in (BASE, "unet") if flag in files}
+    for flag, config in configs.items():
+        same = all(config.get(key) == configs[BASE].get(key) for key in ("cross_attention_dim", "in_channels"))
+        if config.get("addition_embed_type") != "text_time" or not same:
+            raise PairsError(f"--{flag} {getattr(args, flag)}: its UNet does not take SDXL's prompts and latents.")
+    return files
+
+
+def load_pipeline(args, device, dtype, files):
+    """The pipeline on the device, in the precision asked for; a VAE that overflows in half precision in float32."""
+    base, vae, parts, safe = getattr(args, BASE), getattr(args, VAE), {}, {"use_safetensors": True}
+    if vae:
+        with naming(f"--{VAE} {vae}"):
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, **safe)
+    if args.unet:
+        parent = files["unet"].parent
+        folder = "unet" if parent.name == "unet" and parent != Path(args.unet) else None
+        with naming(f"--unet {args.unet}"):
+            found = UNet2DConditionModel.from_pretrained(args.unet, subfolder=folder, output_loading_info=True, **safe)
+        if found[1]["missing_keys"]:  # which were drawn at random
+            raise PairsError(f"--unet {args.unet} lacks {len(found[1]['missing_keys'])} weights.")
+        parts["unet"] = found[0]
+    with naming(f"--{BASE} {base}"):
+        parts |= {"variant": args.variant, "add_watermarker": False}
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base, **parts, **safe)
+    if args.lora:
+        with naming(f"--lora {args.lora}"):
+            pipeline.load_lora_weights(files["lora"].parent, weight_name=files["lora"].name, **safe)
+        if not pipeline.get_list_adapters():
+            raise PairsError(f"--lora {args.lora}: none of its weights has a place in this model.")
+    if pipeline.vae.config.latents_mean or pipeline.vae.config.shift_factor:
+        raise PairsError(f"--{VAE if vae else BASE}: the VAE shifts its latents, which SDXL's does not.")
+    pipeline.vae.to(device, torch.float32 if pipeline.vae.config.force_upcast else dtype).enable_slicing()
+    for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        model.to(device, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+# What is drawn for a caption depends on --seed and the caption's number alone. Captions are drawn in blocks of
+# --batch_size, always the same ones, and each block by one process: an image's last bits depend on its neighbours.
+# A pair is a file in `pairs_made`, beside the settings that it depends on, until all of them go into `data`.
+ROWS_A_GROUP, ROWS_A_SHARD = 25, 100  # of about 3 MB each at 1024 px; streams keep some row groups in memory
+
+
+@torch.no_grad()
+def draw(args, pipeline, prompts, seeds):
+    """An image of each prompt, each from its own noise."""
+    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    generators, vae = [torch.Generator().manual_seed(seed) for seed in seeds], pipeline.vae
+    latents = pipeline(prompts, generator=generators, **options).images
+    # Decoded outside of the pipeline, because the VAE may need another precision than the UNet.
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    if not pixels.isfinite().all():
+        raise PairsError(f"--{BASE}: NaN is drawn in {latents.dtype}, try --mixed_precision bf16 or another --{VAE}.")
+    return pipeline.image_processor.postprocess(pixels.float())
+
+
+def png(image):
+    """An image's bytes. A higher level would save a few per cent of them, and take as long as drawing steps do."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def make_block(args, pipeline, scorer, captions, photos, block):
+    """The rows of a block of captions, as tables of one row."""
+    prompts, images = [captions[number] for number in block], args.num_candidates or 2
+    states = [np.random.SeedSequence([args.seed, number]).generate_state(1 + images, np.uint64) for number in block]
+    sides, *seeds = np.array(states).T.tolist()
+    if scorer is not None:
+        draws = [draw(args, pipeline, prompts, seeds_of_draw) for seeds_of_draw in seeds]
+        scores = np.array([scorer.score(images, prompts).tolist() for images in draws])
+        ends = enumerate(zip(scores.argmax(axis=0), scores.argmin(axis=0)))
+        pairs = [[(draws[n][i], float(scores[n, i])) for n in pair] for i, pair in ends]
+    else:
+        styled = [f"{args.style_prefix} {prompt}" for prompt in prompts if args.style_prefix]
+        chosen = draw(args, pipeline, styled, seeds[0]) if styled else [photos[n % len(photos)] for n in block]
+        rejected = draw(args, pipeline, prompts, seeds[1 if args.different_seeds else 0])
+        pairs = [[(winner, 1), (loser, 0)] for winner, loser in zip(chosen, rejected)]
+    for side, prompt, pair in zip(sides, prompts, pairs):
+        (image_0, label_0), (image_1, label_1) = pair[:: 1 if side % 2 else -1]
+        row = {"caption": prompt, "jpg_0": png(image_0), "jpg_1": png(image_1), "label_0": label_0, "label_1": label_1}
+        yield pa.Table.from_pylist([row])
+
+
+def pair_file(args, number):
+    return Path(args.output_dir, "pairs_made", f"{number:06d}.parquet")
+
+
+def make_missing(args, accelerator, dtype, captions, photos, files):
+    """Make the missing pairs; each process takes its share of the blocks that lack one."""
+    numbers = range(0 if Path(args.output_dir, "README.md").exists() else len(captions))
+    # As one process sees the folder before any of them writes.
+    missing = gather_object([{number for number in numbers if not pair_file(args, number).exists()}])[0]
+    logger.info(f"{len(missing)} of {len(captions)} pairs are to be made in {args.output_dir}.")
+    blocks = [range(len(captions))[i : i + args.batch_size] for i in range(0, len(captions), args.batch_size)]
+    blocks = [block for block in blocks if not missing.isdisjoint(block)]
+    blocks, scorer = blocks[accelerator.process_index :: accelerator.num_processes], None
+    if blocks and args.scorer:
+        from evaluate_diffusion_mapo_sdxl import build_scorer
+
+        with naming(f"--scorer {args.scorer}"):
+            scorer = build_scorer(args.evaluation, args.scorer, accelerator.device)
+    pipeline = load_pipeline(args, accelerator.device, dtype, files) if blocks else None
+    share = sum(number in missing for block in blocks for number in block)
+    with tqdm(None, "Pairs", share, unit="pair", disable=not accelerator.is_local_main_process) as bar:
+        for block in blocks:
+            for number, table in zip(block, make_block(args, pipeline, scorer, captions, photos, block)):
+                if number in missing:
+                    write_whole(pair_file(args, number), partial(pq.write_table, table))
+                    bar.update()
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+def check_folder(args, settings):
+    """Refuse an --output_dir with pairs of other settings, or with another maker's files; write the settings."""
+    folder, file = Path(args.output_dir), Path(args.output_dir, "pairs_made", "settings.json")
+    made = [path for name in ("pairs_made/*.parquet", "data/*", "README.md") for path in folder.glob(name)]
+    with naming(f"--output_dir: {file}", "cannot be read"):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    names = sorted(name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name))
+    if made and names:
+        change = f"with {names[0]} {before.get(names[0])}, now {settings.get(names[0])}" if before else "by another"
+        raise PairsError(f"--output_dir {folder} holds {made[0].name}, made {change}: take another folder.")
+    write_whole(file, partial(Path.write_text, data=json.dumps(settings, indent=2), encoding="utf-8"))
+
+
+def assemble(args, number, settings):
+    """Write the shards from the pairs' own files, and then the card, which names nothing of this machine."""
+    folder, parts, sizes = Path(args.output_dir), math.ceil(number / ROWS_A_SHARD), []
+    for part, rows in enumerate(np.array_split(range(number), parts)):
+        shard = folder / "data" / f"train-{part:05d}-of-{parts:05d}.parquet"
+        with naming(f"--output_dir: a pair in {folder}", "cannot be read"):
+            table = pa.concat_tables(pq.ParquetFile(pair_file(args, row)).read() for row in rows)
+        write_whole(shard, partial(pq.write_table, table, row_group_size=ROWS_A_GROUP))
+        sizes.append((table.nbytes, shard.stat().st_size))
+    size, download = map(sum, zip(*sizes))
+    features = datasets.Features.from_arrow_schema(table.schema).items()
+    features = [{"name": name, "dtype": feature.dtype} for name, feature in features]
+    info = {"features": features, "splits": [{"name": "train", "num_bytes": size, "num_examples": number}]}
+    info |= {"download_size": download, "dataset_size": size}
+    files = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
+    licence = {"license": "other"}
+    with contextlib.suppress(Exception):  # the base has no card, or there is no network
+        card = ModelCard.load(getattr(args, BASE)).data.to_dict()
+        licence |= {name: value for name, value in card.items() if name.startswith("license")}
+    tags = {"task_categories": ["text-to-image"], "tags": ["mapo", "preference", "stable-diffusion-xl", "synthetic"]}
+    head = DatasetCardData(**licence, **tags, dataset_info=info, configs=files).to_yaml()
+    lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    title = f"# {folder.resolve().name}\n\n{number:,} pairs of images in the layout of Pick-Style"
+    text = f"---\n{head}\n---\n\n{title}, made by `make_pick_style_sdxl.py` with:\n\n{lines}\n"
+    write_whole(folder / "README.md", partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+# Making --------------------------------------------------------------------------------------------------------------
+def build_accelerator(args):
+    """The Accelerator, and the dtype of computation."""
+    with naming(f"--mixed_precision {args.mixed_precision}", "does not work here"):
+        # Processes wait for the slowest, which may draw for hours.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
+    logging.getLogger(__name__).setLevel(logging.INFO)
+    for library in (datasets, transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def collect_settings(args, dtype, captions, photos, files):
+    """All that the pairs depend on, by the names of the flags; what lies on this machine is not named."""
+    flags = vars(args.evaluation).items() if args.scorer else ()
+    sources = {flag: path for flag, path in flags if flag.startswith(f"{args.scorer}_")}
+    sources |= {flag: getattr(args, flag) for flag in files}
+    settings = {f"--{flag}": "a local one" if os.path.exists(path) else path for flag, path in sources.items()}
+    for flag, file in files.items():
+        # The cache's paths of hub models hold their commit; training writes a UNet's config with its weights.
+        version = file.parts[-3:] if "snapshots" in file.parts else (file.stat().st_size, file.stat().st_mtime_ns)
+        settings[f"--{flag}"] += f", version {Hasher.hash(str(version))}"
+    settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
+    if photos:
+        version = Hasher.hash(b"".join(photo.tobytes() for photo in photos))
+        settings["--chosen_images"] = f"{len(photos)} photos, version {version}"
+    names = ["style_prefix", "different_seeds", "num_candidates", "scorer", "num_inference_steps", "guidance_scale"]
+    names += ["resolution", "seed", "batch_size", "variant"]
+    settings |= {f"--{name}": vars(args)[name] for name in names if vars(args)[name] is not None}
+    settings["--mixed_precision"] = str(dtype)
+    return settings | {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+
+
+def main(args):
+    accelerator, dtype = build_accelerator(args)
+    main_process, card = accelerator.is_main_process, Path(args.output_dir, "README.md")
+    captions = read_captions(args)
+    photos = read_photos(args) if args.chosen_images else []
+    files = find_models(args)
+    if main_process:
+        settings = collect_settings(args, dtype, captions, photos, files)
+        check_folder(args, settings)
+    if main_process and args.push_to_hub:  # now, so that a wrong name or token costs nothing
+        with naming("--push_to_hub: the repository", "cannot be created"):
+            hub, private = {"repo_type": "dataset", "token": args.hub_token}, args.hub_private_repo or None
+            name = args.hub_model_id or card.resolve().parent.name
+            hub["repo_id"] = create_repo(name, exist_ok=True, private=private, **hub).repo_id
+    make_missing(args, accelerator, dtype, captions, photos, files)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # no process waits for what follows
+    if main_process:
+        if not card.exists():
+            assemble(args, len(captions), settings)
+        for file in pair_file(args, 0).parent.glob("*.parquet"):
+            file.unlink()
+    if main_process and args.push_to_hub:  # in place of the shards of an earlier version
+        hub |= {"allow_patterns": ["README.md", "data/*.parquet"], "delete_patterns": "data/train-*"}
+        with naming(f"--push_to_hub: the pairs in {args.output_dir}", "cannot be uploaded"):
+            upload_folder(folder_path=args.output_dir, commit_message="Pairs", **hub)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except PairsError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,262 @@
+"""Measure the training script on SDXL at its real size, on one CUDA GPU.
+
+    python tests/benchmarks/gpu.py FOLDER            # about ten minutes on an H100
+    python tests/benchmarks/gpu.py FOLDER --toy      # the same on the tiny pipeline of tests, without a GPU
+
+FOLDER gets a pipeline of SDXL's configs with random weights (7 GB), pairs of 1024 px, and `results.jsonl`, to which
+each case is added as it ends: a second call measures what is missing. Each case is the script itself through its
+launcher; speed and memory are what it logs, means over the steps after the first ones. The bare loop is the UNet and
+the optimizer on ready latents and embeddings. It needs no network.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+
+BASE = "--gradient_checkpointing --use_8bit_adam --mixed_precision bf16"
+LORA, ROUNDED, FULL = "--rank 16", "--full_bf16", ""
+CACHED, UNCACHED, FLOAT32_VAE = "--cache_latents", "", "float32 VAE"
+# Trained, encoding, pairs a forward pass, more flags; the most wanted first.
+CASES = [
+    (LORA, CACHED, 1, ""),
+    (ROUNDED, CACHED, 1, ""),
+    (FULL, CACHED, 1, ""),
+    (LORA, UNCACHED, 1, "--dataloader_num_workers 4"),
+    (LORA, FLOAT32_VAE, 1, "--dataloader_num_workers 4"),
+    (LORA, CACHED, 4, ""),
+    (ROUNDED, CACHED, 4, ""),
+    (FULL, CACHED, 4, ""),
+    (LORA, CACHED, 1, "--compile"),
+    (LORA, CACHED, 4, "--compile"),
+    (ROUNDED, CACHED, 4, "--compile"),
+    (LORA, FLOAT32_VAE, 1, "--dataloader_num_workers 4 --allow_tf32"),
+    (LORA, CACHED, 2, ""),
+    (LORA, CACHED, 8, ""),
+    (ROUNDED, CACHED, 2, ""),
+    (ROUNDED, CACHED, 8, ""),
+]
+BARE = [(LORA, 1), (FULL, 1), (LORA, 4), (FULL, 4)]
+# TFLOP of a pair at 1024 px by tests/benchmarks/flops.py: forward and backward, with what checkpointing recomputes.
+TFLOP = {LORA: 13.5 + 17.1 + 10.4, ROUNDED: 13.5 + 27.0 + 10.4, FULL: 13.5 + 27.0 + 10.4}
+H100_PEAK = 989  # dense bfloat16 TFLOP/s
+
+
+def build_sdxl(folder, device):
+    """Write SDXL base 1.0's configs with random bfloat16 weights, small enough for finite activations."""
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from memory import CLIP_BIGG, CLIP_L, SDXL_UNET, SDXL_VAE
+    from small_world import build_scheduler, build_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        parts = {
+            "unet": UNet2DConditionModel(**SDXL_UNET),
+            "vae": AutoencoderKL(**SDXL_VAE),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIGG)),
+        }
+    torch.set_default_dtype(torch.float32)
+    parts["vae"].register_to_config(scaling_factor=0.13025, force_upcast=False)
+    tokenizers = {"tokenizer": build_tokenizer("<|endoftext|>"), "tokenizer_2": build_tokenizer("!")}
+    pipeline = StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=build_scheduler("epsilon"))
+    pipeline.to("cpu").save_pretrained(folder / "pipeline")
+    parts["vae"].register_to_config(force_upcast=True)
+    parts["vae"].save_pretrained(folder / "float32-vae")
+
+
+def build_world(folder, toy):
+    """The pipeline and the pairs, once."""
+    from small_world import build_pipeline, build_vae, draw_pairs
+
+    if (folder / "built").exists():
+        return
+    draw_pairs(folder / "pairs", num_pairs=8, num_shards=1, size=64 if toy else 1024)
+    if toy:
+        build_pipeline(folder / "pipeline")
+        build_vae(force_upcast=True).save_pretrained(folder / "float32-vae")
+    else:
+        build_sdxl(folder, "cuda")
+    (folder / "built").touch()
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for events in folder.glob("logs/**/events.out.tfevents.*"):
+        accumulator = EventAccumulator(str(events)).Reload()
+        found |= {tag: [e.value for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    return found
+
+
+def run_case(folder, case, toy):
+    """The script on one case: seconds of a step, pairs a second, and peak memory."""
+    trained, encoding, size, more = case
+    words = [*BASE.split(), *trained.split(), *more.split()]
+    words += ["--cache_latents"] * (encoding == CACHED)
+    if encoding == FLOAT32_VAE:
+        words += ["--pretrained_vae_model_name_or_path", folder / "float32-vae"]
+    output = folder / "runs" / f"{time.time():.0f}"
+    words += ["--pretrained_model_name_or_path", folder / "pipeline", "--dataset_name", folder / "pairs"]
+    words += ["--train_batch_size", size, "--max_train_steps", 4 if toy else 12, "--logging_steps", 2 if toy else 6]
+    words += [
+        "--resolution",
+        64 if toy else 1024,
+        "--seed",
+        0,
+        "--output_dir",
+        output,
+        "--cache_dir",
+        folder / "cache",
+    ]
+    # What is measured is steps, not what is written in the end.
+    launcher = [sys.executable, __file__, "--steps-alone"]
+    started = time.perf_counter()
+    done = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True)
+    result = {"wall": time.perf_counter() - started}
+    if done.returncode:
+        error = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
+        return result | {"error": "out of memory" if "OutOfMemory" in done.stderr else (error or ["?"])[-1][:300]}
+    logs = scalars(output)
+    speed = logs["pairs_per_second"][-1]
+    return result | {"pairs_per_second": speed, "step": size / speed, "gib": logs["peak_memory_gib"][-1]}
+
+
+def steps_alone(words):
+    """The script without its last files: a whole UNet's take longer to write than the steps to make."""
+    import train_diffusion_mapo_sdxl as script
+
+    script.finish = lambda run: None
+    status, unsent = script.main(script.parse_args(words))
+    unsent()
+    return status
+
+
+def bare_loop(trained, size, toy):
+    """UNet and 8-bit AdamW on ready latents and embeddings, as little as a training step can be."""
+    import bitsandbytes
+    from diffusers import UNet2DConditionModel
+    from memory import SDXL_UNET
+    from peft import LoraConfig
+    from small_world import build_unet
+
+    from train_diffusion_mapo_sdxl import LORA_LAYERS, mapo_loss
+
+    device = "cpu" if toy else "cuda"
+    dtype = torch.bfloat16 if trained else torch.float32
+    with torch.device(device):
+        unet = build_unet(96, 64) if toy else UNet2DConditionModel(**SDXL_UNET)
+    unet.to(dtype).requires_grad_(not trained)
+    if trained:
+        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=LORA_LAYERS["all"]))
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    optimizer = bitsandbytes.optim.AdamW8bit([p for p in unet.parameters() if p.requires_grad], 1e-6)
+    side, width, pooled = (8, 96, 64) if toy else (128, 2048, 1280)
+    noise = torch.randn(2 * size, 4, side, side, device=device)
+    embeds = torch.randn(2 * size, 77, width, device=device, dtype=torch.bfloat16)
+    conditions = {
+        "text_embeds": embeds[:, 0, :1].expand(-1, pooled),
+        "time_ids": torch.ones(2 * size, 6, device=device),
+    }
+    timesteps = torch.randint(1000, (2 * size,), device=device)
+    for step in range(4 if toy else 12):
+        if step == (2 if toy else 6):
+            started = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            prediction = unet(noise.bfloat16(), timesteps, embeds, added_cond_kwargs=conditions).sample
+        errors = (prediction.float() - noise).square().mean(dim=(1, 2, 3)).chunk(2)
+        mapo_loss(*errors, 64.0)[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    if not toy:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / (2 if toy else 6)
+    gib = 0 if toy else torch.cuda.max_memory_allocated() / 2**30
+    return {"pairs_per_second": size / seconds, "step": seconds, "gib": gib}
+
+
+def bare_case(trained, size, toy):
+    """In a process of its own, so that memory is its own, too."""
+    words = [sys.executable, __file__, "--bare", json.dumps([trained, size, toy])]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {"error": done.stderr[-300:]}
+
+
+def table(results):
+    """Markdown: one row a case."""
+    print(
+        "| trained | encoding | pairs a pass | more | s/step | pairs/s | TFLOP/s | of 989 | GiB | bare loop s/step |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    bare = {tuple(key[1:]): result for key, result in results if key[0] == "bare"}
+    for (trained, encoding, *rest), result in results:
+        if trained == "bare":
+            continue
+        size, more = rest
+        cells = [trained or "whole UNet", encoding or "each step, bfloat16 VAE", size, more]
+        if "error" in result:
+            print("|", " | ".join(map(str, [*cells, result["error"], "", "", "", "", ""])), "|")
+            continue
+        tflop = result["pairs_per_second"] * TFLOP[trained]
+        loop = bare.get((trained, size), {}).get("step")
+        cells += [f"{result['step']:.3f}", f"{result['pairs_per_second']:.2f}", f"{tflop:.0f}"]
+        cells += [f"{tflop / H100_PEAK:.0%}", f"{result['gib']:.1f}", f"{loop:.3f}" if loop else ""]
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where to build the pipeline and to keep the results")
+    parser.add_argument("--toy", action="store_true", help="the tiny pipeline, one case of each kind, on CPU")
+    parser.add_argument("--results", type=Path, help="another place for results.jsonl")
+    args = parser.parse_args()
+    folder, started = args.folder.resolve(), time.perf_counter()
+    results = args.results or folder / "results.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    build_world(folder, args.toy)
+    print(f"Built in {time.perf_counter() - started:.0f} s.", flush=True)
+    card = "CPU" if args.toy else torch.cuda.get_device_name()
+    where = {"card": card, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = [(tuple(entry["case"]), entry) for entry in known]
+    cases = [("bare", *case) for case in BARE] + CASES
+    cases = [*CASES[:3], *cases[:2], *CASES[3:], *cases[2:4]]
+    cases = [CASES[0], CASES[1], cases[3]] if args.toy else cases
+    for case in cases:
+        if case in dict(done):
+            continue
+        result = bare_case(*case[1:], args.toy) if case[0] == "bare" else run_case(folder, case, args.toy)
+        entry = {"case": case, **result, **where}
+        done.append((case, entry))
+        print(f"{time.perf_counter() - started:5.0f} s", json.dumps(entry), flush=True)
+        with results.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
+    table(done)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bare"]:
+        print(json.dumps(bare_loop(*json.loads(sys.argv[2]))))
+    elif sys.argv[1:2] == ["--steps-alone"]:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        sys.exit(steps_alone(sys.argv[2:]))
+    else:
+        main()

@@ -1,0 +1,145 @@
+"""LoRA: its layers and alpha, the files that others load, second rounds, text encoders, and extraction."""
+
+import copy
+
+import pytest
+import torch
+from conftest import run, spied  # noqa: F401
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+
+DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+# What each choice adapts, by the names of SDXL's modules; counts of real SDXL's layers.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TRANSFORMER = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+ALL = (*TRANSFORMER, "conv1", "conv2", "conv_shortcut", "time_emb_proj")
+COUNTS = {"attention": (ATTENTION, 560), "transformer": (TRANSFORMER, 722), "all": (ALL, 784)}
+TEXT = {"train_text_encoder": True, "text_encoder_lr": 1e-2}
+
+
+def adapted(names, layers):
+    return {name for name in names if name.endswith(tuple(f".{layer}" for layer in layers))}
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
+    return pipeline("a red circle", **size, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.mark.parametrize("choice", COUNTS)
+def test_choices_are_those_layers_of_sdxl(script, choice):
+    from benchmarks.memory import SDXL_UNET
+
+    with torch.device("meta"):
+        names = [name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()]
+    layers, count = COUNTS[choice]
+    assert (
+        adapted(names, script.LORA_LAYERS[choice]) == adapted(names, layers) and len(adapted(names, layers)) == count
+    )
+
+
+@pytest.mark.parametrize("layers", [["attention"], ["conv_in", "to_k"]], ids=["attention", "names"])
+def test_lora_layers_and_alpha_reach_the_file(script, flags, layers):
+    """A pipeline applies alpha / rank by the file's metadata; the kohya file says it for each layer."""
+    output = run(script, {**flags, "lora_layers": layers, "lora_alpha": 8, "max_train_steps": 1})
+    names = {name.split(".lora_")[0].removeprefix("unet.") for name in load_file(output / DIFFUSERS)}
+    unet = UNet2DConditionModel.from_pretrained(flags["pretrained_model_name_or_path"], subfolder="unet")
+    modules = dict(unet.named_modules())
+    assert names == {
+        n for n in modules if f".{n}".endswith(tuple(f".{x}" for x in script.LORA_LAYERS.get(*layers[:1], layers)))
+    }
+    alphas = {n: v for n, v in load_file(output / KOHYA).items() if n.endswith(".alpha")}
+    assert {name.removesuffix(".alpha") for name in alphas} == {f"lora_unet_{n.replace('.', '_')}" for n in names}
+    assert {value.item() for value in alphas.values()} == {8.0}
+
+
+def test_both_files_give_the_same_image(script, flags):
+    output, base = run(script, {**flags, "lora_alpha": 8}), flags["pretrained_model_name_or_path"]
+    images = [draw(StableDiffusionXLPipeline.from_pretrained(base))]
+    for weight_name in (DIFFUSERS, KOHYA):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+        pipeline.load_lora_weights(output, weight_name=weight_name)
+        images.append(draw(pipeline))
+    assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
+
+
+def test_kohya_file_can_be_left_out(script, flags):
+    assert not (run(script, {**flags, "no_kohya_format": True, "max_train_steps": 1}) / KOHYA).exists()
+
+
+@pytest.mark.parametrize("file", ["", KOHYA], ids=["folder", "kohya"])
+def test_second_round_starts_from_the_first(script, flags, tmp_path, spied, file):  # noqa: F811
+    """With a learning rate that changes nothing, the second round ends with the weights of the first."""
+    first = run(script, {**flags, **TEXT, "lora_alpha": 8})
+    changes = {**TEXT, "lora_alpha": 8, "init_lora": first / file, "output_dir": tmp_path / "second"}
+    second = run(script, {**flags, **changes, "learning_rate": 1e-30, "text_encoder_lr": 1e-30})
+    weights, expected = load_file(second / DIFFUSERS), load_file(first / DIFFUSERS)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"rank": 8}, "--rank 8"), ({"lora_alpha": 2}, "--lora_alpha 2"), ({}, "add --train_text_encoder")],
+)
+def test_lora_that_does_not_fit_the_flags_is_refused(script, flags, tmp_path, changes, named):
+    first = run(script, {**flags, **TEXT, "max_train_steps": 1})
+    with pytest.raises(script.TrainingError, match=named):
+        run(script, {**flags, "init_lora": first, "output_dir": tmp_path / "second", **changes})
+
+
+def test_unknown_layer_is_refused(script, flags):
+    with pytest.raises(script.TrainingError, match="--lora_layers to_nothing is neither"):
+        run(script, {**flags, "lora_layers": ["to_k", "to_nothing"]})
+
+
+def test_text_encoders_are_trained_and_resumed_exactly(script, flags, tmp_path):
+    whole = run(script, {**flags, **TEXT, "checkpointing_steps": 2})
+    changes = {"resume_from_checkpoint": whole / "checkpoint-2", "output_dir": tmp_path / "resumed"}
+    resumed = run(script, {**flags, **TEXT, **changes})
+    weights, expected = load_file(resumed / DIFFUSERS), load_file(whole / DIFFUSERS)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+    for part in ("text_encoder.", "text_encoder_2."):
+        ups = [weight for name, weight in expected.items() if name.startswith(part) and "lora_B" in name]
+        assert ups and all(up.any() for up in ups)
+    names = load_file(whole / KOHYA)
+    assert any(name.startswith("lora_te1_text_model_encoder_layers_0_self_attn_q_proj.") for name in names)
+    assert any(name.startswith("lora_te2_text_model_encoder_layers_1_self_attn_q_proj.") for name in names)
+
+
+def test_new_unet_starts_from_the_one_named(script, flags, tmp_path):
+    flags["rank"] = None
+    first = run(script, flags)
+    changes = {"pretrained_unet_name_or_path": first, "learning_rate": 1e-30, "output_dir": tmp_path / "second"}
+    changes["adam_weight_decay"] = 0
+    second = run(script, {**flags, **changes})
+    assert_same_weights(first, second)
+
+
+def assert_same_weights(first, second):
+    paths = [folder / "unet" / "diffusion_pytorch_model.safetensors" for folder in (first, second)]
+    weights, others = map(load_file, paths)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize("rank", [2, 288])
+def test_extracted_lora_is_the_best_of_its_rank(script, flags, caplog, rank):
+    """At the largest rank a layer's whole change; below it, what numpy's singular values leave out."""
+    flags.update(rank=None, extract_lora_rank=rank)
+    base = UNet2DConditionModel.from_pretrained(flags["pretrained_model_name_or_path"], subfolder="unet").state_dict()
+    base = copy.deepcopy(base)
+    output = run(script, flags)
+    trained = load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
+    lora = load_file(output / "extracted_lora" / DIFFUSERS)
+    assert (output / "extracted_lora" / KOHYA).exists()
+    names = {name.split(".lora_")[0].removeprefix("unet.") for name in lora}
+    assert names == adapted({name.removesuffix(".weight") for name in trained if name.endswith(".weight")}, ALL)
+    for name in names:
+        change = (trained[f"{name}.weight"] - base[f"{name}.weight"]).flatten(1).double()
+        up, down = (lora[f"unet.{name}.lora_{x}.weight"].flatten(1).double() for x in "BA")
+        left = torch.linalg.svdvals(change)[rank:].square().sum().sqrt()
+        assert (change - up @ down).norm().item() == pytest.approx(
+            left.item(), rel=1e-3, abs=1e-5 * change.norm().item()
+        )
+    assert "of the squared change" in caplog.text

@@ -1,0 +1,773 @@
+"""Pairs made by SDXL itself: what is drawn and chosen, what is written, and how runs resume, share out and end."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import ROOT, command_line, scalars
+from conftest import run as run_script
+from cpu_cluster import Fault, killed, run_ranks, with_faults
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_scorers import build_scorers, expected_score
+from small_world import build_pipeline
+
+
+SCRIPT = ROOT / "make_pick_style_sdxl.py"
+PREFIX = "a cartoon of"
+CAPTIONS = ["a red circle", "a blue square", "An orange star, by hand", "a green triangle", "a red circle"]
+CAPTIONS += ["a purple star", "a yellow circle"]
+DRAWN = {"num_inference_steps": 2, "resolution": 64, "batch_size": 3}
+TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
+
+
+@pytest.fixture(scope="module")
+def maker():
+    """The script as a module, with its sibling within reach, as beside a script that is run."""
+    sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[SCRIPT.stem] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(ROOT))
+
+
+def save_lora(folder):
+    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Folder with captions, a pipeline, another one with its UNet alone (as training writes it), and a LoRA."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "captions.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS))
+    build_pipeline(folder / "pipeline")
+    build_pipeline(folder / "other", seed=1)
+    shutil.copytree(folder / "other" / "unet", folder / "trained" / "unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_lora(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory):
+    return build_scorers(tmp_path_factory.mktemp("scorers"))
+
+
+def style_flags(small, output_dir):
+    sources = {"pretrained_model_name_or_path": small / "pipeline", "prompts": small / "captions.txt"}
+    return {**sources, "style_prefix": PREFIX, **DRAWN, "output_dir": output_dir}
+
+
+@pytest.fixture
+def flags(small, tmp_path):
+    return style_flags(small, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def made(maker, small, tmp_path_factory):
+    """Output of a run with a style prefix."""
+    return run_script(maker, style_flags(small, tmp_path_factory.mktemp("made") / "pairs"))
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "out")
+
+
+def refused(maker, flags):
+    """The sentence that these flags end in."""
+    with pytest.raises(maker.PairsError) as error:
+        run_script(maker, flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def shards(folder):
+    return sorted((folder / "data").iterdir())
+
+
+def rows(folder):
+    return [row for shard in shards(folder) for row in pq.read_table(shard).to_pylist()]
+
+
+def decoded(row):
+    """The images of a row, chosen and rejected, as arrays."""
+    images = [np.asarray(Image.open(io.BytesIO(row[name])), dtype=int) for name in ("jpg_0", "jpg_1")]
+    return images if row["label_0"] >= row["label_1"] else images[::-1]
+
+
+def hashes(folder):
+    """{file: digest} of everything in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def distance(a, b):
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
+
+
+def noise_seed(number, image, seed=0):
+    """The first number of a caption's sequence is for its side."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(image + 2, np.uint64)[image + 1])
+
+
+def plain_image(pipeline, prompt, seed, **options):
+    """An image by diffusers alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 5.0, **options}
+    return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_layout_is_that_of_pick_style(made):
+    (shard,) = shards(made)
+    assert shard.name == "train-00000-of-00001.parquet"
+    types = {"caption": pa.string(), "jpg_0": pa.binary(), "jpg_1": pa.binary()}
+    assert pq.read_schema(shard).equals(pa.schema(types | {"label_0": pa.int64(), "label_1": pa.int64()}))
+    assert [row["caption"] for row in rows(made)] == CAPTIONS
+    assert {(row["label_0"], row["label_1"]) for row in rows(made)} == {(0, 1), (1, 0)}
+    for row in rows(made):
+        for name in ("jpg_0", "jpg_1"):
+            image = Image.open(io.BytesIO(row[name]))
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+    assert {path.name for path in made.iterdir()} == {"data", "README.md", "pairs_made"}
+    assert [path.name for path in (made / "pairs_made").iterdir()] == ["settings.json"]
+
+
+def test_chosen_is_drawn_with_the_prefix_and_rejected_without_from_the_same_noise(small, made):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    for number, row in enumerate(rows(made)):
+        images, seed = decoded(row), noise_seed(number, 0)
+        # By batches or alone, the last bits of the latents differ.
+        assert distance(images[0], plain_image(pipeline, f"{PREFIX} {row['caption']}", seed)) <= 1
+        assert distance(images[1], plain_image(pipeline, row["caption"], seed)) <= 1
+        assert distance(*images) > 1
+    # Equal captions have different noise.
+    assert distance(decoded(rows(made)[0])[1], decoded(rows(made)[4])[1]) > 8
+
+
+def test_settings_reach_the_pipeline_and_seeds_may_differ(maker, small, flags):
+    changes = {"different_seeds": True, "seed": 3, "guidance_scale": 1.5, "num_inference_steps": 3, "max_prompts": 2}
+    out = run_script(maker, flags | changes | {"style_prefix": f"  {PREFIX} "})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    options = {"num_inference_steps": 3, "guidance_scale": 1.5}
+    assert len(rows(out)) == 2
+    for number, row in enumerate(rows(out)):
+        prompts = (f"{PREFIX} {row['caption']}", row["caption"])
+        for image, (side, prompt) in zip(decoded(row), enumerate(prompts)):
+            assert distance(image, plain_image(pipeline, prompt, noise_seed(number, side, seed=3), **options)) <= 1
+
+
+def test_sides_are_swapped_at_random_by_the_seed(maker, flags, monkeypatch):
+    """Of 400 pairs; as many are on either side as of a coin, and another seed throws other ones."""
+    monkeypatch.setattr(
+        maker, "draw", lambda args, pipeline, prompts, seeds: [Image.new("RGB", (1, 1))] * len(prompts)
+    )
+    sides = []
+    for seed in (0, 0, 1):
+        args = maker.parse_args(command_line(flags | {"seed": seed}))
+        tables = maker.make_block(args, None, None, ["a"] * 400, [], range(400))
+        sides.append([table.to_pylist()[0]["label_0"] for table in tables])
+    assert sides[0] == sides[1] != sides[2]
+    assert all(160 < sum(side) < 240 for side in sides) and 160 < sum(a == b for a, b in zip(*sides[1:])) < 240
+
+
+def test_rows_are_grouped_and_sharded(maker, flags, made, monkeypatch):
+    monkeypatch.setattr(maker, "ROWS_A_GROUP", 3)
+    monkeypatch.setattr(maker, "ROWS_A_SHARD", 4)
+    out = run_script(maker, flags)
+    names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert [shard.name for shard in shards(out)] == names and rows(out) == rows(made)
+    footers = [pq.read_metadata(shard) for shard in shards(out)]
+    groups = [[footer.row_group(n).num_rows for n in range(footer.num_row_groups)] for footer in footers]
+    assert groups == [[3, 1], [3]]
+    assert datasets.load_dataset(str(out), split="train")["caption"] == CAPTIONS
+
+
+@pytest.mark.parametrize("streaming", [None, True], ids=["map-style", "streaming"])
+def test_the_trainer_reads_them(script, made, small, tmp_path, streaming):
+    flags = {"pretrained_model_name_or_path": small / "pipeline", "dataset_name": made, "resolution": 64, "seed": 0}
+    flags |= {"rank": 4, "train_batch_size": 2, "max_train_steps": 2, "logging_steps": 1, "streaming": streaming}
+    logged = scalars(run_script(script, flags | {"cache_dir": tmp_path / "cache", "output_dir": tmp_path / "out"}))
+    assert len(logged["loss"]) == 2 and all(map(np.isfinite, logged["loss"].values()))
+
+
+# Candidates, photos, second rounds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pickscore", "aesthetic"])
+def test_best_candidate_is_paired_with_the_worst(maker, small, scorers, flags, name):
+    sources = {flag: path for flag, path in scorers.items() if flag.startswith(f"{name}_")}
+    changes = {"style_prefix": None, "num_candidates": 3, "scorer": name, "max_prompts": 4, **sources}
+    out = run_script(maker, flags | changes)
+    assert pq.read_schema(shards(out)[0]).field("label_0").type == pa.float64()
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    for number, row in enumerate(rows(out)):
+        images = [plain_image(pipeline, row["caption"], noise_seed(number, image)) for image in range(3)]
+        scores = [expected_score(name, scorers, image, row["caption"]) for image in images]
+        order = np.argsort(scores)
+        for image, best in zip(decoded(row), (order[-1], order[0])):
+            assert distance(image, images[best]) <= 1
+        # A pixel in another last place moves the scores of these small models by so much.
+        expected = [max(scores), min(scores)]
+        assert sorted((row["label_0"], row["label_1"]), reverse=True) == pytest.approx(expected, abs=0.05)
+    card = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
+    dtypes = {feature["name"]: feature["dtype"] for feature in card["dataset_info"]["features"]}
+    assert dtypes["label_0"] == dtypes["label_1"] == "float64"
+    assert datasets.load_dataset(str(out), split="train").features["label_1"].dtype == "float64"
+
+
+def test_photos_are_chosen_in_turn(maker, small, flags, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    colours = {"a.PNG": (200, 30, 30), "b.jpg": (30, 200, 30), "c.webp": (30, 30, 200)}
+    Image.new("RGBA", (60, 40), (*colours["a.PNG"], 0)).save(folder / "a.PNG", format="PNG")
+    # Lying on its side, and larger than is needed.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 150), colours["b.jpg"]).save(folder / "b.jpg", exif=exif)
+    Image.new("RGB", (80, 80), colours["c.webp"]).save(folder / "c.webp")
+    (folder / "notes.md").write_text("no photo")
+    out = run_script(maker, flags | {"style_prefix": None, "chosen_images": folder})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    sizes = [(40, 60), (128, 64), (64, 64)]
+    shown = [(255, 255, 255), colours["b.jpg"], colours["c.webp"]]
+    for number, row in enumerate(rows(out)):
+        photo, sample = decoded(row)
+        assert photo.shape[:2] == sizes[number % 3] and distance(photo, np.full_like(photo, shown[number % 3])) < 8
+        assert distance(sample, plain_image(pipeline, row["caption"], noise_seed(number, 0))) <= 1
+        # Nothing of the place where a photo was taken.
+        assert b"Exif" not in row["jpg_0"] + row["jpg_1"] and b"eXIf" not in row["jpg_0"] + row["jpg_1"]
+
+
+@pytest.mark.parametrize(
+    "flag, source",
+    [("unet", "trained"), ("unet", "other/unet"), ("lora", "lora"), ("lora", "lora/pytorch_lora_weights.safetensors")],
+)
+def test_a_second_round_is_drawn_by_the_aligned_model(maker, small, made, flags, flag, source):
+    out = run_script(maker, flags | {flag: small / source, "max_prompts": 3})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    if flag == "unet":
+        pipeline.unet = UNet2DConditionModel.from_pretrained(small / "other", subfolder="unet")
+    else:
+        pipeline.load_lora_weights(small / "lora")
+    for number, (row, first) in enumerate(zip(rows(out), rows(made))):
+        for image, of_base, words in zip(decoded(row), decoded(first), (f"{PREFIX} ", "")):
+            assert distance(image, plain_image(pipeline, words + row["caption"], noise_seed(number, 0))) <= 1
+            assert distance(image, of_base) > 1
+
+
+@pytest.fixture
+def spied(maker, monkeypatch):
+    """The pipelines that the script loads, as it uses them."""
+    pipelines, load = [], maker.load_pipeline
+    monkeypatch.setattr(maker, "load_pipeline", lambda *args: pipelines.append(load(*args)) or pipelines[-1])
+    return pipelines
+
+
+def test_half_precision_spares_a_vae_that_would_overflow(maker, small, made, flags, spied, tmp_path):
+    build_pipeline(tmp_path / "mild", force_upcast=False)
+    for base in (small / "pipeline", tmp_path / "mild"):
+        changes = {"pretrained_model_name_or_path": base, "mixed_precision": "bf16", "max_prompts": 2}
+        out = run_script(maker, flags | changes | {"output_dir": tmp_path / base.name})
+        for row, exact in zip(rows(out), rows(made)):
+            assert 0 < distance(decoded(row)[0], decoded(exact)[0]) < 40
+    dtypes = [(p.unet.dtype, p.text_encoder.dtype, p.text_encoder_2.dtype, p.vae.dtype) for p in spied]
+    half, whole = torch.bfloat16, torch.float32
+    assert dtypes == [(half, half, half, whole), (half, half, half, half)]
+
+
+def test_another_vae_and_a_variant(maker, small, made, flags, tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    pipeline.save_pretrained(tmp_path / "pipeline", variant="fp16")
+    pipeline.vae = AutoencoderKL.from_pretrained(small / "other" / "vae")
+    changes = {"pretrained_model_name_or_path": tmp_path / "pipeline", "max_prompts": 1}
+    assert refused(maker, flags | changes).startswith(f"--pretrained_model_name_or_path {tmp_path / 'pipeline'} ")
+    changes |= {"variant": "fp16", "pretrained_vae_model_name_or_path": small / "other" / "vae"}
+    (row,) = rows(run_script(maker, flags | changes))
+    assert distance(decoded(row)[1], plain_image(pipeline, CAPTIONS[0], noise_seed(0, 0))) <= 1
+    assert distance(decoded(row)[1], decoded(rows(made)[0])[1]) > 8
+
+
+def test_images_of_nan_are_refused(maker, small, flags, tmp_path):
+    folder = shutil.copytree(small / "pipeline", tmp_path / "pipeline")
+    (file,) = (folder / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    save_file({**weights, "decoder.conv_out.bias": weights["decoder.conv_out.bias"] * np.nan}, file)
+    sentence = refused(maker, flags | {"pretrained_model_name_or_path": folder})
+    assert "NaN" in sentence and "--mixed_precision bf16" in sentence
+    assert not list((flags["output_dir"] / "pairs_made").glob("*.parquet"))
+
+
+# Captions ------------------------------------------------------------------------------------------------------------
+
+
+def captions_of(maker, words):
+    base = ["--pretrained_model_name_or_path", "x", "--style_prefix", "y"]
+    return maker.read_captions(maker.parse_args([*base, *map(str, words)]))
+
+
+def test_caption_files(maker, tmp_path):
+    table = pa.table({"text": CAPTIONS, "number": range(len(CAPTIONS))})
+    pq.write_table(table, tmp_path / "x.parquet")
+    frame = table.to_pandas()
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    frame.to_json(tmp_path / "x.jsonl", orient="records", lines=True)
+    frame.to_json(tmp_path / "x.json", orient="records")
+    for name in ("x.parquet", "x.csv", "x.jsonl", "x.json"):
+        for flag in ("--prompt_column", "--caption_column"):
+            assert captions_of(maker, ["--prompts", tmp_path / name, flag, "text"]) == CAPTIONS, name
+    (tmp_path / "x.txt").write_text("\ufeff" + "\n".join(CAPTIONS), encoding="utf-8")
+    assert captions_of(maker, ["--prompts", tmp_path / "x.txt"]) == CAPTIONS
+    assert captions_of(maker, ["--prompts", tmp_path / "x.txt", "--max_prompts", 2]) == CAPTIONS[:2]
+
+
+def test_captions_of_a_set_with_images_are_read_alone(maker, tmp_path):
+    """An image that would be decoded would end this one."""
+    features = datasets.Features({"caption": datasets.Value("string"), "photo": datasets.Image()})
+    broken = [{"bytes": b"no image", "path": None}] * len(CAPTIONS)
+    table = pa.table({"caption": CAPTIONS, "photo": broken}, schema=features.arrow_schema)
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "set" / "data" / "dev-00000-of-00001.parquet")
+    words = ["--prompts", tmp_path / "set", "--caption_column", "caption"]
+    assert captions_of(maker, [*words, "--prompt_split", "dev"]) == CAPTIONS
+
+
+def test_captions_of_pairs_make_another_round(maker, made):
+    assert captions_of(maker, ["--prompts", made, "--prompt_column", "caption"]) == CAPTIONS
+
+
+def test_rows_without_text_are_left_out_and_counted(maker, tmp_path, caplog):
+    (tmp_path / "x.jsonl").write_text('{"prompt": " a "}\n{"prompt": " "}\n{"prompt": null}\n{"prompt": "b"}\n')
+    assert captions_of(maker, ["--prompts", tmp_path / "x.jsonl"]) == ["a", "b"]
+    assert "2 of the rows hold no text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("x.txt", "\n \n", "--prompts x.txt holds no caption"),
+        ("x.csv", "text,n\na,1\n", "--prompt_column prompt is not among the columns text, n"),
+        ("nowhere.txt", None, "--prompts nowhere.txt cannot be loaded: "),
+        ("no/such", None, "--prompts no/such cannot be loaded: "),
+    ],
+)
+def test_wrong_captions(maker, flags, tmp_path, monkeypatch, name, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+    assert refused(maker, flags | {"prompts": name}).startswith(sentence)
+
+
+# Resumption and processes --------------------------------------------------------------------------------------------
+
+
+def launched(words, processes=1):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_make_the_same(flags, made):
+    """Three blocks, which two processes cannot share evenly."""
+    done = launched([SCRIPT, *command_line(flags)], processes=2)
+    assert done.returncode == 0, done.stderr
+    assert hashes(flags["output_dir"] / "data") == hashes(made / "data")
+
+
+def killed_while_drawing(flags):
+    """A run that is killed when it has made its fifth pair, of the second block, but not yet given it its name."""
+    assert run_ranks([SCRIPT, *command_line(flags)], {0: [Fault("replace", (6,), killed)]}, size=1)[0] == [-9]
+    pairs = sorted(path.name for path in (flags["output_dir"] / "pairs_made").iterdir())
+    whole = [f"{number:06d}.parquet" for number in range(4)]
+    assert pairs == [".incomplete-000004.parquet", *whole, "settings.json"]
+
+
+def test_a_killed_run_goes_on_as_if_it_never_was(maker, flags, made, monkeypatch):
+    killed_while_drawing(flags)
+    blocks, make_block = [], maker.make_block
+    monkeypatch.setattr(maker, "make_block", lambda *args: blocks.append(args[-1]) or make_block(*args))
+    folder = flags["output_dir"] / "pairs_made"
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("0*")}
+    checked, assemble = [], maker.assemble
+
+    def check(*args):
+        checked.extend(path for path in times if path.stat().st_mtime_ns == times[path])
+        assemble(*args)
+
+    monkeypatch.setattr(maker, "assemble", check)
+    out = run_script(maker, flags)
+    # The second block is drawn beside the same neighbours as before, and its first pair is kept.
+    assert blocks == [range(3, 6), range(6, 7)] and len(checked) == len(times) == 4
+    assert hashes(out / "data") == hashes(made / "data")
+    assert (out / "README.md").read_text() == (made / "README.md").read_text().replace("# pairs", "# out")
+
+
+def test_a_run_killed_between_shards_or_behind_the_card_goes_on(maker, flags, made, monkeypatch):
+    monkeypatch.setattr(maker, "ROWS_A_SHARD", 4)
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    def first_shard_only(write_table, table, path, **options):
+        return stopped() if "00001-of" in path.name else write_table(table, path, **options)
+
+    for place in ("array_split", "DatasetCardData", "unlink"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if place == "array_split":
+                patch.setattr(maker.pq, "write_table", partial(first_shard_only, pq.write_table))
+            elif place == "unlink":
+                patch.setattr(Path, "unlink", stopped)
+            else:
+                patch.setattr(maker, place, stopped)
+            run_script(maker, flags)
+    assert len(list(flags["output_dir"].rglob("0*.parquet"))) == 7
+    out = run_script(maker, flags)
+    assert rows(out) == rows(made) and [path.name for path in (out / "pairs_made").iterdir()] == ["settings.json"]
+
+
+@pytest.mark.matrix
+def test_one_of_two_processes_is_killed_and_both_go_on(flags, made):
+    """In its second pair; the launcher ends the other one."""
+    fault = {1: [Fault("replace", (2,), killed)]}
+    done = launched([*with_faults(fault), SCRIPT, *command_line(flags | {"batch_size": 1})], processes=2)
+    assert done.returncode != 0 and not (flags["output_dir"] / "data").exists()
+    done = launched([SCRIPT, *command_line(flags | {"batch_size": 1})], processes=2)
+    assert done.returncode == 0, done.stderr
+    alone = flags["output_dir"].with_name("alone")
+    assert launched([SCRIPT, *command_line(flags | {"batch_size": 1, "output_dir": alone})]).returncode == 0
+    assert hashes(flags["output_dir"] / "data") == hashes(alone / "data")
+
+
+def test_a_finished_run_does_nothing_more(maker, flags, copied, spied):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*.parquet")}, (copied / "README.md").stat()
+    run_script(maker, flags)
+    after = {path: path.stat().st_mtime_ns for path in copied.rglob("*.parquet")}, (copied / "README.md").stat()
+    assert before == after and not spied
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "--seed 0, now 1"),
+        ({"style_prefix": "a photo of"}, "--style_prefix a cartoon of, now a photo of"),
+        ({"batch_size": 2}, "--batch_size 3, now 2"),
+        ({"different_seeds": True}, "--different_seeds False, now True"),
+        ({"mixed_precision": "bf16"}, "--mixed_precision torch.float32, now torch.bfloat16"),
+        ({"max_prompts": 2}, "--prompts 7 captions, version "),
+        ({"unet": "trained"}, "--unet None, now a local one, version "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_pairs_of_other_settings_are_not_mixed(maker, small, flags, copied, spied, change, named):
+    before = hashes(copied)
+    change = {name: small / value if name == "unet" else value for name, value in change.items()}
+    sentence = refused(maker, flags | change)
+    assert sentence.startswith(f"--output_dir {copied} holds ") and f"made with {named}" in sentence
+    assert hashes(copied) == before and not spied
+
+
+def test_retrained_weights_and_other_photos_are_noticed(maker, small, flags, tmp_path):
+    lora = shutil.copytree(small / "lora", tmp_path / "lora")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "a.png")
+    flags |= {"lora": lora, "style_prefix": None, "chosen_images": tmp_path / "photos", "max_prompts": 1}
+    run_script(maker, flags)
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "photos" / "a.png")
+    assert "made with --chosen_images 1 photos, version " in refused(maker, flags)
+    file = lora / "pytorch_lora_weights.safetensors"
+    os.utime(file, ns=(0, 0))  # of weights of the same size
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "a.png")
+    assert "made with --lora a local one, version " in refused(maker, flags)
+
+
+def test_flags_of_a_run_without_pairs_may_change(maker, flags, monkeypatch):
+    """E.g. a batch that was too large."""
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(maker, "make_block", lambda *args: (_ for _ in ()).throw(MemoryError))
+        run_script(maker, flags)
+    assert len(rows(run_script(maker, flags | {"batch_size": 2, "max_prompts": 1}))) == 1
+
+
+@pytest.mark.parametrize("file", ["README.md", "data/train-00000-of-00001.parquet"])
+def test_files_of_another_maker_are_left_alone(maker, flags, spied, file):
+    path = flags["output_dir"] / file
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    assert (
+        refused(maker, flags)
+        == f"--output_dir {flags['output_dir']} holds {path.name}, made by another: take another folder."
+    )
+    assert path.read_text() == "mine" and not spied
+
+
+# Card and hub --------------------------------------------------------------------------------------------------------
+
+
+def test_card_tells_sizes_and_how_the_pairs_were_made(made):
+    _, head, text = (made / "README.md").read_text().split("---\n", 2)
+    head, (shard,) = yaml.safe_load(head), shards(made)
+    info = head["dataset_info"]
+    dtypes = {"caption": "string", "jpg_0": "binary", "jpg_1": "binary", "label_0": "int64", "label_1": "int64"}
+    assert {feature["name"]: feature["dtype"] for feature in info["features"]} == dtypes
+    assert info["splits"] == [{"name": "train", "num_bytes": info["dataset_size"], "num_examples": len(CAPTIONS)}]
+    assert info["download_size"] == shard.stat().st_size
+    images = sum(len(row["jpg_0"]) + len(row["jpg_1"]) for row in rows(made))
+    assert images < info["dataset_size"] < images + 1000
+    assert head["license"] == "other" and "mapo" in head["tags"]
+    data = datasets.load_dataset(str(made), split="train")
+    assert data.features == datasets.Features({name: datasets.Value(dtype) for name, dtype in dtypes.items()})
+    assert data["caption"] == CAPTIONS
+    assert "7 pairs of images" in text and "make_pick_style_sdxl.py" in text
+    for line in (f"--style_prefix: {PREFIX}", "--seed: 0", "--num_inference_steps: 2", "--guidance_scale: 5.0"):
+        assert f"- {line}\n" in text
+    assert f"- torch: {torch.__version__}\n" in text
+
+
+def test_nothing_of_this_machine_is_published(maker, small, scorers, flags, tmp_path):
+    """Neither a path nor the last name of one, but for the folder itself."""
+    photos = tmp_path / "album"
+    photos.mkdir()
+    Image.new("RGB", (64, 64)).save(photos / "a.png")
+    sources = {"lora": small / "lora", "unet": small / "trained", "hub_token": TOKEN, "max_prompts": 1}
+    sources["pretrained_vae_model_name_or_path"] = small / "pipeline" / "vae"
+    kinds = [{"chosen_images": photos}, {"num_candidates": 2, "scorer": "clip", "clip_model": scorers["clip_model"]}]
+    for number, kind in enumerate(kinds):
+        out = run_script(maker, flags | sources | {"style_prefix": None, "output_dir": tmp_path / str(number)} | kind)
+        for path in (path for path in out.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            for word in (str(tmp_path), str(small), "small0", "captions.txt", "album", TOKEN):
+                assert word.encode() not in content, (word, path)
+
+
+def test_base_from_the_hub_is_named_with_its_licence(maker, small, flags, tmp_path, monkeypatch):
+    repo = tmp_path / "cache" / "models--some--sdxl"
+    shutil.copytree(small / "pipeline", repo / "snapshots" / ("0" * 40))
+    head = "---\nlicense: openrail++\nlicense_link: LICENSE.md\nlanguage: en\n---\n"
+    (repo / "snapshots" / ("0" * 40) / "README.md").write_text(head)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    flags |= {"pretrained_model_name_or_path": "some/sdxl", "max_prompts": 1}
+    out = run_script(maker, flags)
+    _, head, text = (out / "README.md").read_text().split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert (head["license"], head["license_link"]) == ("openrail++", "LICENSE.md") and "language" not in head
+    assert "--pretrained_model_name_or_path: some/sdxl, version " in text and str(tmp_path) not in text
+    (repo / "refs" / "main").write_text("1" * 40)
+    (repo / "snapshots" / ("0" * 40)).rename(repo / "snapshots" / ("1" * 40))
+    assert "made with --pretrained_model_name_or_path some/sdxl, version " in refused(maker, flags)
+
+
+@pytest.fixture
+def hub(maker, monkeypatch):
+    """A hub on which data sets can be created; what happens there, and when weights are loaded, in order."""
+    events, load, repo = [], maker.load_pipeline, types.SimpleNamespace(repo_id="me/some-pairs")
+    monkeypatch.setattr(maker, "create_repo", lambda *args, **options: events.append((args, options)) or repo)
+    monkeypatch.setattr(maker, "load_pipeline", lambda *args: events.append("weights") or load(*args))
+    return events
+
+
+def test_shards_and_card_are_uploaded(maker, flags, hub, monkeypatch):
+    """To a repository that is there before any weight is loaded; by a finished run, too."""
+    monkeypatch.setattr(maker, "upload_folder", lambda **options: hub.append(options))
+    flags |= {"push_to_hub": True, "hub_token": TOKEN, "max_prompts": 1}
+    out = run_script(maker, flags)
+    created, weights, uploaded = hub
+    # Not False, which would overrule an organization's default.
+    assert created == (("out",), {"repo_type": "dataset", "token": TOKEN, "exist_ok": True, "private": None})
+    assert weights == "weights" and uploaded["delete_patterns"] == "data/train-*"
+    shown = {name: uploaded[name] for name in ("repo_id", "repo_type", "folder_path", "token", "commit_message")}
+    assert shown == {
+        **shown,
+        "repo_id": "me/some-pairs",
+        "repo_type": "dataset",
+        "folder_path": str(out),
+        "token": TOKEN,
+    }
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(sorted(files), allow_patterns=uploaded["allow_patterns"]))
+    assert sent == {"README.md", "data/train-00000-of-00001.parquet"}
+    assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    hub.clear()
+    run_script(maker, flags | {"hub_model_id": "some-pairs", "hub_private_repo": True})
+    assert len(hub) == 2 and hub[0][0] == ("some-pairs",) and hub[0][1]["private"] is True
+
+
+def test_a_failed_upload_loses_nothing(maker, flags, hub):
+    """There is no network here."""
+    sentence = refused(maker, flags | {"push_to_hub": True, "max_prompts": 1, "hub_token": TOKEN})
+    assert sentence.startswith(f"--push_to_hub: the pairs in {flags['output_dir']} cannot be uploaded: ")
+    assert TOKEN not in sentence and len(rows(flags["output_dir"])) == 1
+
+
+@pytest.mark.parametrize("name, word", [(None, "offline"), ("one/two/three", "one/two/three")])
+def test_a_repository_that_cannot_be_costs_nothing(maker, flags, spied, name, word):
+    sentence = refused(maker, flags | {"push_to_hub": True, "hub_model_id": name, "hub_token": TOKEN})
+    assert sentence.startswith("--push_to_hub: the repository cannot be created: ") and word in sentence
+    assert TOKEN not in sentence and not spied
+
+
+# Wrong use -----------------------------------------------------------------------------------------------------------
+
+
+STYLE = ["--style_prefix", "x"]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "--style_prefix --num_candidates --chosen_images is required"),
+        ([*STYLE, "--chosen_images", "x"], "--chosen_images: not allowed with argument --style_prefix"),
+        (["--style_prefix", " "], "--style_prefix is empty"),
+        (["--num_candidates", "4"], "--num_candidates and --scorer go together"),
+        ([*STYLE, "--scorer", "clip"], "--num_candidates and --scorer go together"),
+        (["--num_candidates", "1", "--scorer", "clip"], "--num_candidates must be at least 2"),
+        (["--num_candidates", "0", "--scorer", "clip"], "--num_candidates must be at least 2"),
+        (["--num_candidates", "4", "--scorer", "dinov2"], "argument --scorer: invalid choice: 'dinov2'"),
+        (["--num_candidates", "4", "--scorer", "clip", "--hps_model", "x"], "unknown arguments: --hps_model ("),
+        (["--num_candidates", "4", "--scorer", "clip", "--clip_modl", "x"], "--clip_modl"),
+        (["--chosen_images", "x", "--different_seeds"], "--different_seeds needs --style_prefix"),
+        ([*STYLE, "--resolution", "100"], "--resolution must be a multiple of 8"),
+        ([*STYLE, "--resolution", "0"], "--resolution must be at least 1"),
+        ([*STYLE, "--batch_size", "0"], "--batch_size must be at least 1"),
+        ([*STYLE, "--max_prompts", "0", "--num_inference_steps", "-1"], "--max_prompts, --num_inference_steps must"),
+        ([*STYLE, "--seed", "-1"], "--seed must be from 0 to 4294967295"),
+        ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale must be a number of at least 0"),
+        ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
+        ([*STYLE, "stray"], "unknown arguments: stray"),
+    ],
+)
+def test_wrong_arguments(maker, capsys, words, sentence):
+    with pytest.raises(SystemExit) as end:
+        maker.parse_args(["--pretrained_model_name_or_path", "x", "--prompts", "p.txt", *words])
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and sentence in shown and TOKEN not in shown
+
+
+def test_what_is_not_installed_is_named(maker, capsys, monkeypatch):
+    monkeypatch.setattr(maker, "find_spec", lambda name: None)
+    base = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
+    wrong = {"--lora needs: pip install peft": [*STYLE, "--lora", "x"]}
+    wrong["--scorer needs evaluate_diffusion_mapo_sdxl.py beside"] = ["--num_candidates", "4", "--scorer", "clip"]
+    for sentence, words in wrong.items():
+        with pytest.raises(SystemExit):
+            maker.parse_args([*base, *words])
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
+)
+@pytest.mark.parametrize("source", ["/no/such/folder", "no/such", "empty"])
+def test_missing_models_are_named_before_weights_are_loaded(maker, flags, spied, tmp_path, monkeypatch, flag, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert refused(maker, flags | {flag: source}).startswith(
+        f"--{flag} {source} is no folder or reachable hub id with "
+    )
+    assert not spied and not flags["output_dir"].exists()
+
+
+def test_wrong_unets(maker, small, flags, spied, tmp_path):
+    unet = shutil.copytree(small / "other" / "unet", tmp_path / "unet")
+    config = json.loads((unet / "config.json").read_text())
+    UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(tmp_path / "wide")
+    sentence = f"--unet {tmp_path / 'wide'}: its UNet does not take SDXL's prompts and latents."
+    assert refused(maker, flags | {"unet": tmp_path / "wide"}) == sentence
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    (base / "unet" / "config.json").write_text(json.dumps({**config, "addition_embed_type": None}))
+    sentence = refused(maker, flags | {"pretrained_model_name_or_path": base})
+    assert sentence.startswith(f"--pretrained_model_name_or_path {base}: its UNet") and not spied
+    weights = load_file(unet / "diffusion_pytorch_model.safetensors")
+    del weights["conv_in.weight"]
+    save_file(weights, unet / "diffusion_pytorch_model.safetensors")
+    assert refused(maker, flags | {"unet": unet}) == f"--unet {unet} lacks 1 weights."
+
+
+@pytest.mark.parametrize("kind", ["names", "prefix", "no LoRA", "broken"])
+def test_a_lora_that_matches_nothing_is_refused(maker, small, flags, tmp_path, kind):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    weights = load_file(small / "lora" / file.name)
+    changed = {
+        "names": ("attentions", "attentoins"),
+        "prefix": ("unet.", "transformer."),
+        "no LoRA": ("lora", "layer"),
+    }
+    if kind == "broken":
+        file.write_bytes(b"no weights")
+    else:
+        save_file({name.replace(*changed[kind]): weight for name, weight in weights.items()}, file)
+    assert refused(maker, flags | {"lora": file}).startswith(f"--lora {file}")
+    assert not list((flags["output_dir"] / "pairs_made").glob("*.parquet"))
+
+
+def test_a_vae_of_other_latents_is_refused(maker, small, flags, tmp_path):
+    vae = shutil.copytree(small / "pipeline" / "vae", tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}))
+    sentence = refused(maker, flags | {"pretrained_vae_model_name_or_path": vae})
+    assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE shifts its latents")
+
+
+def test_wrong_photos(maker, flags, spied, tmp_path):
+    flags |= {"style_prefix": None, "chosen_images": tmp_path / "photos"}
+    assert refused(maker, flags).startswith(f"--chosen_images {tmp_path / 'photos'} is no folder with .png")
+    (tmp_path / "photos").mkdir()
+    assert refused(maker, flags).startswith(f"--chosen_images {tmp_path / 'photos'} is no folder with .png")
+    (tmp_path / "photos" / "a.png").write_bytes(b"no image")
+    assert refused(maker, flags).startswith(f"--chosen_images: {tmp_path / 'photos' / 'a.png'} cannot be read: ")
+    assert not spied
+
+
+def test_a_missing_scorer_is_named_before_the_model_is_loaded(maker, flags, spied, tmp_path):
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": tmp_path / "nothing"}
+    assert refused(maker, flags | changes).startswith("--scorer clip cannot be loaded: ") and not spied
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_output_folder_that_cannot_be(maker, flags, spied, tmp_path, below):
+    (tmp_path / "file").write_text("kept")
+    sentence = refused(maker, flags | {"output_dir": tmp_path / "file" / below})
+    assert sentence.startswith(f"--output_dir: {tmp_path / 'file' / below}") and not spied
+
+
+def test_users_see_one_sentence(flags):
+    done = launched([SCRIPT, *command_line(flags | {"prompts": "nowhere.txt"})])
+    assert done.returncode != 0 and "\nerror: --prompts nowhere.txt cannot be loaded: " in done.stderr
+    assert f'{SCRIPT.name}", line' not in done.stderr
+
+
+def test_every_flag_is_exercised(maker, capsys):
+    with pytest.raises(SystemExit):
+        maker.parse_args(["--help"])
+    names = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE))
+    text = Path(__file__).read_text()
+    assert len(names) > 20 and not {n for n in names if not re.search(rf'["\']{n[2:]}["\']|["\']{n}["\']', text)}
