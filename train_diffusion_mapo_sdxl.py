@@ -250,7 +250,7 @@ POSITIVE_OR_INF = functools.partial(POSITIVE, high=math.inf)
 
 def add_model_and_data_arguments(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="SDXL: hub id, local folder or .safetensors file.")
+    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
     add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--pretrained_unet_name_or_path", help="Another UNet to start from, e.g. the output_dir of an earlier run.")
     add("--init_lora", help="LoRA to continue, e.g. the output_dir of an earlier run; it brings its layers.")
@@ -736,30 +736,11 @@ def make_loader(args, data, batches, collate=collate_pairs):
 LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
 LATENTS |= {"shift_factor": None, "latents_mean": None}
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
-# A single file holds no configs. Empty tensors in it say what differs from SDXL's.
-SINGLE_FILE_CONFIGS = "stabilityai/stable-diffusion-xl-base-1.0"
-SINGLE_FILE_SIGNS = {"v_pred": {"prediction_type": "v_prediction"}}
-SINGLE_FILE_SIGNS["ztsnr"] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 LORA_LAYERS = {"attention": ATTENTION, "transformer": TRANSFORMER, "all": TRANSFORMER + RESNET}
 TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-def single_file_changes(args):
-    """What of the scheduler's config a single file changes; {} for a pipeline in diffusers' layout."""
-    name = args.pretrained_model_name_or_path
-    if name.endswith((".ckpt", ".pt", ".bin")):
-        raise TrainingError(f"--pretrained_model_name_or_path {name}: only .safetensors files are loaded.")
-    if not name.endswith(".safetensors"):
-        return {}
-    with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        with safetensors.safe_open(name, "pt") as file:
-            names = set(file.keys())
-        if "conditioner.embedders.1.model.ln_final.weight" not in names:
-            raise TrainingError(NO_SDXL.format(name=name, reason="it has no text_encoder_2"))
-    return {key: value for sign in names & SINGLE_FILE_SIGNS.keys() for key, value in SINGLE_FILE_SIGNS[sign].items()}
 
 
 def check_lora(args, unet_config):
@@ -788,16 +769,15 @@ def check_lora(args, unet_config):
 def load_configs(args):
     """Shape of the latents and noise scheduler, by configs alone; refuses a base of another kind than SDXL's."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    options, changes = {"cache_dir": args.cache_dir, "revision": args.revision}, single_file_changes(args)
+    options = {"cache_dir": args.cache_dir, "revision": args.revision}
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        folder = SINGLE_FILE_CONFIGS if name.endswith(".safetensors") else name
-        parts = StableDiffusionXLPipeline.load_config(folder, **options)
+        parts = StableDiffusionXLPipeline.load_config(name, **options)
         needed = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
         missing = [part for part in needed if not (parts.get(part) or [None])[0]]
         if missing:
             raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
-        unet, vae = (UNet2DConditionModel.load_config(folder, subfolder=part, **options) for part in needed[:2])
-        scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler", **options) | changes
+        unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
     with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
         other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
         if any(other.get(key, default) != vae.get(key, default) for key, default in LATENTS.items()):
@@ -838,8 +818,6 @@ def load_unet(args, dtype):
     name, other = args.pretrained_model_name_or_path, args.pretrained_unet_name_or_path
     if other is not None:
         return load_part(UNet2DConditionModel, other, ("unet", ""), args.variant, **options)
-    if name.endswith(".safetensors"):
-        return UNet2DConditionModel.from_single_file(name, config=SINGLE_FILE_CONFIGS, subfolder="unet", **options)
     options |= {"revision": args.revision, "variant": args.variant}
     return UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
 
@@ -861,17 +839,11 @@ def load_pipeline(args, accelerator, weight_dtype):
         with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
             parts["unet"] = load_unet(args, unet_dtype)
     options |= {"revision": args.revision, "variant": args.variant, "add_watermarker": False}
-    load = StableDiffusionXLPipeline.from_pretrained
     # Each part is loaded in the dtype that it keeps.
     options["dtype"] = {"unet": unet_dtype, "vae": torch.float32, "default": weight_dtype}
-    if name.endswith(".safetensors"):
-        load, options = StableDiffusionXLPipeline.from_single_file, {"config": SINGLE_FILE_CONFIGS}
     advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"):
-        pipeline = load(name, **parts, **options)
-    changes = single_file_changes(args)
-    if changes:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **parts, **options)
     dtypes = {"unet": unet_dtype, "text_encoder": weight_dtype, "text_encoder_2": weight_dtype}
     # What half precision overflows in is upcast.
     dtypes["vae"] = torch.float32 if pipeline.vae.config.force_upcast else weight_dtype
