@@ -237,7 +237,7 @@ def build_models(recipe, unet_config, device):
         flags = ["--pretrained_model_name_or_path=sdxl", "--dataset_name=pairs"]
         flags += [f"--rank={recipe.rank}"] if recipe.rank else []
         flags += ["--gradient_checkpointing"] if recipe.checkpointing else []
-        script.make_trainable(script.parse_args(flags), unet)
+        script.make_trainable(script.parse_args(flags), argparse.Namespace(unet=unet))
     elif recipe.checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.train(), encoders
