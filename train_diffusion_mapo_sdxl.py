@@ -736,6 +736,9 @@ def make_loader(args, data, batches, collate=collate_pairs):
 LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
 LATENTS |= {"shift_factor": None, "latents_mean": None}
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
+# What a UNet's config says of what it takes and gives, and the defaults.
+UNET_KIND = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280, "time_cond_proj_dim": None}
+UNET_KIND |= {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -745,7 +748,7 @@ TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 def check_lora(args, unet_config):
     """A LoRA to continue must be of the rank and alpha asked for; other layers must be names of the UNet's layers."""
-    layers = [] if args.init_lora or args.lora_layers[0] in LORA_LAYERS else args.lora_layers
+    layers = [layer for layer in args.lora_layers or [] if layer not in LORA_LAYERS]
     with torch.device("meta"):
         modules = UNet2DConditionModel.from_config(unet_config).named_modules() if layers else []
     names = [f".{name}" for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
@@ -756,11 +759,11 @@ def check_lora(args, unet_config):
     if args.init_lora:
         with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
             weights, alphas = read_lora(args.init_lora, unet_config)
-        ranks = {len(weight) for name, weight in weights.items() if ".lora_A." in name}
+        ranks = {len(weight) for name, weight in weights.items() if name.startswith("unet.") and ".lora_A." in name}
         checks = [("rank", ranks, args.rank), ("lora_alpha", alphas or ranks, args.lora_alpha or args.rank)]
         for flag, there, asked in checks:
             if there != {asked}:
-                there = ", ".join(f"{value:g}" for value in sorted(there)) or "none"
+                there = ", ".join(f"{value:g}" for value in sorted(there)) or "none for the UNet"
                 raise TrainingError(f"--{flag} {asked:g}: --init_lora {args.init_lora} has {there}.")
         if any(name.startswith("text_encoder") for name in weights) and not args.train_text_encoder:
             raise TrainingError(f"--init_lora {args.init_lora} adapts the text encoders: add --train_text_encoder.")
@@ -778,6 +781,11 @@ def load_configs(args):
             raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
         unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
+    unet_name = args.pretrained_unet_name_or_path
+    with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
+        start = load_part(UNet2DConditionModel.load_config, unet_name, args, "unet") if unet_name else unet
+        if any(start.get(key, default) != unet.get(key, default) for key, default in UNET_KIND.items()):
+            raise TrainingError(f"--pretrained_unet_name_or_path {unet_name}: it is of another kind than {name}'s.")
     with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
         other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
         if any(other.get(key, default) != vae.get(key, default) for key, default in LATENTS.items()):
@@ -797,48 +805,49 @@ def load_configs(args):
     for reason in [reason for broken, reason in rules if broken]:
         raise TrainingError(NO_SDXL.format(name=name, reason=reason))
     if args.rank is not None:
-        check_lora(args, unet)
+        check_lora(args, start)
     side = args.resolution // 2 ** (len(other.get("block_out_channels", [64])) - 1)
     return (channels, side, side), DDPMScheduler.from_config(scheduler)
 
 
-def load_part(part_class, name, subfolders, variant, **options):
-    """A part that a flag names, in one of these folders of it, and in the variant asked for if it has it."""
-    for subfolder, kind in itertools.product(subfolders, dict.fromkeys([variant, None])):
+def load_part(load, name, args, subfolder=None, **options):
+    """A part that a flag names, in its folder there or alone, and in the variant asked for if it has it."""
+    for folder, variant in itertools.product(*(dict.fromkeys([x, None]) for x in (subfolder, args.variant))):
         try:
-            return part_class.from_pretrained(name, subfolder=subfolder, variant=kind, **options)
+            return load(name, subfolder=folder, variant=variant, cache_dir=args.cache_dir, **options)
         except OSError as error:
             failure = error
     raise failure
 
 
+def whole_unet_dtype(args):
+    return torch.bfloat16 if args.full_bf16 else torch.float32
+
+
 def load_unet(args, dtype):
     """The UNet that training starts from."""
-    options = {"cache_dir": args.cache_dir, "use_safetensors": True, "dtype": dtype}
-    name, other = args.pretrained_model_name_or_path, args.pretrained_unet_name_or_path
-    if other is not None:
-        return load_part(UNet2DConditionModel, other, ("unet", ""), args.variant, **options)
-    options |= {"revision": args.revision, "variant": args.variant}
-    return UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
+    options, name = {"use_safetensors": True, "dtype": dtype}, args.pretrained_unet_name_or_path
+    if name is not None:
+        return load_part(UNet2DConditionModel.from_pretrained, name, args, "unet", **options)
+    options |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    return UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet", **options)
 
 
 def load_pipeline(args, accelerator, weight_dtype):
     """The SDXL pipeline on the device: frozen parts in `weight_dtype`, a wholly trained UNet in its own dtype."""
-    options = {"cache_dir": args.cache_dir, "use_safetensors": True}
     unet_name, vae_name = args.pretrained_unet_name_or_path, args.pretrained_vae_model_name_or_path
     name, parts = args.pretrained_model_name_or_path, {}
     # Under ZeRO-3 transformers would shard the frozen text encoders as it loads them.
     transformers.integrations.unset_hf_deepspeed_config()
-    unet_dtype = weight_dtype
-    if args.rank is None:
-        unet_dtype = torch.bfloat16 if args.full_bf16 else torch.float32
+    unet_dtype = whole_unet_dtype(args) if args.rank is None else weight_dtype
     if vae_name:
         with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-            parts["vae"] = load_part(AutoencoderKL, vae_name, (None,), args.variant, **options)
+            parts["vae"] = load_part(AutoencoderKL.from_pretrained, vae_name, args, use_safetensors=True)
     if unet_name:
         with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
             parts["unet"] = load_unet(args, unet_dtype)
-    options |= {"revision": args.revision, "variant": args.variant, "add_watermarker": False}
+    options = {"cache_dir": args.cache_dir, "use_safetensors": True, "add_watermarker": False}
+    options |= {"revision": args.revision, "variant": args.variant}
     # Each part is loaded in the dtype that it keeps.
     options["dtype"] = {"unet": unet_dtype, "vae": torch.float32, "default": weight_dtype}
     advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
@@ -871,11 +880,11 @@ def read_lora(folder, unet_config=None):
     return weights, alphas - {None}
 
 
-def names_in_files(name, part, weights):
-    """`weights` of a part of the pipeline under the names that they have in files."""
+def names_in_files(part, own_names):
+    """Names in a file of what has `own_names` in a part of the pipeline."""
     # transformers 5 has a flat CLIPTextModel; other readers know the names of before.
-    flat = name == "text_encoder" and not hasattr(part, "text_model")
-    return {f"{name}.{'text_model.' * flat}{key}": weight for key, weight in weights.items()}
+    flat = isinstance(part, transformers.CLIPTextModel) and not hasattr(part, "text_model")
+    return [f"text_model.{own}" if flat else own for own in own_names]
 
 
 def set_lora(parts, weights):
@@ -884,8 +893,8 @@ def set_lora(parts, weights):
 
     weights = dict(weights)
     for name, part in parts.items():
-        own = get_peft_model_state_dict(part)
-        own = {key: weights.pop(in_file) for key, in_file in zip(own, names_in_files(name, part, own))}
+        own = list(get_peft_model_state_dict(part))
+        own = {key: weights.pop(f"{name}.{in_file}") for key, in_file in zip(own, names_in_files(part, own))}
         set_peft_model_state_dict(part, own)
         cast_training_params(part, torch.float32)
     if weights:
@@ -898,21 +907,23 @@ def add_lora(args, parts):
 
     with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
         weights = read_lora(args.init_lora, parts["unet"].config)[0] if args.init_lora else {}
+        adapted = {}  # by the LoRA to continue
         for name, part in parts.items():
-            names = names_in_files(name, part, {layer: layer for layer, _ in part.named_modules()})
-            layers = [layer for in_file, layer in names.items() if f"{in_file}.lora_A.weight" in weights]
-            if not layers and name == "unet":
-                layers = LORA_LAYERS.get((args.lora_layers or ["all"])[0], args.lora_layers)
-            elif not layers:
+            modules = [module for module, _ in part.named_modules()]
+            in_files = zip(modules, names_in_files(part, modules))
+            layers = [module for module, in_file in in_files if f"{name}.{in_file}.lora_A.weight" in weights]
+            if layers:
+                adapted[name] = part
+            elif name == "unet":
+                layers = [layer for choice in args.lora_layers for layer in LORA_LAYERS.get(choice, [choice])]
+            else:
                 # The output of the first encoder's last layer is not used, it would get no gradient.
                 layers = range(part.config.num_hidden_layers - (name == "text_encoder"))
                 layers = [f"layers.{number}.self_attn.{layer}" for number in layers for layer in TEXT_LORA_LAYERS]
             options = {"lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
             inject_adapter_in_model(LoraConfig(r=args.rank, target_modules=layers, **options), part)
             cast_training_params(part, torch.float32)
-        adapted = {name: part for name, part in parts.items() if any(key.startswith(f"{name}.") for key in weights)}
-        if args.init_lora:
-            set_lora(adapted, weights)
+        set_lora(adapted, weights)
 
 
 def make_trainable(args, pipeline):
@@ -1153,11 +1164,10 @@ def save_trained_weights(run, folder):
 
         lora, names = {}, set()
         for name, part in trained_parts(run.args, run.pipeline).items():
+            names |= {f"{name}.{in_file}" for in_file in names_in_files(part, get_peft_model_state_dict(part))}
             layers = get_peft_model_state_dict(part, state_dict=weights[name])
-            layers, config = names_in_files(name, part, layers), part.peft_config["default"].to_dict()
-            names |= names_in_files(name, part, get_peft_model_state_dict(part)).keys()
-            lora[f"{name}_lora_layers"] = {key.removeprefix(f"{name}."): weight for key, weight in layers.items()}
-            lora[f"{name}_lora_adapter_metadata"] = config
+            lora[f"{name}_lora_layers"] = dict(zip(names_in_files(part, layers), layers.values()))
+            lora[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
         StableDiffusionXLPipeline.save_lora_weights(folder, **lora)
         files = [folder / LORA_FILE]
     # Whatever wraps the UNet, the files hold the names that pipelines load.
@@ -1416,10 +1426,11 @@ def extract_lora(args, device):
     from peft import LoraConfig
 
     folder, rank, weights, kept, whole = Path(args.output_dir), args.extract_lora_rank, {}, 0.0, 0.0
-    before = load_unet(args, torch.float32).state_dict()
+    # In the dtype of training, because rounding to it is no change.
+    before = load_unet(args, whole_unet_dtype(args)).state_dict()
     trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
     for name, weight in tqdm(trained.items(), "Extracting a LoRA"):
-        difference = weight.to(device, torch.float32) - before.pop(name).to(device)
+        difference = weight.to(device, torch.float32) - before.pop(name).to(device, torch.float32)
         whole += difference.square().sum().item()
         layer = name.removesuffix(".weight")
         if layer == name or not layer.endswith(tuple(f".{suffix}" for suffix in LORA_LAYERS["all"])):

@@ -22,6 +22,9 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from peft.utils import get_peft_model_state_dict  # noqa: E402
 from small_world import build_pipeline, draw_pairs  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
@@ -34,12 +37,22 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+def load_script(path=SCRIPT):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def save_lora(folder):
+    """Write to `folder / "lora"` a LoRA of rank 2 that changes what `folder / "pipeline"` draws."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
 
 
 @pytest.fixture(scope="session")

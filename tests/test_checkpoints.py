@@ -239,7 +239,9 @@ def test_differences_of_flags_are_refused_or_reported(script, flags, tmp_path, c
     flags.update(max_train_steps=1, seed=None)
     checkpoint = run(script, flags) / "checkpoint-1"
     flags.update(resume_from_checkpoint=checkpoint, max_train_steps=2, output_dir=tmp_path / "resumed")
-    for name, value in {"rank": 2, "use_8bit_adam": True, "streaming": True, "shuffle_shards": 9, "seed": 1}.items():
+    fixed = {"rank": 2, "use_8bit_adam": True, "streaming": True, "shuffle_shards": 9, "seed": 1}
+    fixed |= {"lora_alpha": 2.0, "train_text_encoder": True}
+    for name, value in fixed.items():
         with pytest.raises(script.TrainingError, match=f"--resume_from_checkpoint: {name} is {value}, but"):
             run(script, {**flags, name: value})
 

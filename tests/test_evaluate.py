@@ -1,6 +1,5 @@
 """The evaluation script: what is drawn, what the scorers say, what is written, and how wrong use ends."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,12 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, command_line
+from conftest import ROOT, command_line, load_script, save_lora
 from conftest import run as run_script
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_scorers import build_scorers, expected_score
@@ -38,11 +35,7 @@ SIZES = [(64, 64), (90, 50), (33, 57)]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def write_images(folder, colour, seed):
@@ -50,12 +43,6 @@ def write_images(folder, colour, seed):
     for index, (shape, size) in enumerate(zip(("circle", "star", "square"), SIZES, strict=True)):
         image = draw(shape, colour, "photo", np.random.default_rng(seed + index), 96)
         image.resize(size).save(folder / f"{index:05d}_0.png")
-
-
-def save_lora(folder):
-    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +56,7 @@ def small(tmp_path_factory):
     build_pipeline(folder / "other", seed=1)
     shutil.copytree(folder / "other" / "unet", folder / "trained" / "unet")
     shutil.copytree(folder / "other" / "unet", folder / "unet")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_lora(folder)
+    save_lora(folder)
     return folder
 
 

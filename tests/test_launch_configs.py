@@ -449,13 +449,14 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ("env", "changes", "sentence"),
     [
         (FSDP, {"use_8bit_adam": True}, "--use_8bit_adam: bitsandbytes cannot step sharded weights"),
+        (FSDP, {"train_text_encoder": True}, "--train_text_encoder: one model can be sharded"),
         (
             DEEPSPEED,
             {"rank": None, "use_8bit_adam": True, "mixed_precision": "bf16", "full_bf16": True},
             "--full_bf16: DeepSpeed keeps float32 weights",
         ),
     ],
-    ids=["fsdp2-8bit", "deepspeed-full-bf16"],
+    ids=["fsdp2-8bit", "fsdp2-text-encoder", "deepspeed-full-bf16"],
 )
 def test_combination_that_cannot_work_is_refused(short_flags, env, changes, sentence):
     words = [*with_faults({}), SCRIPT, *command_line({**short_flags, **changes})]

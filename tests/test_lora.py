@@ -1,15 +1,20 @@
 """LoRA: its layers and alpha, the files that others load, second rounds, text encoders, and extraction."""
 
-import copy
+import json
 
+import numpy as np
 import pytest
 import torch
-from conftest import run, spied  # noqa: F401
+from conftest import SCRIPT, command_line, run
+from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file
+from small_world import build_unet
 
 
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+UNET = "unet/diffusion_pytorch_model.safetensors"
 # What each choice adapts, by the names of SDXL's modules; counts of real SDXL's layers.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -35,21 +40,25 @@ def test_choices_are_those_layers_of_sdxl(script, choice):
     with torch.device("meta"):
         names = [name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()]
     layers, count = COUNTS[choice]
-    assert (
-        adapted(names, script.LORA_LAYERS[choice]) == adapted(names, layers) and len(adapted(names, layers)) == count
-    )
+    assert adapted(names, script.LORA_LAYERS[choice]) == adapted(names, layers)
+    assert len(adapted(names, layers)) == count
 
 
-@pytest.mark.parametrize("layers", [["attention"], ["conv_in", "to_k"]], ids=["attention", "names"])
-def test_lora_layers_and_alpha_reach_the_file(script, flags, layers):
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(["attention"], ATTENTION), (["attention", "conv_in", "conv1"], (*ATTENTION, "conv_in", "conv1"))],
+    ids=["attention", "names, too"],
+)
+def test_lora_layers_and_alpha_reach_the_file(script, flags, layers, expected):
     """A pipeline applies alpha / rank by the file's metadata; the kohya file says it for each layer."""
     output = run(script, {**flags, "lora_layers": layers, "lora_alpha": 8, "max_train_steps": 1})
-    names = {name.split(".lora_")[0].removeprefix("unet.") for name in load_file(output / DIFFUSERS)}
     unet = UNet2DConditionModel.from_pretrained(flags["pretrained_model_name_or_path"], subfolder="unet")
-    modules = dict(unet.named_modules())
-    assert names == {
-        n for n in modules if f".{n}".endswith(tuple(f".{x}" for x in script.LORA_LAYERS.get(*layers[:1], layers)))
-    }
+    names = {name.removeprefix(".") for name in adapted([f".{name}" for name, _ in unet.named_modules()], expected)}
+    assert names == {name.split(".lora_")[0].removeprefix("unet.") for name in load_file(output / DIFFUSERS)}
+    with safe_open(output / DIFFUSERS, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 8
+    assert str(flags["pretrained_model_name_or_path"]) not in str(metadata)
     alphas = {n: v for n, v in load_file(output / KOHYA).items() if n.endswith(".alpha")}
     assert {name.removesuffix(".alpha") for name in alphas} == {f"lora_unet_{n.replace('.', '_')}" for n in names}
     assert {value.item() for value in alphas.values()} == {8.0}
@@ -70,7 +79,7 @@ def test_kohya_file_can_be_left_out(script, flags):
 
 
 @pytest.mark.parametrize("file", ["", KOHYA], ids=["folder", "kohya"])
-def test_second_round_starts_from_the_first(script, flags, tmp_path, spied, file):  # noqa: F811
+def test_second_round_starts_from_the_first(script, flags, tmp_path, file):
     """With a learning rate that changes nothing, the second round ends with the weights of the first."""
     first = run(script, {**flags, **TEXT, "lora_alpha": 8})
     changes = {**TEXT, "lora_alpha": 8, "init_lora": first / file, "output_dir": tmp_path / "second"}
@@ -87,6 +96,16 @@ def test_lora_that_does_not_fit_the_flags_is_refused(script, flags, tmp_path, ch
     first = run(script, {**flags, **TEXT, "max_train_steps": 1})
     with pytest.raises(script.TrainingError, match=named):
         run(script, {**flags, "init_lora": first, "output_dir": tmp_path / "second", **changes})
+
+
+def test_unet_of_another_kind_is_refused(script, flags, tmp_path):
+    """Before any weight is loaded: there are none."""
+    unet = build_unet(cross_attention_dim=32, pooled_dim=64)
+    unet.save_config(tmp_path / "other" / "unet")
+    with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*other: it is of another kind"):
+        run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "other"})
+    with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*none cannot be loaded"):
+        run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})
 
 
 def test_unknown_layer_is_refused(script, flags):
@@ -108,38 +127,46 @@ def test_text_encoders_are_trained_and_resumed_exactly(script, flags, tmp_path):
     assert any(name.startswith("lora_te2_text_model_encoder_layers_1_self_attn_q_proj.") for name in names)
 
 
+def test_text_encoders_are_trained_alike_on_two_processes(script, flags, tmp_path):
+    """Each rank's gradients of the text encoders are summed, as those of the UNet are."""
+    one = run(script, {**flags, **TEXT, "max_train_steps": 2})
+    changes = {"train_batch_size": 2, "output_dir": tmp_path / "two", "max_train_steps": 2}
+    statuses, outputs = run_ranks([SCRIPT, *command_line({**flags, **TEXT, **changes})])
+    assert statuses == [0, 0], "\n".join(outputs)
+    weights, expected = load_file(tmp_path / "two" / DIFFUSERS), load_file(one / DIFFUSERS)
+    assert weights.keys() == expected.keys()
+    assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-5
+
+
 def test_new_unet_starts_from_the_one_named(script, flags, tmp_path):
     flags["rank"] = None
     first = run(script, flags)
     changes = {"pretrained_unet_name_or_path": first, "learning_rate": 1e-30, "output_dir": tmp_path / "second"}
     changes["adam_weight_decay"] = 0
     second = run(script, {**flags, **changes})
-    assert_same_weights(first, second)
+    weights, expected = load_file(second / UNET), load_file(first / UNET)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def assert_same_weights(first, second):
-    paths = [folder / "unet" / "diffusion_pytorch_model.safetensors" for folder in (first, second)]
-    weights, others = map(load_file, paths)
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-
-
-@pytest.mark.parametrize("rank", [2, 288])
-def test_extracted_lora_is_the_best_of_its_rank(script, flags, caplog, rank):
-    """At the largest rank a layer's whole change; below it, what numpy's singular values leave out."""
-    flags.update(rank=None, extract_lora_rank=rank)
+@pytest.mark.parametrize(
+    ("rank", "changes"),
+    [(2, {}), (288, {}), (2, {"full_bf16": True, "use_8bit_adam": True, "mixed_precision": "bf16"})],
+    ids=["2", "all", "full_bf16"],
+)
+def test_extracted_lora_is_the_best_of_its_rank(script, flags, caplog, rank, changes):
+    """At the largest rank a layer's whole change; below it, all but what numpy's smaller singular values hold."""
+    flags.update(rank=None, extract_lora_rank=rank, **changes)
     base = UNet2DConditionModel.from_pretrained(flags["pretrained_model_name_or_path"], subfolder="unet").state_dict()
-    base = copy.deepcopy(base)
-    output = run(script, flags)
-    trained = load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
+    trained = load_file((output := run(script, flags)) / UNET)
     lora = load_file(output / "extracted_lora" / DIFFUSERS)
     assert (output / "extracted_lora" / KOHYA).exists()
     names = {name.split(".lora_")[0].removeprefix("unet.") for name in lora}
     assert names == adapted({name.removesuffix(".weight") for name in trained if name.endswith(".weight")}, ALL)
     for name in names:
-        change = (trained[f"{name}.weight"] - base[f"{name}.weight"]).flatten(1).double()
-        up, down = (lora[f"unet.{name}.lora_{x}.weight"].flatten(1).double() for x in "BA")
-        left = torch.linalg.svdvals(change)[rank:].square().sum().sqrt()
-        assert (change - up @ down).norm().item() == pytest.approx(
-            left.item(), rel=1e-3, abs=1e-5 * change.norm().item()
-        )
+        start = base[f"{name}.weight"].to(trained[f"{name}.weight"].dtype)  # rounding to bfloat16 is no change
+        change = (trained[f"{name}.weight"].double() - start.double()).flatten(1).numpy()
+        up, down = (lora[f"unet.{name}.lora_{x}.weight"].flatten(1).double().numpy() for x in "BA")
+        left = np.sqrt((np.linalg.svd(change, compute_uv=False)[rank:] ** 2).sum())
+        bound = 1e-5 * np.linalg.norm(change)
+        assert np.linalg.norm(change - up @ down) == pytest.approx(left, rel=1e-3, abs=bound)
     assert "of the squared change" in caplog.text

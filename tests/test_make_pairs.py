@@ -1,7 +1,6 @@
 """Pairs made by SDXL itself: what is drawn and chosen, what is written, and how runs resume, share out and end."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -21,13 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command_line, scalars
+from conftest import ROOT, command_line, load_script, save_lora, scalars
 from conftest import run as run_script
 from cpu_cluster import Fault, killed, run_ranks, with_faults
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_scorers import build_scorers, expected_score
@@ -46,18 +43,8 @@ TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
 def maker():
     """The script as a module, with its sibling within reach, as beside a script that is run."""
     sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield load_script(SCRIPT)
     sys.path.remove(str(ROOT))
-
-
-def save_lora(folder):
-    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +55,7 @@ def small(tmp_path_factory):
     build_pipeline(folder / "pipeline")
     build_pipeline(folder / "other", seed=1)
     shutil.copytree(folder / "other" / "unet", folder / "trained" / "unet")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_lora(folder)
+    save_lora(folder)
     return folder
 
 

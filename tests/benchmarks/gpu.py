@@ -4,9 +4,9 @@
     python tests/benchmarks/gpu.py FOLDER --toy      # the same on the tiny pipeline of tests, without a GPU
 
 FOLDER gets a pipeline of SDXL's configs with random weights (7 GB), pairs of 1024 px, and `results.jsonl`, to which
-each case is added as it ends: a second call measures what is missing. Each case is the script itself through its
-launcher; speed and memory are what it logs, means over the steps after the first ones. The bare loop is the UNet and
-the optimizer on ready latents and embeddings. It needs no network.
+each case is added as it ends: a second call measures what is missing. Each case is the script in a process of its own,
+without the files that it writes at the end; speed and memory are what it logs, means over the steps after the first
+ones. The bare loop is the UNet and the optimizer on ready latents and embeddings. It needs no network.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 BASE = "--gradient_checkpointing --use_8bit_adam --mixed_precision bf16"
 LORA, ROUNDED, FULL = "--rank 16", "--full_bf16", ""
-CACHED, UNCACHED, FLOAT32_VAE = "--cache_latents", "", "float32 VAE"
-# Trained, encoding, pairs a forward pass, more flags; the most wanted first.
+CACHED, UNCACHED, FLOAT32_VAE, BARE = "--cache_latents", "bfloat16 VAE", "float32 VAE", "bare"
+# Trained, encoding (or "bare"), pairs a forward pass, more flags; the most wanted first.
 CASES = [
     (LORA, CACHED, 1, ""),
     (ROUNDED, CACHED, 1, ""),
     (FULL, CACHED, 1, ""),
+    (LORA, BARE, 1, ""),
+    (FULL, BARE, 1, ""),
     (LORA, UNCACHED, 1, "--dataloader_num_workers 4"),
     (LORA, FLOAT32_VAE, 1, "--dataloader_num_workers 4"),
     (LORA, CACHED, 4, ""),
@@ -41,15 +44,16 @@ CASES = [
     (LORA, CACHED, 4, "--compile"),
     (ROUNDED, CACHED, 4, "--compile"),
     (LORA, FLOAT32_VAE, 1, "--dataloader_num_workers 4 --allow_tf32"),
+    (LORA, BARE, 4, ""),
+    (FULL, BARE, 4, ""),
     (LORA, CACHED, 2, ""),
     (LORA, CACHED, 8, ""),
     (ROUNDED, CACHED, 2, ""),
     (ROUNDED, CACHED, 8, ""),
 ]
-BARE = [(LORA, 1), (FULL, 1), (LORA, 4), (FULL, 4)]
+TOY_CASES = [case for case in CASES if case in ((LORA, CACHED, 1, ""), (FULL, BARE, 1, ""))]
 # TFLOP of a pair at 1024 px by tests/benchmarks/flops.py: forward and backward, with what checkpointing recomputes.
-TFLOP = {LORA: 13.5 + 17.1 + 10.4, ROUNDED: 13.5 + 27.0 + 10.4, FULL: 13.5 + 27.0 + 10.4}
-H100_PEAK = 989  # dense bfloat16 TFLOP/s
+TFLOP = {LORA: 13.79 + 15.46 + 12.99, ROUNDED: 13.52 + 26.94 + 10.42, FULL: 13.52 + 26.94 + 10.42}
 
 
 def build_sdxl(folder, device):
@@ -112,20 +116,11 @@ def run_case(folder, case, toy):
     output = folder / "runs" / f"{time.time():.0f}"
     words += ["--pretrained_model_name_or_path", folder / "pipeline", "--dataset_name", folder / "pairs"]
     words += ["--train_batch_size", size, "--max_train_steps", 4 if toy else 12, "--logging_steps", 2 if toy else 6]
-    words += [
-        "--resolution",
-        64 if toy else 1024,
-        "--seed",
-        0,
-        "--output_dir",
-        output,
-        "--cache_dir",
-        folder / "cache",
-    ]
-    # What is measured is steps, not what is written in the end.
-    launcher = [sys.executable, __file__, "--steps-alone"]
+    words += ["--resolution", 64 if toy else 1024, "--seed", 0]
+    words += ["--output_dir", output, "--cache_dir", folder / "cache"]
     started = time.perf_counter()
-    done = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True)
+    command = [sys.executable, __file__, "--steps-alone", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
     result = {"wall": time.perf_counter() - started}
     if done.returncode:
         error = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
@@ -201,24 +196,17 @@ def bare_case(trained, size, toy):
 
 def table(results):
     """Markdown: one row a case."""
-    print(
-        "| trained | encoding | pairs a pass | more | s/step | pairs/s | TFLOP/s | of 989 | GiB | bare loop s/step |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    bare = {tuple(key[1:]): result for key, result in results if key[0] == "bare"}
-    for (trained, encoding, *rest), result in results:
-        if trained == "bare":
-            continue
-        size, more = rest
-        cells = [trained or "whole UNet", encoding or "each step, bfloat16 VAE", size, more]
+    columns = ["trained", "encoding", "pairs a pass", "more", "s/step", "pairs/s", "TFLOP/s", "GiB"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for (trained, encoding, size, more), result in results.items():
+        cells = [trained or "whole UNet", encoding, size, more]
         if "error" in result:
-            print("|", " | ".join(map(str, [*cells, result["error"], "", "", "", "", ""])), "|")
-            continue
-        tflop = result["pairs_per_second"] * TFLOP[trained]
-        loop = bare.get((trained, size), {}).get("step")
-        cells += [f"{result['step']:.3f}", f"{result['pairs_per_second']:.2f}", f"{tflop:.0f}"]
-        cells += [f"{tflop / H100_PEAK:.0%}", f"{result['gib']:.1f}", f"{loop:.3f}" if loop else ""]
-        print("|", " | ".join(map(str, cells)), "|")
+            cells += [result["error"], "", "", ""]
+        else:
+            tflop = result["pairs_per_second"] * TFLOP[trained]
+            cells += [f"{result['step']:.3f}", f"{result['pairs_per_second']:.2f}", f"{tflop:.0f}"]
+            cells += [f"{result['gib']:.1f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def main():
@@ -233,21 +221,19 @@ def main():
     build_world(folder, args.toy)
     print(f"Built in {time.perf_counter() - started:.0f} s.", flush=True)
     card = "CPU" if args.toy else torch.cuda.get_device_name()
-    where = {"card": card, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    where = {"card": card, "date": datetime.date.today().isoformat()}
+    where |= {library: version(library) for library in ("torch", "diffusers", "bitsandbytes")}
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = [(tuple(entry["case"]), entry) for entry in known]
-    cases = [("bare", *case) for case in BARE] + CASES
-    cases = [*CASES[:3], *cases[:2], *CASES[3:], *cases[2:4]]
-    cases = [CASES[0], CASES[1], cases[3]] if args.toy else cases
-    for case in cases:
-        if case in dict(done):
+    done = {tuple(entry["case"]): entry for entry in known}
+    for case in TOY_CASES if args.toy else CASES:
+        if case in done:
             continue
-        result = bare_case(*case[1:], args.toy) if case[0] == "bare" else run_case(folder, case, args.toy)
-        entry = {"case": case, **result, **where}
-        done.append((case, entry))
-        print(f"{time.perf_counter() - started:5.0f} s", json.dumps(entry), flush=True)
+        trained, encoding, size, _ = case
+        result = bare_case(trained, size, args.toy) if encoding == BARE else run_case(folder, case, args.toy)
+        done[case] = {"case": case, **result, **where}
+        print(f"{time.perf_counter() - started:5.0f} s", json.dumps(done[case]), flush=True)
         with results.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(done[case]) + "\n")
     print(", ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
     table(done)
 

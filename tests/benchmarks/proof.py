@@ -47,7 +47,7 @@ CURVES = {"eval_margin": "margin", "eval_accuracy": "accuracy", "eval_chosen_mse
 def experiments():
     """All runs but for their seeds: {name: (task, base, flags)}; those without flags are the bases themselves."""
     runs = {"photo base": ("cartoon", "photo", None), "cartoon base": ("cartoon", "cartoon", None)}
-    for kind, rank in (("full", []), ("LoRA", ["--rank", "64"])):
+    for kind, rank in (("full", []), ("LoRA", ["--rank", "64", "--lora_layers", "attention"])):
         runs |= {f"cartoon, {kind}, {loss}": ("cartoon", "photo", rank + flags) for loss, flags in LOSSES.items()}
     runs |= {f"frame, full, {loss}": ("frame", "photo", LOSSES[loss]) for loss in SHOWN}
     beta = ["--beta_mapo", "64"]

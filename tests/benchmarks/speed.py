@@ -146,7 +146,7 @@ def script(folder, full, cached, processes=1, synchronized=True):
         command += ["--max_train_steps", WARMUP + STEPS, "--logging_steps", 1]
         # Two processes have both cores to themselves.
         command += ["--dataloader_num_workers", 1] if processes == 1 else []
-        command += [] if full else ["--rank", RANK]
+        command += [] if full else ["--rank", RANK, "--lora_layers", "attention"]
         command += ["--cache_latents"] if cached else []
         start = time.time()
         env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
