@@ -6,12 +6,15 @@ over gloo as they do over NCCL. `run_ranks` forks the processes from one that ha
 saves most of a short run's time.
 """
 
+import contextlib
 import copy
+import faulthandler
 import functools
 import itertools
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import runpy
 import shutil
@@ -243,9 +246,23 @@ def noting_weights(folder, call):
 
 # Forked processes ---------------------------------------------------------------------------------------------------
 def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """
+    A port that nobody listens on, below those that systems give to connections: a launcher takes it seconds later, and
+    a connection of another test must not have it then.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("", port))
+            return port
+
+
+def run_script(words):
+    """The script as it runs from the command line; should it hang, it prints where before it is killed."""
+    faulthandler.dump_traceback_later(TIMEOUT - PATIENCE, exit=True, file=2)
+    sys.argv = list(map(str, words))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    faulthandler.cancel_dump_traceback_later()
 
 
 def work(environment, words, faults, log):
@@ -256,8 +273,7 @@ def work(environment, words, faults, log):
     os.environ.update(environment)
     for fault in faults:
         install(fault)
-    sys.argv = list(map(str, words))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_script(words)
 
 
 def run_ranks(words, faults=None, size=2, env=None):
@@ -312,7 +328,7 @@ def main():
         for fault in pickle.loads(bytes.fromhex(sys.argv[1])).get(int(os.environ.get("RANK", 0)), []):
             install(fault)
         sys.argv = sys.argv[2:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_script(sys.argv)
 
 
 if __name__ == "__main__":

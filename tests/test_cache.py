@@ -61,9 +61,10 @@ VARIANTS = {
     "map-style, ties, noise, workers": {"no-remove_ties": True, "label_noise_prob": 0.3, "dataloader_num_workers": 2},
     "streamed, workers, bf16": {"streaming": True, "dataloader_num_workers": 2, "mixed_precision": "bf16"},
 }
+FIRST, *OTHERS = VARIANTS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(FIRST, marks=pytest.mark.matrix), *OTHERS])
 def test_cached_is_uncached_bit_by_bit(script, flags, tmp_path, monkeypatch, encoded, variant):
     """More than one epoch. Each pair is encoded once, before training; a second run encodes nothing."""
     flags.update(max_train_steps=12, resolution=32, **VARIANTS[variant])

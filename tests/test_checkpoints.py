@@ -15,7 +15,7 @@ from conftest import SCRIPT, command_line, run, scalars
 from cpu_cluster import Fault, install, killed, raising, signalled, with_faults
 from diffusers import UNet2DConditionModel
 from small_world import build_pipeline, draw_pairs
-from test_faults import VALIDATION, also, checkpoints, content, run_ranks, run_ranks_well, run_to_status
+from test_faults import VALIDATION, checkpoints, content, run_ranks, run_ranks_well, run_to_status
 from test_training import LORA_WEIGHTS, assert_close, assert_equal, assert_same, curves, trained
 
 
@@ -85,7 +85,7 @@ def test_two_restarts_in_a_row(script, flags, tmp_path, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.matrix),
         STREAMED,
         pytest.param({"dataloader_num_workers": 2}, marks=pytest.mark.matrix),
         pytest.param({**STREAMED, "dataloader_num_workers": 2}, marks=pytest.mark.matrix),
@@ -111,8 +111,9 @@ def test_run_resumes_on_any_number_of_processes(script, flags, tmp_path, changes
     assert len({state["pairs_seen"] for state in states}) == 1
 
 
-@pytest.mark.parametrize("changes", [STREAMED, pytest.param({}, marks=pytest.mark.matrix)], ids=["stream", "map"])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("changes", [STREAMED, {}], ids=["stream", "map"])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_run_that_began_on_two_processes_resumes_on_one(script, flags, tmp_path, changes, workers):
     """A stream's lanes are those of the processes and workers that it began with."""
     flags.update(changes, adam_epsilon=1e-5, dataloader_num_workers=workers, checkpointing_steps=3)
@@ -216,7 +217,8 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["zero2", also("zero3"), also("fsdp2")])
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])
 def test_flags_hold_in_sharded_optimizers(script, flags, tmp_path, kind):
     """As on one process, with the schedule that asks the optimizer for its rate."""
     flags.update(lr_scheduler="polynomial", lr_warmup_steps=1, adam_epsilon=1e-3, max_train_steps=2)

@@ -216,7 +216,7 @@ def launch_and_signal(folder, launcher, target, flags, faults, events):
     ("launcher", "target", "number"),
     [
         ("accelerate", "launcher", signal.SIGTERM),
-        ("torchrun", "launcher", signal.SIGTERM),
+        also("torchrun", "launcher", signal.SIGTERM),
         ("accelerate", "group", signal.SIGINT),
         also("torchrun", "group", signal.SIGINT),
         also("torchrun", "launcher", signal.SIGUSR1),
@@ -508,6 +508,7 @@ def test_source_that_breaks_in_mid_run(script, flags, uninterrupted, own_pairs, 
     assert_exact(whole, out)
 
 
+@pytest.mark.matrix
 def test_source_that_breaks_in_mid_run_under_workers(flags, uninterrupted, own_pairs):
     flags.update(STREAMED, dataloader_num_workers=2, max_train_steps=8)
     whole = uninterrupted(flags)
@@ -588,7 +589,7 @@ def test_wandb_that_is_lost_costs_nothing(flags, uninterrupted, fault):
 # kill -9 ------------------------------------------------------------------------------------------------------------
 # In training, in a validation, in writing the second checkpoint, before its state, and in removing the first.
 KILLS = {"step": 5, "drawing": 5, "checkpoint": 2, "replace": 2, "rmdir": 1}
-KILLS_BY_DEFAULT = [("step", (1,)), ("replace", (0,)), ("rmdir", (0, 1))]
+KILLS_BY_DEFAULT = [("step", (1,)), ("replace", (0,))]
 
 
 @pytest.mark.parametrize(

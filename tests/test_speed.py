@@ -110,7 +110,8 @@ def test_objective_does_not_wait_for_the_gpu(script, flags, tmp_path, monkeypatc
     run(script, {**flags, **VARIANTS[variant], "cache_dir": tmp_path})
 
 
-@pytest.mark.parametrize("rank", [4, pytest.param(None, marks=pytest.mark.matrix)], ids=["LoRA", "UNet"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("rank", [4, None], ids=["LoRA", "UNet"])
 def test_compiled_and_eager_runs_resume_each_other(script, flags, tmp_path, rank):
     flags.update(rank=rank, learning_rate=1e-4, max_train_steps=4, checkpointing_steps=1)
     eager = run(script, flags)
