@@ -76,6 +76,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
@@ -323,8 +324,20 @@ def load_with_unet(args, source, subfolder=None, **parts):
 
 
 def load_with_lora(args, source, **parts):
+    """The base with this LoRA, its part for text encoders merged: transformers 5.24 asks for peft 0.22 to load it."""
     pipeline = load_base(args, **parts)
-    pipeline.load_lora_weights(source, weight_name=LORA_FILE)
+    options = {"weight_name": LORA_FILE, "return_lora_metadata": True}
+    weights, alphas, metadata = pipeline.lora_state_dict(source, unet_config=pipeline.unet.config, **options)
+    pipeline.load_lora_into_unet(weights, alphas, pipeline.unet, metadata=metadata)
+    text = {name: weight for name, weight in weights.items() if name.startswith("text_encoder")}
+    text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text)) if text else {}
+    for name in [name for name in text if name.endswith(".lora_A.weight")]:
+        down, up = (text[name.replace("lora_A", half)].float() for half in ("lora_A", "lora_B"))
+        encoder, _, layer = name.removesuffix(".lora_A.weight").partition(".")
+        layers = {key.removeprefix("text_model."): value for key, value in getattr(pipeline, encoder).named_modules()}
+        alpha = (alphas or {}).get(f"{encoder}.{layer}.alpha") or (metadata or {}).get(f"{encoder}.lora_alpha")
+        weight = layers[layer.removeprefix("text_model.")].weight
+        weight.data += (up @ down * (alpha or len(down)) / len(down)).to(weight.dtype)
     return pipeline
 
 

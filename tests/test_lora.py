@@ -1,16 +1,18 @@
 """LoRA: its layers and alpha, the files that others load, second rounds, text encoders, and extraction."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, command_line, run
+from conftest import SCRIPT, command_line, load_script, run
 from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_world import build_unet
+from test_validation_and_results import cells, greatest_difference
 
 
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
@@ -64,6 +66,51 @@ def test_lora_layers_and_alpha_reach_the_file(script, flags, layers, expected):
     assert {value.item() for value in alphas.values()} == {8.0}
 
 
+def comfyui_table():
+    """Names under which ComfyUI looks for SDXL's LoRA layers, from the plan of SDXL's blocks alone."""
+    depths = {"down_blocks_1": (2, 2), "down_blocks_2": (10, 2), "mid_block": (10, 1), "up_blocks_0": (10, 3)}
+    depths["up_blocks_1"] = (2, 3)
+    resnets = {"down_blocks_0": 2, "down_blocks_1": 2, "down_blocks_2": 2, "mid_block": 2}
+    resnets |= {"up_blocks_0": 3, "up_blocks_1": 3, "up_blocks_2": 3}
+    attention = [f"attn{n}_{name}" for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out_0")]
+    names = []
+    for block, (depth, number) in depths.items():
+        for n in range(number):
+            inner = [f"transformer_blocks_{i}_{name}" for i in range(depth) for name in attention]
+            inner += [f"transformer_blocks_{i}_ff_net_{name}" for i in range(depth) for name in ("0_proj", "2")]
+            names += [f"{block}_attentions_{n}_{name}" for name in (*inner, "proj_in", "proj_out")]
+    for block, number in resnets.items():
+        for n in range(number):
+            # Where the number of channels changes: it does with every skip connection.
+            shortcut = block.startswith("up") or (n == 0 and block in ("down_blocks_1", "down_blocks_2"))
+            layers = ("conv1", "conv2", "time_emb_proj", *["conv_shortcut"] * shortcut)
+            names += [f"{block}_resnets_{n}_{name}" for name in layers]
+    names = [f"lora_unet_{name}" for name in names]
+    for encoder, layers in (("te1", 11), ("te2", 32)):  # the last one of the first encoder is not used
+        text = [f"layers_{i}_self_attn_{name}_proj" for i in range(layers) for name in ("q", "k", "v", "out")]
+        names += [f"lora_{encoder}_text_model_encoder_{name}" for name in text]
+    return names
+
+
+def test_comfyui_finds_every_layer_of_a_kohya_file(script, tmp_path):
+    """The names of SDXL at its real size, of modules that hold no weights."""
+    from benchmarks.memory import SDXL_UNET
+
+    with torch.device("meta"):
+        unet = adapted([name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()], ALL)
+    text = [("text_encoder", 11), ("text_encoder_2", 32)]
+    layers = [f"{name}.text_model.encoder.layers.{i}.self_attn" for name, number in text for i in range(number)]
+    layers = [f"{layer}.{name}" for layer in layers for name in script.TEXT_LORA_LAYERS]
+    layers += [f"unet.{name}" for name in unet]
+    weights = {f"{name}.lora_{half}.weight": torch.zeros(4, 4) for name in layers for half in "AB"}
+    save_file(weights, tmp_path / DIFFUSERS, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2})})
+    script.write_kohya_lora(tmp_path)
+    table = comfyui_table()
+    assert len(table) == len(set(table)) == 784 + 4 * (11 + 32)
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(load_file(tmp_path / KOHYA)) == {f"{name}.{part}" for name in table for part in parts}
+
+
 def test_both_files_give_the_same_image(script, flags):
     output, base = run(script, {**flags, "lora_alpha": 8}), flags["pretrained_model_name_or_path"]
     images = [draw(StableDiffusionXLPipeline.from_pretrained(base))]
@@ -96,6 +143,30 @@ def test_lora_that_does_not_fit_the_flags_is_refused(script, flags, tmp_path, ch
     first = run(script, {**flags, **TEXT, "max_train_steps": 1})
     with pytest.raises(script.TrainingError, match=named):
         run(script, {**flags, "init_lora": first, "output_dir": tmp_path / "second", **changes})
+
+
+@pytest.mark.parametrize("flag", ["init_lora", "pretrained_unet_name_or_path"])
+def test_second_round_is_shown_beside_the_first(script, flags, tmp_path, flag):
+    """The left images of its grid are the right ones of the first round's, and no longer those of the base."""
+    drawn = {"run_validation": True, "num_inference_steps": 2, "validation_prompts": ["a red circle", "a blue star"]}
+    flags.update(drawn, max_train_steps=2, rank=4 if flag == "init_lora" else None, learning_rate=1e-2)
+    first = run(script, flags)
+    second = run(script, {**flags, flag: first, "output_dir": tmp_path / "second"})
+    base, aligned = (cells(first / "validation" / "step-000002.png")[side::2] for side in (0, 1))
+    start = cells(second / "validation" / "step-000002.png")[::2]
+    assert greatest_difference(start, aligned) <= 1 and greatest_difference(start, base) > 3
+
+
+def test_evaluation_draws_with_the_lora_of_text_encoders(script, flags, spied):
+    """Merged into them, it gives what the trained modules give; alpha is not the rank."""
+    out = run(script, {**flags, **TEXT, "lora_alpha": 8, "learning_rate": 1e-2})
+    evaluate = load_script(SCRIPT.with_name("evaluate_diffusion_mapo_sdxl.py"))
+    args = argparse.Namespace(pretrained_model_name_or_path=flags["pretrained_model_name_or_path"], variant=None)
+    pipelines = [spied[0], evaluate.load_with_lora(args, out, torch_dtype=torch.float32), evaluate.load_base(args)]
+    for result in (draw, lambda pipeline: pipeline.encode_prompt("a red circle")[0]):
+        with torch.no_grad():
+            trained, merged, base = map(result, pipelines)
+        assert (trained - merged).abs().max() < 1e-4 < 1e-2 < (trained - base).abs().max()
 
 
 def test_unet_of_another_kind_is_refused(script, flags, tmp_path):
