@@ -42,6 +42,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
@@ -76,7 +77,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -134,7 +135,7 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy", "captions
 
 
 def preference_step(run, batch):
-    """The objective on a batch: the scalar loss with its gradient, and METRICS as one detached float64 tensor."""
+    """The objective on a batch: the scalar loss with its gradient, and METRICS `(len(METRICS), pairs)` in float64."""
     args, config = run.args, run.noise_scheduler.config
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
     *encoded, captions_cut = encode_pairs(run, batch)
@@ -146,7 +147,7 @@ def preference_step(run, batch):
         losses, margin = mapo_v1_loss(chosen, rejected, args.beta_mapo, args.snr_value, config.num_train_timesteps)
     metrics = [losses, chosen, rejected, margin, chosen < rejected, captions_cut]
     metrics = torch.stack([metric.double() for metric in metrics])
-    return losses.mean().to(chosen.dtype), metrics.mean(dim=1).detach()
+    return losses.mean().to(chosen.dtype), metrics.detach()
 
 
 def denoising_errors(unet, noise_scheduler, latents, prompt_embeds, pooled_prompt_embeds, batch):
@@ -250,7 +251,7 @@ POSITIVE_OR_INF = functools.partial(POSITIVE, high=math.inf)
 
 def add_model_and_data_arguments(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
+    add("--pretrained_model_name_or_path", required=True, help="SDXL: hub id, folder or .safetensors file.")
     add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--pretrained_unet_name_or_path", help="Another UNet to start from, e.g. the output_dir of an earlier run.")
     add("--init_lora", help="LoRA to continue, e.g. the output_dir of an earlier run; it brings its layers.")
@@ -265,7 +266,7 @@ def add_model_and_data_arguments(parser):
     add = parser.add_argument_group("pairs").add_argument
     add("--dataset_name", required=True, help="Pairs: hub id or local folder that `datasets` can load.")
     add("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    add("--dataset_split_name", help="Split to train on. Without it, the only split, or `train`.")
+    add("--dataset_split_name", help="Split to train on, or several: a+b. Without it, the only one, or `train`.")
     add("--streaming", action="store_true", help="Read parquet row groups when they are needed; download nothing.")
     add("--shuffle_shards", type=COUNT, default=4, help="Row groups that a stream keeps in memory and mixes.")
     add("--max_train_samples", type=COUNT, help="Train on a random subset of so many pairs.")
@@ -381,7 +382,9 @@ def parse_args(input_args=None):
     lora = ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder")
     rules = [(getattr(args, name) and not args.rank, f"--{name} needs --rank") for name in lora]
     cached_text = args.train_text_encoder and args.cache_latents
+    single_file = args.pretrained_model_name_or_path.endswith(".safetensors")
     rules += [
+        (single_file and args.variant, "--variant cannot be used with a single file"),
         (args.init_lora and args.lora_layers, "--init_lora brings its own layers, leave --lora_layers out"),
         (args.extract_lora_rank and args.rank, "--extract_lora_rank is for the whole UNet, without --rank"),
         (cached_text, "--train_text_encoder cannot be used with --cache_latents, which keeps their output"),
@@ -453,15 +456,18 @@ class PairSource:
         builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
         streams = builder.as_streaming_dataset()
         split = getattr(args, split_flag) or (next(iter(streams)) if len(streams) == 1 else "train")
-        if split not in streams:
-            there = ", ".join(streams)
-            raise TrainingError(f"--{split_flag}: {args.dataset_name} has no split {split!r}, but {there}.")
-        # JSON lines and the like have features only after they are prepared.
-        if streams[split].features is not None:
-            check_columns(args, streams[split].features)
+        self.splits = split.split("+")
+        for name in self.splits:
+            if name not in streams:
+                there = ", ".join(streams)
+                raise TrainingError(f"--{split_flag}: {args.dataset_name} has no split {name!r}, but {there}.")
+            # JSON lines and the like have features only after they are prepared.
+            if streams[name].features is not None:
+                check_columns(args, streams[name].features)
         caption, images, self.labels = pair_columns(args)
         self.columns, self.images, self.data = [caption, *images, *self.labels], images, None
-        self.files, self.shards, self.shards_kept = builder.config.data_files[split], {}, args.shuffle_shards
+        self.files = [file for name in self.splits for file in builder.config.data_files[name]]
+        self.shards, self.shards_kept = {}, args.shuffle_shards
         self.fingerprint = [builder.cache_dir, split, args.streaming, self.columns]
         if not args.streaming:
             builder.download_and_prepare()
@@ -565,6 +571,8 @@ def load_indexes(args):
         held_out, index = index[: number or 0], index[number or 0 :]
     else:
         held_out_source = PairSource(args, "validation_split")
+        if set(source.splits) & set(held_out_source.splits):
+            raise TrainingError(f"--validation_split {args.validation_split} is trained on, too.")
         held_out = held_out_source.index(args)[:number]
     if args.max_train_samples is not None:
         subset = np.random.default_rng(args.seed).permutation(len(index))[: args.max_train_samples]
@@ -735,6 +743,9 @@ def make_loader(args, data, batches, collate=collate_pairs):
 # What a VAE's config says of its latents, and AutoencoderKL's defaults.
 LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
 LATENTS |= {"shift_factor": None, "latents_mean": None}
+# Of SDXL in its first layout, as single files have it, and whose configs they are loaded with.
+SINGLE_FILE_TENSORS = ["model.diffusion_model.label_emb.0.0.bias", "conditioner.embedders.1.model.ln_final.bias"]
+SINGLE_FILE_CONFIGS = "stabilityai/stable-diffusion-xl-base-1.0"
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
 # What a UNet's config says of what it takes and gives, and the defaults.
 UNET_KIND = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280, "time_cond_proj_dim": None}
@@ -769,18 +780,47 @@ def check_lora(args, unet_config):
             raise TrainingError(f"--init_lora {args.init_lora} adapts the text encoders: add --train_text_encoder.")
 
 
+def base_folder(args):
+    """
+    Hub id or folder of the base. One that is a single file is written as a folder once, under --cache_dir. Files of
+    v-prediction models say so by tensors of the names `v_pred` and, for zero terminal SNR, `ztsnr`.
+    """
+    name = args.pretrained_model_name_or_path
+    if not name.endswith(".safetensors"):
+        return name
+    stat = os.stat(name)
+    key = Hasher.hash([os.path.abspath(name), stat.st_size, stat.st_mtime_ns])
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_base", key)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"), safetensors.safe_open(name, "pt") as file:
+        tensors = set(file.keys())
+        if not set(SINGLE_FILE_TENSORS) <= tensors:
+            raise TrainingError(NO_SDXL.format(name=name, reason="its tensors have not the names of SDXL's"))
+        if not folder.exists():
+            options = {"cache_dir": args.cache_dir, "dtype": file.get_tensor(SINGLE_FILE_TENSORS[0]).dtype}
+            pipeline = StableDiffusionXLPipeline.from_single_file(name, config=SINGLE_FILE_CONFIGS, **options)
+            config = {"prediction_type": "v_prediction"} if "v_pred" in tensors else {}
+            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in tensors else {}
+            pipeline.scheduler.register_to_config(**config)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                pipeline.save_pretrained(Path(aside, key))
+                os.replace(Path(aside, key), folder)
+    return str(folder)
+
+
 def load_configs(args):
     """Shape of the latents and noise scheduler, by configs alone; refuses a base of another kind than SDXL's."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     options = {"cache_dir": args.cache_dir, "revision": args.revision}
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        parts = StableDiffusionXLPipeline.load_config(name, **options)
+        base = base_folder(args)
+        parts = StableDiffusionXLPipeline.load_config(base, **options)
         needed = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
         missing = [part for part in needed if not (parts.get(part) or [None])[0]]
         if missing:
             raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
-        unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
+        unet, vae = (UNet2DConditionModel.load_config(base, subfolder=part, **options) for part in needed[:2])
+        scheduler = DDPMScheduler.load_config(base, subfolder="scheduler", **options)
     unet_name = args.pretrained_unet_name_or_path
     with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
         start = load_part(UNet2DConditionModel.load_config, unet_name, args, "unet") if unet_name else unet
@@ -830,7 +870,7 @@ def load_unet(args, dtype):
     if name is not None:
         return load_part(UNet2DConditionModel.from_pretrained, name, args, "unet", **options)
     options |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    return UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet", **options)
+    return UNet2DConditionModel.from_pretrained(base_folder(args), subfolder="unet", **options)
 
 
 def load_pipeline(args, accelerator, weight_dtype):
@@ -852,7 +892,7 @@ def load_pipeline(args, accelerator, weight_dtype):
     options["dtype"] = {"unet": unet_dtype, "vae": torch.float32, "default": weight_dtype}
     advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **parts, **options)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base_folder(args), **parts, **options)
     dtypes = {"unet": unet_dtype, "text_encoder": weight_dtype, "text_encoder_2": weight_dtype}
     # What half precision overflows in is upcast.
     dtypes["vae"] = torch.float32 if pipeline.vae.config.force_upcast else weight_dtype
@@ -1139,6 +1179,7 @@ class Progress:
     sums: list = field(default_factory=lambda: [0.0] * len(METRICS))  # of METRICS over these batches
     cut_reported: bool = False
     order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
+    history: list = field(default_factory=list)  # of the held-out metrics, from step 0 on
 
 
 def save_trained_weights(run, folder):
@@ -1304,23 +1345,73 @@ def save_checkpoint(run):
 
 
 # Validation ----------------------------------------------------------------------------------------------------------
+BANDS = 4
+
+
 @torch.no_grad()
 def evaluate_pairs(run):
-    """Log and return the eval_ metrics: METRICS of the held-out pairs, at noise and timesteps that never change."""
+    """
+    Log and return the eval_ metrics: METRICS of the held-out pairs, at noise and timesteps that never change, and
+    accuracy and margin in BANDS of noise level, which a mean over all timesteps hides.
+    """
     accelerator, size, num_pairs = run.accelerator, run.args.train_batch_size, len(run.held_out.index)
     turns = math.ceil(num_pairs / (size * accelerator.num_processes))
     chunks = np.array_split(np.arange(num_pairs), turns * accelerator.num_processes)
     # All processes make as many forward passes, since sharded weights are gathered in step; an added one weighs 0.
     chunks = chunks[accelerator.process_index :: accelerator.num_processes]
     batches = [[(int(n), int(n)) for n in chunk] or [(0, 0)] for chunk in chunks]
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=accelerator.device)
+    width = run.noise_scheduler.config.num_train_timesteps / BANDS
+    sums = torch.zeros(BANDS, len(METRICS) + 1, dtype=torch.float64, device=accelerator.device)
     for chunk, batch in zip(chunks, make_loader(run.args, run.held_out, batches)):
-        sums += preference_step(run, batch)[1] * len(chunk)
-    metrics = dict(zip([f"eval_{name}" for name in METRICS], (accelerator.reduce(sums) / num_pairs).tolist()))
+        metrics = F.pad(preference_step(run, batch)[1].T, (0, 1), value=1.0)  # the last column counts the pairs
+        band = (batch["timesteps"] / width).long().to(accelerator.device)
+        sums.index_add_(0, band, metrics * (len(chunk) > 0))
+    sums = accelerator.reduce(sums).cpu()
+    metrics = dict(zip([f"eval_{name}" for name in METRICS], (sums.sum(dim=0) / num_pairs).tolist()))
+    logger.info(f"Step {run.progress.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name in ("accuracy", "margin"):
+        bands = [f"eval_{name}_t{width * band:.0f}_{width * (band + 1) - 1:.0f}" for band in range(BANDS)]
+        values = (sums[:, METRICS.index(name)] / sums[:, -1]).tolist()
+        metrics |= {band: value for band, value in zip(bands, values) if not math.isnan(value)}  # a band without pairs
     with tracking(accelerator):
         accelerator.log(metrics, step=run.progress.step)
-    logger.info(f"Step {run.progress.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     return metrics
+
+
+def judge(history):
+    """Warn of a run that destroys the model, by its held-out errors and what they were at the start."""
+    first, last = history[0], history[-1]
+    chosen, rejected = (f"eval_{name}" for name in ("chosen_mse", "rejected_mse"))
+    if not last[chosen] <= 1.01 * first[chosen]:  # or NaN
+        change = f"{last[chosen]:.4g} at step {last['step']}, {first[chosen]:.4g} at step {first['step']}"
+        logger.warning(f"{chosen} has risen ({change}): --learning_rate is too large, or --beta_mapo too small.")
+    if last[rejected] > max(1, first[rejected]):
+        logger.warning(
+            f"{rejected} is {last[rejected]:.4g} at step {last['step']}: to predict nothing at all gives 1, so images "
+            "fall apart; --beta_mapo is too small, or --learning_rate too large."
+        )
+
+
+def draw_curves(history):
+    """Held-out accuracy and margin over the steps, a line for each band of noise level, the darkest for most noise."""
+    picture, steps = Image.new("RGB", (520, 190), "white"), [metrics["step"] for metrics in history]
+    canvas = ImageDraw.Draw(picture)
+    for left, name in ((50, "accuracy"), (310, "margin")):
+        bands = [band for band in history[-1] if band.startswith(f"eval_{name}_t")]
+        lines = np.nan_to_num([[metrics[band] for metrics in history] for band in bands], posinf=0, neginf=0)
+        low, high = min(0, lines.min()), max(1e-3 if name == "margin" else 1, lines.max())
+        canvas.rectangle((left, 20, left + 200, 150), outline="grey")
+        texts = {(left, 4): f"eval_{name}", (left - 45, 15): f"{high:.2g}", (left - 45, 140): f"{low:.2g}"}
+        texts |= {(left, 154): str(steps[0]), (left + 150, 154): f"step {steps[-1]}"}
+        for place, text in texts.items():
+            canvas.text(place, text, fill="black")
+        for number, (band, line) in enumerate(zip(bands, lines)):
+            colour = (200 - 65 * number, 200 - 50 * number, 255 - 30 * number)
+            x = [left + 200 * (step - steps[0]) / max(steps[-1] - steps[0], 1) for step in steps]
+            y = 150 - 130 * (line - low) / (high - low)
+            canvas.line(list(zip(x, y)), fill=colour, width=2)
+            canvas.text((left + 50 * number, 170), band.split("_t")[1].replace("_", "-"), fill=colour)
+    return picture
 
 
 @torch.no_grad()
@@ -1344,21 +1435,29 @@ def draw_images(run):
 
 
 def validate(run):
-    """Log the eval_ metrics (and return them) and the images, a row per prompt, base left and aligned right."""
+    """Log the eval_ metrics (and return them), their curves, and the images, base left and aligned right."""
+    args, accelerator, step, pictures, metrics = run.args, run.accelerator, run.progress.step, {}, {}
     run.unet.eval()
-    metrics = evaluate_pairs(run) if len(run.held_out.index) > 0 else {}
-    images = draw_images(run) if run.base_images else []
-    if images and run.accelerator.is_main_process:
-        grid = diffusers.utils.make_image_grid(
-            [i for pair in zip(run.base_images, images) for i in pair], rows=len(images), cols=2
-        )
-        with tracking(run.accelerator):
-            path = Path(run.args.output_dir, "validation", f"step-{run.progress.step:06d}.png")
+    if len(run.held_out.index) > 0:
+        metrics = evaluate_pairs(run)
+        point, history = {"step": step, **metrics}, run.progress.history
+        history = [past for past in history if past["step"] < step and past.keys() == point.keys()]
+        run.progress.history = [*history, point]
+        judge(run.progress.history)
+        pictures["curves"] = draw_curves(run.progress.history)
+    if run.base_images:
+        images = draw_images(run)
+        cells = [image for row in zip(run.base_images, images) for image in row]
+        pictures[f"step-{step:06d}"] = diffusers.utils.make_image_grid(cells, rows=len(images), cols=2)
+    with tracking(accelerator):
+        for name, picture in pictures.items() if accelerator.is_main_process else ():
+            path = Path(args.output_dir, "validation", f"{name}.png")
             path.parent.mkdir(exist_ok=True)
-            grid.save(path)
-            for tracker in run.accelerator.trackers:
+            picture.save(path)
+            title = "validation" if name.startswith("step") else name
+            for tracker in accelerator.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": np.asarray(grid)[None]}, step=run.progress.step, **layout)
+                tracker.log_images({title: np.asarray(picture)[None]}, step=step, **layout)
     run.unet.train()
     return metrics
 
@@ -1372,7 +1471,7 @@ MODEL_CARD = """# {name}
 ```python
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
+pipeline = StableDiffusionXLPipeline.{load_base}("{args.pretrained_model_name_or_path}")
 pipeline.{load}
 image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 ```
@@ -1398,11 +1497,14 @@ def write_model_card(args, metrics, step):
     kind, load = f"LoRA of rank {args.rank}", 'load_lora_weights("FOLDER_OR_REPO")'
     if args.rank is None:
         kind, load = "UNet", 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
+    load_base = (
+        "from_single_file" if args.pretrained_model_name_or_path.endswith(".safetensors") else "from_pretrained"
+    )
     lines = {f"`--{name}`": value for name, value in vars(args).items() if value is not None}
     lines |= {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)}
     lines = "\n".join(f"- {name}: {value}" for name, value in {**metrics, **lines}.items())
     texts = {"name": output_dir.resolve().name, "kind": kind, "picture": picture, "load": load, "lines": lines}
-    text = MODEL_CARD.format(args=args, step=step, **texts)
+    text = MODEL_CARD.format(args=args, step=step, load_base=load_base, **texts)
     data = ModelCardData(base_model=base_model, license="openrail++")
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=tags)
@@ -1644,7 +1746,7 @@ def train_step(run, micro_batches, batches, stop):
         with accelerator.accumulate(*run.trained.values()):
             loss, metrics = preference_step(run, batch)
             accelerator.backward(loss)
-        sums = sums + metrics
+        sums = sums + metrics.mean(dim=1)
     trained = itertools.chain(*(part.parameters() for part in run.trained.values()))
     grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm

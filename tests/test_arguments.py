@@ -53,6 +53,7 @@ NUMBERS = {
 
 # Wrong words and the flags that the sentence must name.
 CONTRADICTIONS = [
+    ("--pretrained_model_name_or_path a.safetensors --variant fp16", ["--variant"]),
     ("--resolution 65", ["--resolution"]),
     ("--cache_latents --random_crop", ["--cache_latents", "--random_crop"]),
     ("--full_bf16", ["--full_bf16", "--use_8bit_adam", "--mixed_precision"]),

@@ -248,6 +248,20 @@ def test_a_split_column_or_format_that_cannot_serve_is_named(script, tmp_path, s
             load_pairs(script, tmp_path / name, **{"streaming": streaming, **flags})
 
 
+@BOTH_WAYS
+def test_splits_are_joined_and_none_is_both_trained_on_and_held_out(script, tmp_path, streaming):
+    numbers = iter(range(6))
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / "data" / f"{split}.parquet", [[make_row(next(numbers)), make_row(next(numbers))]])
+    flags = {"streaming": streaming, "dataset_split_name": "test+train"}
+    pairs = load_pairs(script, tmp_path / "data", **flags)
+    assert [row["caption"] for row in visits(pairs)] == [f"pair {number}" for number in (4, 5, 0, 1)]
+    with pytest.raises(script.TrainingError, match="no split 'val', but train, val"):
+        load_pairs(script, tmp_path / "data", streaming=streaming, dataset_split_name="test+val")
+    with pytest.raises(script.TrainingError, match="--validation_split train is trained on, too"):
+        load_pairs(script, tmp_path / "data", **flags, validation_split="train")
+
+
 # Index --------------------------------------------------------------------------------------------------------------
 @BOTH_WAYS
 def test_the_index_is_built_from_labels_once(script, tmp_path, monkeypatch, streaming):

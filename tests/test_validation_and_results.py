@@ -13,6 +13,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from accelerate.state import PartialState
 from conftest import SCRIPT, command_line, run, scalars
 from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
@@ -70,8 +71,9 @@ def test_eval_metrics_depend_on_the_weights_alone(script, flags, tmp_path):
     other = {"learning_rate": 1e-30, "seed": 1, "random_crop": True, "label_noise_prob": 0.5, "rank": None}
     frozen = scalars(run(script, {**flags, **other, "output_dir": tmp_path / "frozen"}))
     regrouped = scalars(run(script, {**flags, **other, "output_dir": tmp_path / "regrouped", "train_batch_size": 2}))
-    assert {name for name in logged if name.startswith("eval_")} == set(EVAL_METRICS)
-    for name in EVAL_METRICS:
+    names = [name for name in logged if name.startswith("eval_")]
+    assert set(EVAL_METRICS) < set(names)
+    for name in names:
         assert list(logged[name]) == [0, 2, 4] and set(frozen[name].values()) == {logged[name][0]}, name
         assert regrouped[name][0] == pytest.approx(logged[name][0], abs=1e-6), name
     assert len(set(logged["eval_loss"].values())) == 3
@@ -84,7 +86,7 @@ def test_two_processes_log_evaluate_and_draw_as_one(script, flags, tmp_path):
     flags.update(output_dir=tmp_path / "two", train_batch_size=2, logging_steps=2)
     assert run_ranks([SCRIPT, *command_line(flags)])[0] == [0, 0]
     logged, expected = scalars(tmp_path / "two"), scalars(one)
-    for name in EVAL_METRICS:
+    for name in [name for name in expected if name.startswith("eval_")]:
         assert logged[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
     for name in METRICS:
         first, second, third = expected[name].values()
@@ -92,6 +94,74 @@ def test_two_processes_log_evaluate_and_draw_as_one(script, flags, tmp_path):
     assert logged["grad_norm"][2] == pytest.approx(expected["grad_norm"][2], rel=1e-4)
     grids = [cells(folder / "validation" / "step-000003.png") for folder in (one, tmp_path / "two")]
     assert len(grids[0]) == 2 * len(PROMPTS) and greatest_difference(*grids) <= 1
+
+
+def test_bands_hold_the_pairs_of_their_timesteps(script, flags, monkeypatch):
+    """Nine held-out pairs in batches of four, by their own metrics, which the script hands to its loop."""
+    pairs, step = [], script.preference_step
+
+    def noting_step(run, batch):
+        loss, metrics = step(run, batch)
+        pairs.extend(zip(batch["row"], batch["timesteps"].tolist(), *metrics.tolist()))
+        return loss, metrics
+
+    monkeypatch.setattr(script, "preference_step", noting_step)
+    logged = scalars(run(script, flags | {"num_validation_pairs": 9, "max_train_steps": 1}))
+    pairs = [pair[1:] for pair in pairs if pair[0].startswith("held-out")][:9]
+    for first in (0, 250, 500, 750):
+        band = [metrics for timestep, *metrics in pairs if first <= timestep < first + 250]
+        for name in ("accuracy", "margin"):
+            values = [metrics[METRICS.index(name)] for metrics in band]
+            found = logged.get(f"eval_{name}_t{first}_{first + 249}", {}).get(0)
+            assert found == (pytest.approx(sum(values) / len(values), rel=1e-6) if values else None), (name, first)
+    assert len({timestep // 250 for timestep, *_ in pairs}) > 2
+
+
+def test_curves_show_each_band(script):
+    """Two bands that cross: a pixel of each one's colour where its line begins and ends."""
+    history = [
+        {"step": 0, "eval_accuracy_t0_499": 0.0, "eval_accuracy_t500_999": 1.0},
+        {"step": 8, "eval_accuracy_t0_499": 1.0, "eval_accuracy_t500_999": 0.0},
+    ]
+    for point in history:
+        point.update({name.replace("accuracy", "margin"): 0.2 for name in point if name != "step"})
+    picture = script.draw_curves(history)
+    colours = (200, 200, 255), (135, 150, 225)
+    for colour, ends in zip(colours, ([(53, 148), (247, 22)], [(53, 22), (247, 148)])):
+        for x, y in ends:
+            near = picture.crop((x - 4, y - 4, x + 5, y + 5)).get_flattened_data()
+            assert colour in near and not set(colours) - {colour} & set(near), (colour, x, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "warned"),
+    [
+        ("chosen_mse", (0.1, 0.1005), None),
+        ("chosen_mse", (0.1, 0.09), None),
+        ("chosen_mse", (0.1, 0.11), "eval_chosen_mse has risen (0.11 at step 8, 0.1 at step 0)"),
+        ("chosen_mse", (0.1, float("nan")), "eval_chosen_mse has risen (nan at step 8"),
+        ("rejected_mse", (0.1, 0.9), None),
+        ("rejected_mse", (0.1, 1.3), "eval_rejected_mse is 1.3 at step 8"),
+        ("rejected_mse", (1.4, 1.3), None),
+    ],
+)
+def test_a_run_that_destroys_the_model_is_warned_of(script, caplog, name, values, warned):
+    PartialState()
+    history = [{"step": step, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1} for step in (0, 8)]
+    for point, value in zip(history, values):
+        point[f"eval_{name}"] = value
+    script.judge(history)
+    assert len(caplog.records) == (warned is not None) and (warned or "") in caplog.text
+
+
+def test_a_resumed_run_draws_the_curves_of_the_whole(script, flags, tmp_path, caplog):
+    """And at a learning rate that destroys the model says so."""
+    flags.update(num_validation_pairs=6, validation_steps=1, checkpointing_steps=2, learning_rate=0.1)
+    whole = run(script, flags)
+    assert "eval_chosen_mse has risen" in caplog.text
+    other = {"resume_from_checkpoint": whole / "checkpoint-2", "output_dir": tmp_path / "resumed"}
+    pictures = [(folder / "validation" / "curves.png").read_bytes() for folder in (whole, run(script, flags | other))]
+    assert pictures[0] == pictures[1]
 
 
 def test_held_out_pairs_are_not_trained_on(script, flags, monkeypatch):
@@ -155,7 +225,7 @@ def test_grid_shows_images_of_plain_pipelines(script, finished):
     else:
         pipeline.load_lora_weights(out)
     aligned = draw(pipeline, prompts)
-    middle, end = (cells(path) for path in sorted((out / "validation").iterdir()))
+    middle, end = (cells(path) for path in sorted((out / "validation").glob("step-*")))
     assert greatest_difference(middle[::2], base) <= 1 and greatest_difference(end[::2], base) <= 1
     assert greatest_difference(end[1::2], aligned) <= 1
     for images in (base, middle[1::2]):
@@ -167,13 +237,14 @@ def test_tensorboard_gets_scalars_images_and_settings_but_no_token(finished):
     logged = scalars(out)
     names = (*METRICS, "lr", "grad_norm", "skipped_steps", "pairs_per_second", "peak_memory_gib")
     assert {name: list(logged[name]) for name in names} == dict.fromkeys(names, [1, 2, 3, 4])
-    assert {name: list(logged[name]) for name in logged.keys() - names} == dict.fromkeys(EVAL_METRICS, [0, 2, 4])
+    evaluated = {name: list(logged[name]) for name in logged.keys() - names}
+    assert evaluated == dict.fromkeys(evaluated, [0, 2, 4]) and set(EVAL_METRICS) < evaluated.keys()
     assert min(logged["pairs_per_second"].values()) > 0 and min(logged["peak_memory_gib"].values()) > 0
     all_events = [EventAccumulator(str(file)).Reload() for file in out.glob("logs/mapo/**/events*")]
     (events,) = [events for events in all_events if events.Tags()["images"]]
-    (name,) = events.Tags()["images"]
-    shown, size = events.Images(name), Image.open(out / "validation" / "step-000004.png").size
-    assert [(image.step, image.width, image.height) for image in shown] == [(2, *size), (4, *size)]
+    for name, file, steps in (("validation", "step-000004", (2, 4)), ("curves", "curves", (0, 2, 4))):
+        shown, size = events.Images(name), Image.open(out / "validation" / f"{file}.png").size
+        assert [(image.step, image.width, image.height) for image in shown] == [(step, *size) for step in steps]
     settings = yaml.safe_load(next(out.glob("logs/**/hparams.yml")).read_text())
     assert settings["beta_mapo"] == 0.25 and settings["dataset_name"] == "pairs"
     assert not files_with(TOKEN, out)
