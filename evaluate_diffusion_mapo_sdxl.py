@@ -81,7 +81,19 @@ from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel, Dinov2Model, SiglipModel
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Model,
+    SiglipModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
 logger = get_logger(__name__)
@@ -509,12 +521,15 @@ class Scorer:
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.sources)}, not {', '.join(sources)}")
         self.device, self.sources = device, {**self.sources, **sources}
         self.model = self.load_model().eval().requires_grad_(False).to(device)
-        source = self.sources.get("processor", self.sources["model"])
-        self.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        source = self.sources.get("processor") or self.sources["model"]
+        self.image_processor = self.load_image_processor(source)
         self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
 
     def load_model(self):
         return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)
+
+    def load_image_processor(self, source):
+        return AutoImageProcessor.from_pretrained(source, backend="pil")
 
     def max_tokens(self):
         return self.model.config.text_config.max_position_embeddings
@@ -528,12 +543,14 @@ class Scorer:
         pixels = self.to_pixels(images).to(self.device)
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
+    def tokenize(self, prompts):
+        """The tokens of N texts, each cut after as many as the model was trained with."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.max_tokens()}
+        return self.tokenizer(prompts, **options, return_tensors="pt").to(self.device)
+
     def embed_texts(self, prompts):
-        """Unit vectors [N, D] of N texts, each cut after the tokens that the model was trained with."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_tokens(), return_tensors="pt"
-        )
-        ids = tokens.input_ids.to(self.device)
+        """Unit vectors [N, D] of N texts."""
+        ids = self.tokenize(prompts).input_ids
         return F.normalize(self.model.get_text_features(input_ids=ids).pooler_output, dim=-1)
 
     def cosines(self, images, prompts):
@@ -635,11 +652,21 @@ class HPS(Scorer):
         return 100 * self.cosines(images, prompts)
 
 
+def linear_head(weights):
+    """From 768 numbers to one: linear layers without activations (dropout between them in training)."""
+    head = nn.Sequential(
+        *(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity()),
+        *(nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1)),
+    )
+    head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
+    return head.requires_grad_(False)
+
+
 class Aesthetic(Scorer):
     """
-    The LAION aesthetic predictor, about 5 to 7: linear layers without activations (dropout between them in training)
-    on the unit vector of CLIP ViT-L/14 (github.com/christophschuhmann/improved-aesthetic-predictor,
-    `sac+logos+ava1-l14-linearMSE.pth`). The prompt plays no part.
+    The LAION aesthetic predictor, about 5 to 7: linear layers on the unit vector of CLIP ViT-L/14
+    (github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`). The prompt plays
+    no part.
     """
 
     weights = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
@@ -648,13 +675,7 @@ class Aesthetic(Scorer):
 
     def __init__(self, device, **sources):
         super().__init__(device, **sources)
-        self.head = nn.Sequential(
-            *(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity()),
-            *(nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1)),
-        )
-        weights = read_weights(self.sources["weights"])
-        self.head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
-        self.head.requires_grad_(False).to(device)
+        self.head = linear_head(read_weights(self.sources["weights"])).to(device)
 
     def score(self, images, prompts):
         return self.head(self.embed_images(images))[:, 0]
@@ -694,7 +715,65 @@ class DINOv2(Scorer):
         return 100 * (self.embed_images(images) @ self.references.T).mean(dim=1)
 
 
-SCORERS = {scorer.__name__.lower(): scorer for scorer in (PickScore, HPS, Aesthetic, CLIP, SigLIP, DINOv2)}
+# Where BLIP's names of a vision model's weights differ from those of transformers, in the order of replacement.
+BLIP_NAMES = {"^cls_token": "embeddings.class_embedding", "^pos_embed": "embeddings.position_embedding"}
+BLIP_NAMES |= {r"^patch_embed\.proj": "embeddings.patch_embedding", "^norm": "post_layernorm"}
+BLIP_NAMES |= {r"^blocks\.": "encoder.layers.", r"\.norm": ".layer_norm", r"\.attn\.": ".self_attn."}
+BLIP_NAMES |= {r"self_attn\.proj\.": "self_attn.projection."}
+
+
+class ImageReward(Scorer):
+    """
+    ImageReward v1.0, of mean 0 and standard deviation 1 on its training images (arXiv 2304.05977,
+    github.com/zai-org/ImageReward): BLIP's text encoder reads the prompt and looks at the image, and linear layers
+    judge its first vector. The sizes are those of the weights; `processor` gives the vocabulary.
+    """
+
+    sources = {"weights": "zai-org/ImageReward/ImageReward.pt", "processor": "google-bert/bert-base-uncased"}
+    mean, std = 0.16717362830052426, 1.0333394966054072
+
+    def load_model(self):
+        weights, parts = read_weights(self.sources["weights"]), []
+        for prefix in ("blip.visual_encoder.", "blip.text_encoder.", "mlp."):
+            part = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+            parts.append({name: weight for name, weight in part.items() if not name.endswith("position_ids")})
+        vision, text, head = parts
+        for old, new in BLIP_NAMES.items():
+            vision = {re.sub(old, new, name): weight for name, weight in vision.items()}
+        width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
+        side = patch * math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1)
+        eyes = {"hidden_size": width, "num_attention_heads": width // 64, "image_size": side, "patch_size": patch}
+        eyes["intermediate_size"] = len(vision["encoder.layers.0.mlp.fc1.bias"])
+        eyes["num_hidden_layers"] = sum(name.endswith("fc1.bias") for name in vision)
+        words, hidden = text["embeddings.word_embeddings.weight"].shape
+        reader = {"vocab_size": words, "hidden_size": hidden, "num_attention_heads": hidden // 64}
+        reader["intermediate_size"] = len(text["encoder.layer.0.intermediate.dense.bias"])
+        reader["num_hidden_layers"] = sum(name.endswith("intermediate.dense.bias") for name in text)
+        reader["max_position_embeddings"] = len(text["embeddings.position_embeddings.weight"])
+        eyes = {"config": BlipVisionConfig(**eyes, layer_norm_eps=1e-6), "state_dict": vision}
+        reader = {"config": BlipTextConfig(**reader, encoder_hidden_size=width), "state_dict": text}
+        reader["add_pooling_layer"] = False
+        models = [load_complete(BlipVisionModel, None, **eyes), load_complete(BlipTextModel, None, **reader)]
+        return nn.ModuleList([*models, linear_head(head)]).float()
+
+    def load_image_processor(self, source):
+        side = self.model[0].config.image_size
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
+
+    def max_tokens(self):
+        return 35
+
+    def score(self, images, prompts):
+        vision, text, head = self.model
+        patches = vision(pixel_values=self.to_pixels(images).to(self.device)).last_hidden_state
+        tokens = self.tokenize(prompts)
+        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        states = text(**inputs, encoder_hidden_states=patches).last_hidden_state
+        return (head(states[:, 0])[:, 0] - self.mean) / self.std
+
+
+SCORERS = (PickScore, HPS, Aesthetic, CLIP, SigLIP, DINOv2, ImageReward)
+SCORERS = {scorer.__name__.lower(): scorer for scorer in SCORERS}
 
 
 def build_scorer(args, name, device):

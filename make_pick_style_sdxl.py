@@ -92,7 +92,7 @@ def add_arguments(parser):
     kind("--num_candidates", type=int, help="Draw so many images of a caption, and pair the best with the worst.")
     kind("--chosen_images", metavar="FOLDER", help="Photos to choose over drawn images, used in turn.")
     add("--different_seeds", action="store_true", help="Give the two images of a style pair different noise.")
-    scorers = {"choices": ["pickscore", "hps", "aesthetic", "clip", "siglip"]}
+    scorers = {"choices": ["pickscore", "hps", "imagereward", "aesthetic", "clip", "siglip"]}
     add("--scorer", **scorers, help="Who ranks the candidates; takes the evaluation script's flags for its files.")
     add = parser.add_argument_group("drawing").add_argument
     add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")

@@ -15,6 +15,8 @@ from PIL import Image
 from small_world import COLOURS, SHAPES, build_tokenizer
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -34,8 +36,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 SIDE, PATCH = 32, 8
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HEADS, LAYERS = 2, 2
-TEXT_WIDTH, IMAGE_WIDTH, JOINT_WIDTH = 32, 48, 24
+TEXT_WIDTH, IMAGE_WIDTH, JOINT_WIDTH, BLIP_WIDTH = 32, 48, 24, 128
 # Keys and shapes of `sac+logos+ava1-l14-linearMSE.pth`.
 AESTHETIC_LAYERS = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
 
@@ -144,6 +147,45 @@ def build_siglip(folder):
     SiglipImageProcessorPil(size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
 
 
+def imagereward_weights(vocab_size):
+    """Weights with the names and shapes of `ImageReward.pt`, of heads of 64 and two layers a tower."""
+    shapes = {"visual_encoder.cls_token": (1, 1, BLIP_WIDTH), "visual_encoder.patch_embed.proj.bias": (BLIP_WIDTH,)}
+    shapes["visual_encoder.pos_embed"] = (1, (SIDE // PATCH) ** 2 + 1, BLIP_WIDTH)
+    shapes["visual_encoder.patch_embed.proj.weight"] = (BLIP_WIDTH, 3, PATCH, PATCH)
+    table = "text_encoder.embeddings"
+    shapes |= {f"{table}.word_embeddings.weight": (vocab_size, 768), f"{table}.position_embeddings.weight": (48, 768)}
+    linears, norms = {}, {"visual_encoder.norm": BLIP_WIDTH, f"{table}.LayerNorm": 768}
+    for layer in range(LAYERS):
+        block = f"visual_encoder.blocks.{layer}"
+        norms |= {f"{block}.norm1": BLIP_WIDTH, f"{block}.norm2": BLIP_WIDTH}
+        linears |= {f"{block}.attn.qkv": (3 * BLIP_WIDTH, BLIP_WIDTH), f"{block}.attn.proj": (BLIP_WIDTH, BLIP_WIDTH)}
+        linears |= {f"{block}.mlp.fc1": (256, BLIP_WIDTH), f"{block}.mlp.fc2": (BLIP_WIDTH, 256)}
+        block = f"text_encoder.encoder.layer.{layer}"
+        for attention, width in (("attention", 768), ("crossattention", BLIP_WIDTH)):
+            linears |= {f"{block}.{attention}.self.{name}": (768, width) for name in ("key", "value")}
+            linears |= {f"{block}.{attention}.{name}": (768, 768) for name in ("self.query", "output.dense")}
+            norms[f"{block}.{attention}.output.LayerNorm"] = 768
+        linears |= {f"{block}.intermediate.dense": (256, 768), f"{block}.output.dense": (768, 256)}
+        norms[f"{block}.output.LayerNorm"] = 768
+    for name, (rows, columns) in linears.items():
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    for name, width in norms.items():
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    weights = {f"blip.{name}": torch.randn(shape) / max(shape[-1], 9) ** 0.5 for name, shape in shapes.items()}
+    for name in norms:
+        weights[f"blip.{name}.weight"] += 1
+    return weights | {"blip.text_encoder.embeddings.position_ids": torch.arange(48)[None]}
+
+
+def build_bert_tokenizer(folder):
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "an", *COLOURS, *SHAPES]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertConfig(vocab_size=len(words)).save_pretrained(folder)
+    return len(words)
+
+
 def build_scorers(folder):
     """Write the scorers; returns {flag: path} for each of the script's flags."""
     folder = Path(folder)
@@ -161,6 +203,8 @@ def build_scorers(folder):
         }
         head.update({f"layers.{i}.bias": torch.randn(shape[1]) for i, shape in AESTHETIC_LAYERS.items()})
         torch.save(head, folder / "aesthetic.pth")
+        reward = imagereward_weights(build_bert_tokenizer(folder / "bert"))
+        torch.save(reward | {f"mlp.{name}": weight / 2 for name, weight in head.items()}, folder / "ImageReward.pt")
         build_siglip(folder / "siglip")
         config = Dinov2Config(
             hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=HEADS, image_size=SIDE, patch_size=PATCH
@@ -175,6 +219,8 @@ def build_scorers(folder):
         "hps_weights": folder / "hps.pt",
         "aesthetic_model": folder / "vit-l-14",
         "aesthetic_weights": folder / "aesthetic.pth",
+        "imagereward_weights": folder / "ImageReward.pt",
+        "imagereward_processor": folder / "bert",
         "clip_model": folder / "clip",
         "siglip_model": folder / "siglip",
         "dinov2_model": folder / "dinov2",
@@ -184,13 +230,13 @@ def build_scorers(folder):
 # What they should say ------------------------------------------------------------------------------------------------
 
 
-def to_pixels(image):
+def to_pixels(image, mean=MEAN, std=STD):
     """[1, 3, H, W], normalised."""
-    pixels = (np.asarray(image, dtype=np.float64) / 255 - MEAN) / STD
+    pixels = (np.asarray(image, dtype=np.float64) / 255 - mean) / std
     return torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
 
 
-def centre(image, shortest=SIDE):
+def centre(image, shortest=SIDE, **options):
     """The middle square of an image whose shorter side is brought to `shortest` pixels."""
     width, height = image.size
     size = (
@@ -198,7 +244,7 @@ def centre(image, shortest=SIDE):
     )
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
-    return to_pixels(image.crop((left, top, left + SIDE, top + SIDE)))
+    return to_pixels(image.crop((left, top, left + SIDE, top + SIDE)), **options)
 
 
 def whole(image):
@@ -270,6 +316,51 @@ def open_clip_vectors(weights, folder, image, prompt):
     return image_vector[0], norm("ln_final", x)[0, ids.argmax()] @ weights["text_projection"]
 
 
+def attend(layer, names, x, other):
+    """Attention of heads of 64 from the weights of its three inputs, each a matrix or its share of one."""
+    query, key, value = (
+        F.linear(source, layer[f"{name}.weight"], layer[f"{name}.bias"]).unflatten(-1, (-1, 64)).transpose(0, 1)
+        for name, source in zip(names, (x, other, other))
+    )
+    scores = query @ key.transpose(1, 2) / 8
+    return (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+
+
+def imagereward_vector(weights, folder, image, prompt):
+    """The first vector of BLIP's text encoder, as timm's vision transformer and BERT compute."""
+
+    def norm(name, x, eps=1e-12):
+        return F.layer_norm(x, x.shape[-1:], weights[f"blip.{name}.weight"], weights[f"blip.{name}.bias"], eps)
+
+    def linear(name, x):
+        return F.linear(x, weights[f"blip.{name}.weight"], weights[f"blip.{name}.bias"])
+
+    eyes, reader = "visual_encoder", "text_encoder"
+    x = centre(image, mean=CLIP_MEAN, std=CLIP_STD)
+    kernel = [weights[f"blip.{eyes}.patch_embed.proj.{part}"] for part in ("weight", "bias")]
+    x = F.conv2d(x, *kernel, stride=PATCH).flatten(2)[0].T
+    x = torch.cat([weights[f"blip.{eyes}.cls_token"][0], x]) + weights[f"blip.{eyes}.pos_embed"][0]
+    for block in [f"{eyes}.blocks.{layer}" for layer in range(LAYERS)]:
+        y = norm(f"{block}.norm1", x, 1e-6)
+        parts = [weights[f"blip.{block}.attn.qkv.{part}"].chunk(3) for part in ("weight", "bias")]
+        layer = {f"{n}.{part}": value[n] for part, value in zip(("weight", "bias"), parts) for n in range(3)}
+        x = x + linear(f"{block}.attn.proj", attend(layer, range(3), y, y))
+        x = x + linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x, 1e-6))))
+    patches = norm(f"{eyes}.norm", x, 1e-6)
+    ids = tokens(folder, prompt, 35)
+    table = f"blip.{reader}.embeddings"
+    x = weights[f"{table}.word_embeddings.weight"][ids] + weights[f"{table}.position_embeddings.weight"][: len(ids)]
+    x = norm(f"{reader}.embeddings.LayerNorm", x)
+    for block in [f"{reader}.encoder.layer.{layer}" for layer in range(LAYERS)]:
+        for attention in ("attention", "crossattention"):
+            names = [f"blip.{block}.{attention}.self.{name}" for name in ("query", "key", "value")]
+            y = attend(weights, names, x, x if attention == "attention" else patches)
+            x = norm(f"{block}.{attention}.output.LayerNorm", x + linear(f"{block}.{attention}.output.dense", y))
+        y = linear(f"{block}.output.dense", F.gelu(linear(f"{block}.intermediate.dense", x)))
+        x = norm(f"{block}.output.LayerNorm", x + y)
+    return x[0]
+
+
 @torch.no_grad()
 def expected_score(scorer, flags, image, prompt, references=()):
     """What a scorer must say of one image."""
@@ -287,6 +378,12 @@ def expected_score(scorer, flags, image, prompt, references=()):
         for i in AESTHETIC_LAYERS:
             x = layers[f"layers.{i}.weight"] @ x + layers[f"layers.{i}.bias"]
         return float(x)
+    if scorer == "imagereward":
+        layers = torch.load(flags["imagereward_weights"])
+        x = imagereward_vector(layers, flags["imagereward_processor"], image, prompt)
+        for i in AESTHETIC_LAYERS:
+            x = layers[f"mlp.layers.{i}.weight"] @ x + layers[f"mlp.layers.{i}.bias"]
+        return (float(x) - 0.16717362830052426) / 1.0333394966054072
     if scorer == "siglip":
         model = SiglipModel.from_pretrained(flags["siglip_model"]).eval()
         pixels = to_pixels(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))

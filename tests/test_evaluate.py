@@ -25,9 +25,10 @@ from small_world import build_pipeline, draw
 
 
 SCRIPT = ROOT / "evaluate_diffusion_mapo_sdxl.py"
-SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2"]
+SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2", "imagereward"]
 # float32 itself leaves 1e-7 of a cosine, which some scores are a hundred times of.
 TOLERANCE = {"pickscore": 1e-5, "aesthetic": 1e-5, "hps": 3e-5, "clip": 3e-5, "siglip": 3e-5, "dinov2": 3e-5}
+TOLERANCE["imagereward"] = 1e-5
 # One in capitals with a comma, one longer than the scorers read.
 PROMPTS = ["a red circle", "An orange star, drawn by hand", "a blue square " * 30]
 SIZES = [(64, 64), (90, 50), (33, 57)]

@@ -208,7 +208,7 @@ def test_the_trainer_reads_them(script, made, small, tmp_path, streaming):
 # Candidates, photos, second rounds -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pickscore", "aesthetic"])
+@pytest.mark.parametrize("name", ["pickscore", "aesthetic", "imagereward"])
 def test_best_candidate_is_paired_with_the_worst(maker, small, scorers, flags, name):
     sources = {flag: path for flag, path in scorers.items() if flag.startswith(f"{name}_")}
     changes = {"style_prefix": None, "num_candidates": 3, "scorer": name, "max_prompts": 4, **sources}
