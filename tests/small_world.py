@@ -34,14 +34,14 @@ STYLES = ("cartoon", "photo")
 SUPERSAMPLING = 4
 
 
-def build_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """Make a CLIP tokenizer for which every word of the captions is one token."""
+def build_tokenizer(pad_token: str, words: tuple[str, ...] = ()) -> CLIPTokenizer:
+    """Make a CLIP tokenizer for which every word of the captions, and of `words`, is one token."""
     # CLIP's own order of bytes: the printable ones first, so that "!" is token 0, then the others moved past 255.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(code) for code in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     # Every merge takes in the end of the word, so at most one applies at a time and words cannot spoil each other.
     merges = {}
-    for word in ("an", *COLOURS, *SHAPES):
+    for word in ("an", *COLOURS, *SHAPES, *words):
         for i in range(len(word) - 1, 0, -1):
             merges[word[i - 1], word[i:] + "</w>"] = word[i - 1 :] + "</w>"
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *merges.values(), "<|startoftext|>", "<|endoftext|>"]

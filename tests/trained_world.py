@@ -1,11 +1,11 @@
 """A small SDXL that has learned to draw photos of coloured shapes, and pairs to align it with.
 
 The pipeline has every part of SDXL at 32 px and has learned, from drawings of `small_world.py`, to draw "a red circle"
-as a photo, half of the time in a dark frame; its VAE has seen cartoons as well. Its weights are those of
-`trained_world.safetensors` (float16), which `--train` makes in half an hour on two CPU cores. `measure` tells the
-content of an image by fixed rules on its pixels.
+and "a photo of a red circle" as photos, half of them in a dark frame, and "a cartoon of a red circle" as a cartoon.
+Its weights are those of `trained_world.safetensors` (float16), which `--train` makes in an hour on two CPU cores.
+`measure` tells the content of an image by fixed rules on its pixels.
 
-    python tests/trained_world.py FOLDER            # writes FOLDER/pipeline and FOLDER/pairs (cartoons over photos)
+    python tests/trained_world.py FOLDER            # writes FOLDER/pipeline and FOLDER/captions.txt, to make pairs of
     python tests/trained_world.py --train FOLDER    # trains the weights again, into FOLDER
 """
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from small_world import (
     COLOURS,
     SHAPES,
+    STYLES,
     build_scheduler,
     build_tokenizer,
     caption,
@@ -43,7 +44,7 @@ PREFERRED = [subject for subject in SUBJECTS if subject not in HELD_OUT]
 
 def build_pipeline() -> StableDiffusionXLPipeline:
     """The pipeline before it has learned anything."""
-    tokenizer, tokenizer_2 = build_tokenizer("<|endoftext|>"), build_tokenizer("!")
+    tokenizer, tokenizer_2 = (build_tokenizer(padding, (*STYLES, "of")) for padding in ("<|endoftext|>", "!"))
     config, config_2 = text_config(len(tokenizer), 32, "quick_gelu"), text_config(len(tokenizer_2), 32, "gelu")
     unet = UNet2DConditionModel(
         sample_size=SIZE // 2,
@@ -144,10 +145,12 @@ def encode_captions(pipeline: StableDiffusionXLPipeline, captions: list[str]) ->
 
 
 def train_denoiser(
-    pipeline: StableDiffusionXLPipeline, images: torch.Tensor, subjects: torch.Tensor, steps: int
+    pipeline: StableDiffusionXLPipeline, images: torch.Tensor, captions: list[tuple[str, ...]], steps: int
 ) -> None:
-    """Teach UNet and text encoders to denoise; a tenth of the captions is dropped, for classifier-free guidance."""
-    captions = [caption(*subject) for subject in SUBJECTS]
+    """
+    Teach UNet and text encoders to denoise images under one of their captions each; a tenth of the captions is
+    dropped, for classifier-free guidance.
+    """
     with torch.no_grad():
         latents = torch.cat([pipeline.vae.encode(batch).latent_dist.sample() for batch in images.split(256)])
     latents *= pipeline.vae.config.scaling_factor
@@ -163,13 +166,13 @@ def train_denoiser(
         noise, timesteps = torch.randn(64, *latents.shape[1:]), torch.randint(1000, (64,))
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents[chosen] + (1 - alpha).sqrt() * noise
-        prompt_embeds, pooled = encode_captions(pipeline, captions)
+        prompts = [captions[i][turn % len(captions[i])] for turn, i in enumerate(chosen.tolist())]
+        different = sorted(set(prompts))
+        places = [different.index(prompt) for prompt in prompts]
+        prompt_embeds, pooled = (embeds[places] for embeds in encode_captions(pipeline, different))
         kept = torch.rand(64) > 0.1
-        prompt_embeds = prompt_embeds[subjects[chosen]] * kept.view(-1, 1, 1)
-        conditions = {
-            "text_embeds": pooled[subjects[chosen]] * kept.view(-1, 1),
-            "time_ids": time_ids.expand(64, -1),
-        }
+        conditions = {"text_embeds": pooled * kept.view(-1, 1), "time_ids": time_ids.expand(64, -1)}
+        prompt_embeds = prompt_embeds * kept.view(-1, 1, 1)
         loss = (pipeline.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample - noise).pow(2)
         loss = loss.mean()
         loss.backward()
@@ -187,12 +190,13 @@ def train(folder: Path) -> None:
     """Train the whole pipeline from drawings."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    subjects = torch.arange(24 * 300) % len(SUBJECTS)
-    photos = pixels([draw(*SUBJECTS[i], "photo", rng, SIZE, framed=rng.random() < 0.5) for i in subjects.tolist()])
-    cartoons = pixels([draw(*SUBJECTS[i], "cartoon", rng, SIZE) for i in subjects[:2400].tolist()])
+    photos = pixels([draw(*subject, "photo", rng, SIZE, framed=rng.random() < 0.5) for subject in 300 * SUBJECTS])
+    cartoons = pixels([draw(*subject, "cartoon", rng, SIZE) for subject in 150 * SUBJECTS])
+    captions = 300 * [(caption(*subject), f"a photo of {caption(*subject)}") for subject in SUBJECTS]
+    captions += 150 * [(f"a cartoon of {caption(*subject)}",) for subject in SUBJECTS]
     pipeline = build_pipeline()
-    train_vae(pipeline.vae, torch.cat([photos[:2400], cartoons]), 1500)
-    train_denoiser(pipeline, photos, subjects, 4000)
+    train_vae(pipeline.vae, torch.cat([photos[:2400], cartoons[:2400]]), 1500)
+    train_denoiser(pipeline, torch.cat([photos, cartoons]), captions, 5000)
     save_weights(pipeline, folder / WEIGHTS.name)
 
 
@@ -249,18 +253,21 @@ def measure(image: Image.Image) -> dict:
     }
 
 
-def sample(pipeline: StableDiffusionXLPipeline, images: int, first_seed: int = 10_000) -> list[tuple]:
-    """Images of the held-out captions in turn, each from a seed of its own: [((shape, colour), image)].
-
-    Little guidance: it extrapolates away from the model without a caption, which no pair teaches.
+def sample(
+    pipeline: StableDiffusionXLPipeline, images: int, guidance_scale: float = 1.5, prefix: str = ""
+) -> list[tuple]:
+    """
+    Images of the held-out captions in turn, each from a seed of its own: [((shape, colour), image)]. Guidance
+    extrapolates away from the model without a caption, which no pair teaches.
     """
     pipeline.set_progress_bar_config(disable=True)
     subjects = [HELD_OUT[i % len(HELD_OUT)] for i in range(images)]
     drawn = []
     for start in range(0, images, 48):
-        prompts = [caption(*subject) for subject in subjects[start : start + 48]]
-        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(prompts))]
-        drawn += pipeline(prompts, num_inference_steps=20, guidance_scale=1.5, generator=generators).images
+        prompts = [prefix + caption(*subject) for subject in subjects[start : start + 48]]
+        generators = [torch.Generator().manual_seed(10_000 + start + i) for i in range(len(prompts))]
+        options = {"num_inference_steps": 20, "guidance_scale": guidance_scale, "generator": generators}
+        drawn += pipeline(prompts, **options).images
     return list(zip(subjects, drawn, strict=True))
 
 
@@ -301,9 +308,8 @@ def draw_preferences(folder: str | Path, task: str, num_pairs: int = 360, seed: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a small SDXL that can draw, and pairs to align it with.")
-    parser.add_argument("folder", type=Path, help="where to write pipeline/ and pairs/")
-    parser.add_argument("--task", choices=TASKS, default="cartoon", help="what is preferred")
+    parser = argparse.ArgumentParser(description="Write a small SDXL that can draw, and captions to make pairs of.")
+    parser.add_argument("folder", type=Path, help="where to write pipeline/ and captions.txt")
     parser.add_argument("--train", action="store_true", help="train the weights again instead, into the folder")
     args = parser.parse_args()
     if args.train:
@@ -311,9 +317,10 @@ def main() -> None:
         train(args.folder)
         return
     load_pipeline().save_pretrained(args.folder / "pipeline")
-    draw_preferences(args.folder / "pairs", args.task)
+    captions = [caption(*subject) for subject in PREFERRED]
+    (args.folder / "captions.txt").write_text("\n".join(10 * captions) + "\n")
     print(args.folder / "pipeline")
-    print(args.folder / "pairs")
+    print(args.folder / "captions.txt")
 
 
 if __name__ == "__main__":

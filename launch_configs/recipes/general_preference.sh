@@ -1,28 +1,33 @@
 #!/usr/bin/env bash
-# General preference, Pick-a-Pic v2: the paper's Table 2.
-# 8 H100 of 80 GB: 8 GPUs x 16 pairs x 16 accumulated batches = 2,048 pairs a step, 2,000 steps, the whole UNet, beta 8.
-# (The paper: 8 x 32 x 8, by our accounting 75 GiB in float32 weights.) On fewer GPUs keep the product: 4 x 16 x 32.
-# The 335 GB of pairs are streamed, ties are dropped; each of the 8 loader workers of a process keeps --shuffle_shards row
-# groups in memory. Add --resume_from_checkpoint latest to resume a run that was stopped.
+# General preference, on pairs that the hub has: Open Image Preferences (Apache 2.0, about 0.85 GB). The paper's own pairs
+# are gone, see pickapic.sh. Beta and learning rate are the paper's; batch and steps are those of its smaller data sets.
+# 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 8.
+# One 80 GB GPU: 1 x 16 x 8. Set DATASET to train on other pairs (caption, jpg_0, jpg_1, label_0, label_1) instead, such
+# as those that make_pick_style_sdxl.py draws with SDXL and ranks by a scorer (--num_candidates 8 --scorer pickscore).
 # Flags given to this file are appended to the training command and override its own.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
+PREFERENCES=data-is-better-together/open-image-preferences-v1-binarized
+DATASET=${DATASET:-$PREFERENCES}
 OUTPUT=${OUTPUT:-mapo-general-preference}
+columns=
+[ "$DATASET" != "$PREFERENCES" ] || columns="--caption_column prompt --chosen_column chosen --rejected_column rejected"
 
-accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --num_processes 8 \
+accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --num_processes 4 \
     "$HERE/train_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
     --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
-    --dataset_name yuvalkirstain/pickapic_v2 --dataset_split_name train --streaming --dataloader_num_workers 8 \
+    --dataset_name "$DATASET" $columns --cache_latents \
     --beta_mapo 8 --learning_rate 1e-7 --lr_scheduler cosine --lr_warmup_steps 0 \
-    --train_batch_size 16 --gradient_accumulation_steps 16 --max_train_steps 2000 \
+    --train_batch_size 4 --gradient_accumulation_steps 8 --max_train_steps 2000 \
     --use_8bit_adam --gradient_checkpointing --mixed_precision bf16 --vae_encode_batch_size 8 \
-    --num_validation_pairs 256 --validation_steps 200 --checkpointing_steps 200 --checkpoints_total_limit 3 \
+    --num_validation_pairs 256 --validation_steps 200 --checkpointing_steps 500 \
     --seed 0 --output_dir "$OUTPUT" "$@"
 
-# To compare, Table 2 (Aesthetic / HPS v2.1 / PickScore): SDXL 6.03 / 30.0 / 22.4, MaPO 6.34 / 31.2 / 22.9.
-accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 8 \
+# 500 prompts of Pick-a-Pic, whose own test prompts are gone with it: not those of the paper's Table 2.
+accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
     "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
     --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --candidates "mapo=$OUTPUT" \
-    --prompts pickapic_v2 --scorers aesthetic hps pickscore --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT/evaluation"
+    --prompts sayakpaul/pick-a-pic-v2-unique-prompts --prompt_split train --max_prompts 500 \
+    --scorers aesthetic hps pickscore --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT/evaluation"

@@ -50,6 +50,17 @@ def count_encoders():
         return count(encode_images, recipe, vae)[1], count(encode_captions, recipe, *text_encoders)[1]
 
 
+def count_decoder():
+    """TFLOP to decode the two images of a pair."""
+    recipe = Recipe("decoder")
+    with FakeTensorMode():
+        vae = build_models(recipe, SDXL_UNET, "meta")[1][0]
+        as_fake(vae)
+        latents = torch.empty(2, 4, 128, 128, dtype=vae.dtype)
+        with torch.no_grad():
+            return count(vae.decode, latents)[1]
+
+
 def count_unet(rank, checkpointing):
     recipe = Recipe("UNet", rank=rank, weights=torch.bfloat16 if rank else torch.float32, checkpointing=checkpointing)
     unet, _ = build_models(recipe, SDXL_UNET, "meta")
@@ -107,6 +118,9 @@ def main():
                 cells = [f"{value:.3f} ({value / seconds['cached']:.2f} x)" for value in seconds.values()]
                 print(f"| {gpu} | {name} | {'yes' if checkpointing else 'no'} | {' | '.join(cells)} |")
                 times.append({"gpu": gpu, "trained": name, "checkpointing": checkpointing, "seconds": seconds})
+    drawing = 50 * 2 * tables["full"]["forward"] + count_decoder()
+    hours = 1000 * drawing / PEAKS["H100 SXM"]["bfloat16"] / args.utilisation / 3600
+    print(f"\nDrawing 1,000 pairs on an H100 (50 steps, guidance), computed: {drawing:.0f} TFLOP each, {hours:.2f} h")
     if args.json:
         figures = {"computed": True, "utilisation": args.utilisation, "tflop": tables, "times": times}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
