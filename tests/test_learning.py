@@ -65,13 +65,18 @@ def align(script, flags, base_shares):
     print(base_shares, aligned, logged, sep="\n")
     assert aligned["cartoon"] > 0.9
     assert aligned["right"] >= 0.95 * base_shares["right"]
+    # The base knows cartoons, under their own captions: it denoises them well but where noise leaves little of them.
     before, after = logged["eval_chosen_mse"]
-    assert after < 0.5 * before
+    assert after < 0.85 * before
     before, after = logged["eval_rejected_mse"]
-    assert after > 2 * before
+    assert after > 10 * before
     before, after = logged["eval_margin"]
+    assert before < 0.1 and after > 0.5
+    before, after = logged["eval_margin_t750_999"]
     assert before < 0 < 0.2 < after
     before, after = logged["eval_accuracy"]
+    assert before < 0.6 and after > 0.95
+    before, after = logged["eval_accuracy_t750_999"]
     assert before < 0.2 and after > 0.95
 
 
