@@ -74,7 +74,9 @@ def run(folder, name):
     if RUNS[name] is not None:
         words = [*commands()[1], *RUNS[name].split(), "--cache_dir", str(folder / "cache"), "--validation_steps", "10"]
         output_dir = folder / "runs" / name.replace(" ", "_").replace(",", "")
-        line["command"] = shlex.join([*words, "--output_dir", f"demo/runs/{output_dir.name}"])
+        line["command"] = shlex.join([*words, "--output_dir", f"demo/runs/{output_dir.name}"]).replace(
+            str(folder), "demo"
+        )
         line["seconds"], printed = launch([*words, "--output_dir", str(output_dir)], folder)
         line["warnings"] = re.findall(r"WARNING - .*?(eval_.*)", printed)
         line["metrics"] = {key: values for key, values in scalars(output_dir).items() if key.startswith("eval_")}
@@ -117,7 +119,7 @@ def show(folder, lines):
     for name in [name for name in RUNS if name in lines]:
         images = {f"guidance {g:g}": Image.open(folder / "grids" / f"{name} {g}.png") for g in GUIDANCE}
         rows.append((name, images))
-    titled(rows, 130, 16, (6 * SIZE + 8, 2 * SIZE + 4)).save(folder / "first_run.png", optimize=True)
+    titled(rows, 130, 16, (6 * SIZE + 8, 2 * SIZE + 4)).quantize(128).save(folder / "first_run.png", optimize=True)
     files = {title: f"runs/{name.replace(' ', '_').replace(',', '')}" for name, title in CURVES.items()}
     curves = [(title, {"": Image.open(folder / file / "validation" / "curves.png")}) for title, file in files.items()]
     titled(curves, 100, 0, (520, 190)).save(folder / "curves.png", optimize=True)
