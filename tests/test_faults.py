@@ -108,7 +108,6 @@ SIGNALS = {
     "checkpoint-behind": ({"map": 1, "stream": 1}, cluster.signalled_behind, [3, 4]),
 }
 SIGNALS_BY_DEFAULT = [
-    ("step", signal.SIGTERM, "map"),
     ("drawing", signal.SIGUSR1, "stream"),
     ("evaluation", signal.SIGINT, "map"),
     ("checkpoint-behind", signal.SIGTERM, "stream"),

@@ -449,6 +449,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.matrix
 def test_each_process_reads_the_row_groups_of_its_own_lane_only(script, flags, tmp_path):
     """Two real processes, one epoch of 12 row groups of 4 rows, one of them a bomb at which Pillow only warns."""
     bomb = encode(Image.new("1", (10_000, 10_000)))

@@ -109,8 +109,8 @@ def test_general_preference_takes_the_pairs_that_the_hub_has(script, tmp_path):
     assert script.pair_columns(args) == ("prompt", ("chosen", "rejected"), ())
 
 
-# These differ from `style` in their data set and beta alone.
-ALIKE = ("culture", "safety", "general_preference")
+# These differ from `style` in their data set, beta and batch alone.
+ALIKE = ("culture", "safety", "general_preference", "pickapic")
 STARTED = [pytest.param(r, id=r.stem, marks=[pytest.mark.matrix] * (r.stem in ALIKE)) for r in RECIPES]
 
 
