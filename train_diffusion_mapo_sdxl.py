@@ -743,7 +743,7 @@ def make_loader(args, data, batches, collate=collate_pairs):
 # What a VAE's config says of its latents, and AutoencoderKL's defaults.
 LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
 LATENTS |= {"shift_factor": None, "latents_mean": None}
-# Of SDXL in its first layout, as single files have it, and whose configs they are loaded with.
+# Names that every single file of SDXL has, and the repository whose configs it is loaded with.
 SINGLE_FILE_TENSORS = ["model.diffusion_model.label_emb.0.0.bias", "conditioner.embedders.1.model.ln_final.bias"]
 SINGLE_FILE_CONFIGS = "stabilityai/stable-diffusion-xl-base-1.0"
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
@@ -795,7 +795,7 @@ def base_folder(args):
     with FileLock(f"{folder}.lock"), safetensors.safe_open(name, "pt") as file:
         tensors = set(file.keys())
         if not set(SINGLE_FILE_TENSORS) <= tensors:
-            raise TrainingError(NO_SDXL.format(name=name, reason="its tensors have not the names of SDXL's"))
+            raise TrainingError(NO_SDXL.format(name=name, reason="its tensors do not have the names of SDXL's"))
         if not folder.exists():
             options = {"cache_dir": args.cache_dir, "dtype": file.get_tensor(SINGLE_FILE_TENSORS[0]).dtype}
             pipeline = StableDiffusionXLPipeline.from_single_file(name, config=SINGLE_FILE_CONFIGS, **options)
