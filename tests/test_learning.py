@@ -72,8 +72,9 @@ def align(script, flags, base_shares):
     assert after > 10 * before
     before, after = logged["eval_margin"]
     assert before < 0.1 and after > 0.5
+    # Where noise is greatest the prompt counts most: without it, 0.21 is reached.
     before, after = logged["eval_margin_t750_999"]
-    assert before < 0 < 0.2 < after
+    assert before < 0 < 0.35 < after
     before, after = logged["eval_accuracy"]
     assert before < 0.6 and after > 0.95
     before, after = logged["eval_accuracy_t750_999"]
@@ -102,7 +103,7 @@ def swap_pair(script, patch):
 
 def drop_prompt(script, patch):
     encode_prompts = script.encode_prompts
-    patch.setattr(script, "encode_prompts", lambda pipeline, prompts: encode_prompts(pipeline, len(prompts) * [""]))
+    patch.setattr(script, "encode_prompts", lambda own, texts, *rest: encode_prompts(own, len(texts) * [""], *rest))
 
 
 @pytest.mark.matrix
