@@ -226,6 +226,11 @@ def symmetries(mask: np.ndarray) -> np.ndarray:
     return np.array([abs((weights * directions**order).sum()) / weights.sum() for order in (3, 4, 5)])
 
 
+def radius(image: Image.Image) -> float:
+    """Radius of the circle that has the object's area, as a share of the image's side."""
+    return float(np.sqrt(object_mask(np.asarray(image) / 255).sum() / np.pi) / SIZE)
+
+
 def hue(rgb: np.ndarray) -> complex:
     """Hue as a direction in the plane of colours, chroma as its length; of (..., 3) the sum."""
     turns = np.exp(2j * np.pi * np.arange(3) / 3)
@@ -285,11 +290,12 @@ def shares(samples: list[tuple]) -> dict[str, float]:
 # Preferences ---------------------------------------------------------------------------------------------------------
 
 
-# How the chosen and the rejected image are drawn: (style, share in a frame).
+# How the chosen and the rejected image are drawn: (style, share in a frame). Those of "size" are drawn alike, each in
+# a place and size of its own; the larger one is chosen.
 TASKS = {
-    "cartoon": (("cartoon", 0.0), ("photo", 0.5)),
-    "photo": (("photo", 0.5), ("cartoon", 0.0)),
+    "size": (("photo", 0.5), ("photo", 0.5)),
     "frame": (("photo", 0.0), ("photo", 1.0)),
+    "cartoon": (("cartoon", 0.0), ("photo", 0.5)),
 }
 
 
@@ -299,10 +305,13 @@ def draw_preferences(folder: str | Path, task: str, num_pairs: int = 360, seed: 
     rows = []
     for i in range(num_pairs):
         shape, colour = PREFERRED[i % len(PREFERRED)]
+        places = ([seed, i], [seed, i, 1] if task == "size" else [seed, i])
         images = [
-            draw(shape, colour, style, np.random.default_rng([seed, i]), SIZE, framed=rng.random() < share)
-            for style, share in TASKS[task]
+            draw(shape, colour, style, np.random.default_rng(place), SIZE, framed=rng.random() < share)
+            for (style, share), place in zip(TASKS[task], places, strict=True)
         ]
+        if task == "size":
+            images.sort(key=radius, reverse=True)
         rows.append(pair(*images, caption(shape, colour), first=rng.random() < 0.5))
     write_pairs(rows, folder, num_shards=2, row_group_size=30)
 

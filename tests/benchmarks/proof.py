@@ -1,21 +1,28 @@
-"""Align the trained world's small SDXL through the script's command line, run by run: tables, curves and pictures.
+"""Is preference optimization worth it? The trained world's small SDXL, aligned by MaPO and by SFT, run by run.
 
-    python tests/benchmarks/proof.py FOLDER [--only NAME ...]   # one run on each core; finished runs are kept
-    python tests/benchmarks/proof.py FOLDER --show              # tables and proof.png of it; needs matplotlib
+    python tests/benchmarks/proof.py FOLDER           # the missing runs, one on each core, then tables and pictures
+    python tests/benchmarks/proof.py FOLDER --show    # tables and pictures of the runs that there are
 
-Each run aligns the trained world's model with 360 pairs, and is measured on 96 images of six captions that are in no
-pair, at seeds that nothing else uses. FOLDER/proof.jsonl has a line for each run: its command, the commit and the
-versions, the measured shares and all logged metrics.
+Three tasks are three degrees of mismatch between the base and the chosen images. In `size` both images of a pair are
+drawn as the base draws, and the larger shape is chosen; in `frame` the chosen ones lack the frame that half of the
+base's images have; in `cartoon` they are of another style. Each run is measured on 96 images of six captions that are
+in no pair, at seeds that nothing else uses, at each guidance. An image scores nothing if its shape or colour is wrong,
+otherwise its radius (`size`), or 1 if it is as the chosen ones are.
+
+FOLDER/proof.jsonl has a line for each run: command, commit, versions, machine, date, metrics, and every score.
 """
 
 import argparse
 import json
 import os
+import platform
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
 
 
@@ -27,177 +34,172 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISAB
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 from conftest import scalars  # noqa: E402
+from first_run import GUIDANCE, titled  # noqa: E402
 from PIL import Image  # noqa: E402
-from trained_world import SIZE, TASKS, draw_preferences, load_pipeline, sample, shares  # noqa: E402
+from trained_world import SIZE, TASKS, draw_preferences, load_pipeline, measure, radius, sample  # noqa: E402
 
 
-STEPS, IMAGES = 100, 96
-LEARNING_RATES = {"full": "2e-4", "LoRA": "1e-3"}
-LOSSES = {
-    "SFT": ["--beta_mapo", "inf"],
-    **{f"beta {beta}": ["--beta_mapo", str(beta)] for beta in (8, 32, 64, 128, 1024)},
-    "v1 beta 0.1": ["--loss_type", "mapo_v1", "--beta_mapo", "0.1"],
-}
-SWAPPED = ["--label_0_column", "label_1", "--label_1_column", "label_0"]
-# Losses that the second task is tried with, and that --show plots.
-SHOWN = ("SFT", "beta 64", "beta 8", "v1 beta 0.1")
-CURVES = {"eval_margin": "margin", "eval_accuracy": "accuracy", "eval_chosen_mse": "chosen error"}
+IMAGES = 96
+PAIRS = {"size": 720, "frame": 360, "cartoon": 360}
+BETAS = (8, 32, 64, 128, 1024)
+SFT, V1 = "--beta_mapo inf", "--loss_type mapo_v1 --beta_mapo 0.1"
+LORA = "--rank 64 --learning_rate 1e-3"
 
 
 def experiments():
-    """All runs but for their seeds: {name: (task, base, flags)}; those without flags are the bases themselves."""
-    runs = {"photo base": ("cartoon", "photo", None), "cartoon base": ("cartoon", "cartoon", None)}
-    for kind, rank in (("full", []), ("LoRA", ["--rank", "64", "--lora_layers", "attention"])):
-        runs |= {f"cartoon, {kind}, {loss}": ("cartoon", "photo", rank + flags) for loss, flags in LOSSES.items()}
-    runs |= {f"frame, full, {loss}": ("frame", "photo", LOSSES[loss]) for loss in SHOWN}
-    beta = ["--beta_mapo", "64"]
-    runs["swapped labels"] = ("cartoon", "photo", beta + SWAPPED)
-    runs["swapped labels, from cartoon base"] = ("cartoon", "cartoon", beta + SWAPPED)
-    runs["30 % label noise"] = ("cartoon", "photo", [*beta, "--label_noise_prob", "0.3"])
-    runs["photo over cartoon, from cartoon base"] = ("photo", "cartoon", beta)
+    """All runs: {name: (task, number of seeds, flags)}; the base has no flags. A name begins with its task."""
+    runs = {}
+    for task in TASKS:
+        runs[f"{task}, base"] = (task, 1, None)
+        for name, flags in {"SFT": SFT, **{f"beta {beta}": f"--beta_mapo {beta}" for beta in BETAS}, "v1": V1}.items():
+            runs[f"{task}, {name}"] = (task, 5 if task == "size" else 1, flags)
+        for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8"}.items():
+            runs[f"{task}, LoRA, {name}"] = (task, 1, f"{LORA} {flags}")
+    # What SFT reaches with other rates, and at its end; what goes wrong on purpose.
+    for rate in ("5e-5", "5e-4", "1e-3"):
+        runs[f"size, SFT, rate {rate}"] = ("size", 1, f"{SFT} --learning_rate {rate}")
+    for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8"}.items():
+        runs[f"size, {name}, 600 steps"] = ("size", 1, f"{flags} --max_train_steps 600")
+    runs["size, beta 0.1"] = ("size", 1, "--beta_mapo 0.1")
+    runs["size, beta 8, rate 2e-3"] = ("size", 1, "--beta_mapo 8 --learning_rate 2e-3")
     return runs
 
 
-def command_line(folder, task, base, flags, seed, output_dir):
-    world, kind = folder / "world", "LoRA" if "--rank" in flags else "full"
+FAILURES = {"base": "base", "beta 8": "healthy: beta 8", "beta 0.1": "beta too small: 0.1"}
+FAILURES |= {"beta 8, 600 steps": "too many steps: 600", "beta 8, rate 2e-3": "rate too large: 2e-3"}
+
+
+def command_line(folder, task, flags, seed, output_dir):
     words = ["accelerate", "launch", "--config_file", ROOT / "launch_configs" / "cpu.yaml"]
-    words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", world / f"{base}-base"]
-    words += ["--dataset_name", world / task, "--cache_dir", folder / "cache", "--cache_latents"]
-    words += ["--resolution", SIZE, "--train_batch_size", 16, "--max_train_steps", STEPS]
-    words += ["--learning_rate", LEARNING_RATES[kind], "--lr_scheduler", "cosine", "--lr_warmup_steps", 0]
-    words += ["--num_validation_pairs", 48, "--validation_steps", 25, "--logging_steps", 5, "--seed", seed]
-    words += ["--output_dir", output_dir]
-    return [str(word) for word in words + flags]
+    words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "world" / "pipeline"]
+    words += ["--dataset_name", folder / "world" / task, "--cache_dir", folder / "cache", "--cache_latents"]
+    words += ["--resolution", SIZE, "--train_batch_size", 16, "--max_train_steps", 150, "--learning_rate", "2e-4"]
+    words += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--num_validation_pairs", 48]
+    words += ["--validation_steps", 1000, "--seed", seed, "--output_dir", output_dir]
+    return [*map(str, words), *flags.split()]
 
 
-def train(command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-
-
-def load_aligned(base, output_dir):
-    """The base, a folder, with the trained weights."""
-    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
-    if (output_dir / "unet").exists():
-        pipeline.unet = diffusers.UNet2DConditionModel.from_pretrained(output_dir / "unet")
-    else:
-        pipeline.load_lora_weights(output_dir)
-    return pipeline
-
-
-def prepare(folder):
-    """Write the pairs and the two bases; the cartoon base is the photo base fine-tuned on the chosen cartoons."""
-    world, out = folder / "world", folder / "runs" / "cartoon_base_training"
-    if (world / "cartoon-base").exists():
-        return
-    load_pipeline().save_pretrained(world / "photo-base")
-    for task in TASKS:
-        draw_preferences(world / task, task)
-    train(command_line(folder, "cartoon", "photo", ["--beta_mapo", "inf", "--max_train_steps", "200"], 0, out))
-    load_aligned(world / "photo-base", out).save_pretrained(world / "cartoon-base")
+def score(task, subject, image):
+    """What the image of a (shape, colour) is worth."""
+    seen = measure(image)
+    if (seen["shape"], seen["colour"]) != subject:
+        return 0
+    return {"size": round(radius(image), 4), "frame": int(not seen["framed"]), "cartoon": int(seen["cartoon"])}[task]
 
 
 def run(folder, name, seed):
     """Train, draw and measure one run; returns its line of results."""
     torch.set_num_threads(1)
-    task, base, flags = experiments()[name]
-    line = {"name": name, "seed": seed, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    output_dir = folder / "runs" / f"{name} {seed}".translate(str.maketrans(" ", "_", ",%"))
-    if flags is None:
-        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder / "world" / f"{base}-base")
-    else:
-        command = command_line(folder, task, base, flags, seed, output_dir)
-        # The model card is written last.
-        if not (output_dir / "README.md").exists():
-            train(command)
-        pipeline = load_aligned(folder / "world" / f"{base}-base", output_dir)
-        shown = shlex.join(command).replace(f"{ROOT}/", "").replace(str(folder), "FOLDER")
-        metrics = {key: value for key, value in scalars(output_dir).items() if "second" not in key}
-        line |= {"commit": commit, "command": shown, "metrics": metrics}
-    samples = sample(pipeline, IMAGES)
-    draw_grid(samples[:24]).save(folder / f"{output_dir.name}.png")
-    return line | shares(samples)
+    task, _, flags = experiments()[name]
+    line = {
+        "name": name,
+        "seed": seed,
+        "date": str(date.today()),
+        "machine": platform.processor() or platform.machine(),
+    }
+    line |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        folder / "world" / "pipeline", add_watermarker=False
+    )
+    if flags is not None:
+        output_dir = folder / "runs" / f"{name} {seed}".replace(",", "").replace(" ", "_")
+        command, started = command_line(folder, task, flags, seed, output_dir), time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
+        line["seconds"] = round(time.perf_counter() - started)
+        line["command"] = shlex.join(command).replace(f"{ROOT}/", "").replace(str(folder), "FOLDER")
+        logged = {key: list(values.items()) for key, values in scalars(output_dir).items() if key.startswith("eval_")}
+        line["metrics"] = {key: (values[0][1], values[-1][1]) for key, values in logged.items() if "_t" not in key}
+        if (output_dir / "unet").exists():
+            pipeline.unet = diffusers.UNet2DConditionModel.from_pretrained(output_dir / "unet")
+        else:
+            pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
+    for guidance in GUIDANCE:
+        samples = sample(pipeline, IMAGES, guidance)
+        line[f"guidance {guidance:g}"] = [score(task, *drawn) for drawn in samples]
+        if seed == 0:
+            grid = Image.new("RGB", (6 * SIZE, 2 * SIZE))
+            for place, (_, image) in enumerate(samples[:12]):
+                grid.paste(image, (place % 6 * SIZE, place // 6 * SIZE))
+            grid.save(folder / "grids" / f"{name} {guidance:g}.png")
+    return line
 
 
-def draw_grid(samples, columns=6):
-    grid = Image.new("RGB", (columns * SIZE, len(samples) // columns * SIZE))
-    for i, (_, image) in enumerate(samples):
-        grid.paste(image, (i % columns * SIZE, i // columns * SIZE))
-    return grid
+# Tables and pictures -------------------------------------------------------------------------------------------------
 
 
-def cell(lines, column):
-    values = [line.get(column, line.get("metrics", {}).get(column, {}).get(str(STEPS))) for line in lines]
-    if None in values:
-        return ""
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
-    if column.startswith("eval_") and column != "eval_accuracy":
-        return f"{mean:.3f} ± {spread:.3f}"
-    return f"{100 * mean:.0f} ± {100 * spread:.0f} %"
+def spread(values):
+    """Mean and standard error over seeds."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
+
+
+def wins(scores, others):
+    """Share of images with the higher score, ties counting half; both were drawn from the same seeds."""
+    return statistics.mean((a > b) + 0.5 * (a == b) for a, b in zip(scores, others, strict=True))
 
 
 def show(folder, lines):
-    """Print mean and standard deviation over the seeds, and draw proof.png of seed 0."""
-    columns = ["cartoon", "framed", "right", "eval_accuracy", "eval_margin", "eval_chosen_mse", "eval_rejected_mse"]
-    print("| run | seeds | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
-    for name in experiments():
-        same = [line for line in lines if line["name"] == name]
-        if same:
-            print(f"| {name} | {len(same)} | " + " | ".join(cell(same, column) for column in columns) + " |")
-    draw_figure(folder, {line["name"]: line for line in lines if line["seed"] == 0})
-
-
-def draw_figure(folder, lines):
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(12, 5.6), layout="constrained")
-    pictures, curves = figure.subfigures(2, 1, height_ratios=[1.2, 1])
-    titles = {"photo_base_0": "base model", "cartoon_full_beta_64_0": "aligned with MaPO, beta 64, 100 steps"}
-    for axes, (name, title) in zip(pictures.subplots(1, 2), titles.items(), strict=True):
-        image = Image.open(folder / f"{name}.png")
-        axes.imshow(image.resize((4 * image.width, 4 * image.height), Image.Resampling.BICUBIC))
-        axes.set_title(f"{title}: held-out prompts, the same seeds")
-        axes.axis("off")
-    for axes, (metric, title) in zip(curves.subplots(1, 3), CURVES.items(), strict=True):
-        for loss in SHOWN:
-            points = lines[f"cartoon, full, {loss}"]["metrics"][metric]
-            axes.plot(list(map(int, points)), list(points.values()), label=loss)
-        axes.set_title(f"{title} on held-out pairs")
-        axes.set_xlabel("step")
-        axes.legend()
-    figure.savefig(folder / "proof.png", dpi=80)
+    runs = {}
+    for line in lines:
+        runs.setdefault(line["name"], {})[line["seed"]] = line
+    for guidance in GUIDANCE:
+        key = f"guidance {guidance:g}"
+        print(f"\n{key}\n\n| run | seeds | mean score | right | wins against the base | against SFT |")
+        print("|---|---|---|---|---|---|")
+        for name in [name for name in experiments() if name in runs]:
+            task, same = name.split(",")[0], runs[name]
+            base, tuned = runs[f"{task}, base"][0][key], runs.get(f"{task}, SFT", {})
+            cells = [spread([statistics.mean(line[key]) for line in same.values()])]
+            cells += [spread([statistics.mean(s > 0 for s in line[key]) for line in same.values()])]
+            cells += [spread([wins(line[key], base) for line in same.values()])]
+            paired = [wins(line[key], tuned[seed][key]) for seed, line in same.items() if seed in tuned]
+            cells += [spread(paired) if paired and name != f"{task}, SFT" else ""]
+            print(f"| {name} | {len(same)} | " + " | ".join(cells) + " |")
+    seconds = sum(line.get("seconds", 0) for line in lines)
+    print(f"\n{len(lines)} runs, {seconds / 3600:.1f} hours of training on one core each")
+    grids = folder / "grids"
+    shown = {"base": "base", "SFT": "SFT", "beta 8": "MaPO, beta 8"}
+    pictures = {"proof": {f"{t}, {name}": f"{t}: {title}" for t in TASKS for name, title in shown.items()}}
+    pictures["failures"] = {f"size, {name}": title for name, title in FAILURES.items()}
+    for file, rows in pictures.items():
+        rows = [
+            (title, {f"guidance {g:g}": Image.open(grids / f"{name} {g:g}.png") for g in GUIDANCE})
+            for name, title in rows.items()
+        ]
+        picture = titled(rows, 130, 16, (6 * SIZE + 8, 2 * SIZE + 4))
+        picture.quantize(128).save(folder / f"{file}.png", optimize=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="+", help="beginnings of the names of runs")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--show", action="store_true", help="run nothing")
     args = parser.parse_args()
     folder = args.folder.resolve()
     results = folder / "proof.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if args.show:
-        return show(folder, lines)
-    prepare(folder)
-    done = {(line["name"], line["seed"]) for line in lines}
-    runs = {
-        name: parts for name, parts in experiments().items() if args.only is None or name.startswith(tuple(args.only))
-    }
-    # A base has no seed.
-    jobs = [(name, seed) for seed in args.seeds for name, parts in runs.items() if parts[2] is not None or seed == 0]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for future in as_completed([pool.submit(run, folder, *job) for job in jobs if job not in done]):
-            line = future.result()
-            with results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print({key: line[key] for key in ("name", "seed", "cartoon", "framed", "right")}, flush=True)
+    if not args.show:
+        (folder / "grids").mkdir(parents=True, exist_ok=True)
+        if not (folder / "world").exists():
+            load_pipeline().save_pretrained(folder / "world" / "pipeline")
+            for task in TASKS:
+                draw_preferences(folder / "world" / task, task, PAIRS[task])
+        commit = subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        done = {(line["name"], line["seed"]) for line in lines}
+        jobs = [(seed, name) for name, (_, seeds, _) in experiments().items() for seed in range(seeds)]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            jobs = [job for job in sorted(jobs, key=lambda job: job[0]) if job[::-1] not in done]
+            jobs = [pool.submit(run, folder, name, seed) for seed, name in jobs]
+            for job in as_completed(jobs):
+                lines.append({**job.result(), "commit": commit})
+                with results.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+                print(lines[-1]["name"], lines[-1]["seed"], flush=True)
+    show(folder, lines)
 
 
 if __name__ == "__main__":
