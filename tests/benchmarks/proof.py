@@ -5,7 +5,7 @@
 
 Three tasks are three degrees of mismatch between the base and the chosen images. In `size` both images of a pair are
 drawn as the base draws, and the larger shape is chosen; in `frame` the chosen ones lack the frame that half of the
-base's images have; in `cartoon` they are of another style. Each run is measured on 96 images of six captions that are
+base's images have; in `cartoon` they are of another style. Each run is measured on 48 images of six captions that are
 in no pair, at seeds that nothing else uses, at each guidance. An image scores nothing if its shape or colour is wrong,
 otherwise its radius (`size`), or 1 if it is as the chosen ones are.
 
@@ -39,7 +39,7 @@ from PIL import Image  # noqa: E402
 from trained_world import SIZE, TASKS, draw_preferences, load_pipeline, measure, radius, sample  # noqa: E402
 
 
-IMAGES = 96
+IMAGES = 48
 PAIRS = {"size": 720, "frame": 360, "cartoon": 360}
 BETAS = (8, 32, 64, 128, 1024)
 SFT, V1 = "--beta_mapo inf", "--loss_type mapo_v1 --beta_mapo 0.1"
@@ -75,7 +75,7 @@ def command_line(folder, task, flags, seed, output_dir):
     words = ["accelerate", "launch", "--config_file", ROOT / "launch_configs" / "cpu.yaml"]
     words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "world" / "pipeline"]
     words += ["--dataset_name", folder / "world" / task, "--cache_dir", folder / "cache", "--cache_latents"]
-    words += ["--resolution", SIZE, "--train_batch_size", 16, "--max_train_steps", 150, "--learning_rate", "2e-4"]
+    words += ["--resolution", SIZE, "--train_batch_size", 8, "--max_train_steps", 150, "--learning_rate", "2e-4"]
     words += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--num_validation_pairs", 48]
     words += ["--validation_steps", 1000, "--seed", seed, "--output_dir", output_dir]
     return [*map(str, words), *flags.split()]
