@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -22,6 +23,7 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from cpu_cluster import run_ranks  # noqa: E402
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from peft.utils import get_peft_model_state_dict  # noqa: E402
@@ -31,6 +33,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_diffusion_mapo_sdxl.py"
+
+# Parameters of a test that are left out of the default run.
+also = partial(pytest.param, marks=pytest.mark.matrix)
 
 torch.set_num_threads(1)
 # Shells let jobs in the background ignore Ctrl-C, which processes inherit.
@@ -149,37 +154,10 @@ def launch(flags, processes=1, env=None, timeout=900, wrapper=()):
     )
 
 
-# Runs the script with every loader noting the rows that it hands out for training.
-RECORDER = """
-import os, runpy, sys
-from torch.utils.data import DataLoader
-
-iterate = DataLoader.__iter__
-folder, rank = os.path.dirname(__file__), os.environ.get("RANK", 0)
-file = open(os.path.join(folder, f"rank-{rank}"), "w", buffering=1)
-
-
-def recorded(loader):
-    for batch in iterate(loader):
-        # The loader of --cache_latents hands out lists.
-        if isinstance(batch, dict):
-            file.writelines(f"{row}\\n" for row in batch["row"] if not row.startswith("held-out"))
-        yield batch
-
-
-DataLoader.__iter__ = recorded
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def launch_recorded(flags, processes, folder):
-    """The script over real processes, to a good end; returns for each rank the rows that it trained on, in order."""
-    folder.mkdir()
-    (folder / "recorder.py").write_text(RECORDER)
-    done = launch(flags, processes, wrapper=[folder / "recorder.py"])
-    assert done.returncode == 0, done.stderr
-    return [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(processes)]
+def fork(flags, processes=1, env=None, wrapper=()):
+    """As `launch`, but the processes are forked from one that has imported the libraries, and no launcher runs."""
+    statuses, outputs = run_ranks([*wrapper, SCRIPT, *command_line(flags)], size=processes, env=env)
+    return subprocess.CompletedProcess((), next(filter(None, statuses), 0), stderr="\n".join(outputs))
 
 
 def scalars(output_dir):

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import faulthandler
 import functools
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -260,6 +261,9 @@ def free_port():
 def run_script(words):
     """The script as it runs from the command line; should it hang, it prints where before it is killed."""
     faulthandler.dump_traceback_later(TIMEOUT - PATIENCE, exit=True, file=2)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        # DeepSpeed would first compile kernels that reduce in shared memory, for minutes; gloo does as well.
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     sys.argv = list(map(str, words))
     runpy.run_path(sys.argv[0], run_name="__main__")
     faulthandler.cancel_dump_traceback_later()

@@ -69,12 +69,12 @@ def build_unet(cross_attention_dim: int, pooled_dim: int) -> UNet2DConditionMode
     addition_time_embed_dim = 8
     return UNet2DConditionModel(
         sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 32),
         layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 2, 2),  # SDXL's config also has the number of heads under this name
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(1, 2),  # SDXL's config also has the number of heads under this name
         norm_num_groups=8,
         cross_attention_dim=cross_attention_dim,
         use_linear_projection=True,

@@ -3,15 +3,13 @@
 import collections
 import itertools
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import SCRIPT, command_line, launch, run, scalars
+from conftest import SCRIPT, also, command_line, fork, run, scalars
+from cpu_cluster import FORKS, work
 from safetensors.torch import load_file
 from small_world import draw_pairs
 from test_pairs import BOTH_WAYS, make_row, write_groups, write_parquet
@@ -61,10 +59,10 @@ VARIANTS = {
     "map-style, ties, noise, workers": {"no-remove_ties": True, "label_noise_prob": 0.3, "dataloader_num_workers": 2},
     "streamed, workers, bf16": {"streaming": True, "dataloader_num_workers": 2, "mixed_precision": "bf16"},
 }
-FIRST, *OTHERS = VARIANTS
+*OTHERS, LAST = VARIANTS
 
 
-@pytest.mark.parametrize("variant", [pytest.param(FIRST, marks=pytest.mark.matrix), *OTHERS])
+@pytest.mark.parametrize("variant", [*(also(other) for other in OTHERS), LAST])
 def test_cached_is_uncached_bit_by_bit(script, flags, tmp_path, monkeypatch, encoded, variant):
     """More than one epoch. Each pair is encoded once, before training; a second run encodes nothing."""
     flags.update(max_train_steps=12, resolution=32, **VARIANTS[variant])
@@ -124,11 +122,11 @@ def test_two_processes_encode_their_shares_once(script, flags, tmp_path):
     """Streamed; the process that comes late finds files of the other. The run is the uncached one."""
     flags.update(streaming=True, train_batch_size=2, max_train_steps=11, resolution=16, num_validation_pairs=4)
     (tmp_path / "late.py").write_text(LATE)
-    done = launch(flags, 2, wrapper=[tmp_path / "late.py"])
+    done = fork(flags, 2, wrapper=[tmp_path / "late.py"])
     assert done.returncode == 0, done.stderr
     shares = [len((tmp_path / f"encoded-{rank}").read_text().split()) for rank in (0, 1)]
     assert shares[0] == shares[1] and sum(shares) == len(cache_files(flags))
-    done = launch({**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}, 2)
+    done = fork({**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}, 2)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "out") == results(tmp_path / "uncached")
 
@@ -136,12 +134,13 @@ def test_two_processes_encode_their_shares_once(script, flags, tmp_path):
 def test_a_killed_run_leaves_whole_files_and_the_next_one_adds_the_rest(script, flags, tmp_path, encoded):
     draw_pairs(tmp_path / "data", num_pairs=300, size=16)
     flags.update(dataset_name=tmp_path / "data", resolution=16, max_train_steps=2, num_validation_pairs=None)
-    process = subprocess.Popen([sys.executable, SCRIPT, *command_line(flags)], stderr=subprocess.DEVNULL)
+    process = FORKS.Process(target=work, args=({}, [SCRIPT, *command_line(flags)], [], tmp_path / "log"))
+    process.start()
     while len(cache_files(flags)) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     # One that a killed process was writing has another name.
     whole = [path for path in cache_files(flags) if path.suffix == ".safetensors"]
     kept = {path: (load_file(path), path.stat().st_mtime_ns) for path in whole}
@@ -152,7 +151,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_adds_the_rest(script, 
     assert all(path.stat().st_mtime_ns == changed for path, (_, changed) in kept.items())
 
 
-@BOTH_WAYS
+@pytest.mark.parametrize("streaming", [also(None), True], ids=["map", "stream"])
 def test_bad_rows_and_resumed_runs_are_the_same_cached(script, flags, tmp_path, caplog, streaming):
     flags["dataset_name"] = write_groups(tmp_path / "data", [[9, 9]], tied={4}, bad={3, 7, 12})
     flags.update(num_validation_pairs=None, streaming=streaming, max_bad_rows=0.5, max_train_steps=9)

@@ -11,7 +11,7 @@ from pathlib import Path
 import cpu_cluster
 import pytest
 import torch
-from conftest import SCRIPT, command_line, run, scalars
+from conftest import SCRIPT, also, command_line, run, scalars
 from cpu_cluster import Fault, install, killed, raising, signalled, with_faults
 from diffusers import UNet2DConditionModel
 from small_world import build_pipeline, draw_pairs
@@ -54,11 +54,11 @@ def assert_continues(whole, folder, step):
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({"train_batch_size": 5, "use_8bit_adam": True, **DRAWS}, [4]),
+        also({"train_batch_size": 5, "use_8bit_adam": True, **DRAWS}, [4]),
         ({"train_batch_size": 2, "gradient_accumulation_steps": 2, "rank": None}, [5, 6, 7]),
-        ({"mixed_precision": "bf16", "gradient_checkpointing": True, "max_train_steps": 4}, [2]),
-        ({"cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
-        ({**STREAMED, **DRAWS, "num_validation_pairs": 3}, [5, 6]),
+        also({"mixed_precision": "bf16", "gradient_checkpointing": True, "max_train_steps": 4}, [2]),
+        also({"cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
+        also({**STREAMED, **DRAWS, "num_validation_pairs": 3}, [5, 6]),
         ({**STREAMED, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
     ],
     ids=["batch-over-epochs", "accumulation", "bf16", "cache-workers", "stream", "stream-workers"],
@@ -72,7 +72,7 @@ def test_resumed_run_is_the_uninterrupted_one(script, flags, tmp_path, changes, 
         assert_continues(whole, folder, step)
 
 
-@pytest.mark.parametrize("changes", [{}, STREAMED], ids=["map", "stream"])
+@pytest.mark.parametrize("changes", [also({}), STREAMED], ids=["map", "stream"])
 def test_two_restarts_in_a_row(script, flags, tmp_path, changes):
     flags.update(checkpointing_steps=2, max_train_steps=8, max_train_samples=24, **changes)
     whole = run(script, flags)
@@ -85,11 +85,11 @@ def test_two_restarts_in_a_row(script, flags, tmp_path, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.matrix),
+        also({}),
         STREAMED,
-        pytest.param({"dataloader_num_workers": 2}, marks=pytest.mark.matrix),
-        pytest.param({**STREAMED, "dataloader_num_workers": 2}, marks=pytest.mark.matrix),
-        pytest.param({**STREAMED, "gradient_accumulation_steps": 2}, marks=pytest.mark.matrix),
+        also({"dataloader_num_workers": 2}),
+        also({**STREAMED, "dataloader_num_workers": 2}),
+        also({**STREAMED, "gradient_accumulation_steps": 2}),
     ],
     ids=["map", "stream", "map-workers", "stream-workers", "stream-accumulation"],
 )
@@ -128,8 +128,8 @@ def test_run_that_began_on_two_processes_resumes_on_one(script, flags, tmp_path,
     "changes",
     [
         {"rank": 4, "use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, **STREAMED},
-        pytest.param({"rank": None, "use_8bit_adam": True, "learning_rate": 1e-4}, marks=pytest.mark.matrix),
-        pytest.param({"dataloader_num_workers": 2, "random_crop": True}, marks=pytest.mark.matrix),
+        also({"rank": None, "use_8bit_adam": True, "learning_rate": 1e-4}),
+        also({"dataloader_num_workers": 2, "random_crop": True}),
     ],
     ids=["lora-8bit", "full-8bit", "workers"],
 )
@@ -275,7 +275,10 @@ def test_differences_of_flags_are_refused_or_reported(script, flags, tmp_path, c
 # Prolonged ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"rank": None, "use_8bit_adam": True, "gradient_accumulation_steps": 2, "train_batch_size": 1, **STREAMED}],
+    [
+        also({}),
+        {"rank": None, "use_8bit_adam": True, "gradient_accumulation_steps": 2, "train_batch_size": 1, **STREAMED},
+    ],
     ids=["LoRA", "8-bit-stream"],
 )
 def test_prolonged_run_is_the_longer_one(script, flags, tmp_path, changes):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from conftest import ROOT, SCRIPT, command_line, run
+from conftest import ROOT, SCRIPT, also, command_line, run
 from cpu_cluster import Fault, full_disk, not_finite, noting_weights, run_ranks, signalled, with_faults
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
@@ -231,8 +231,8 @@ def test_every_config_trains_resumes_and_equals_one_process(
     ("kind", "training", "optimizer"),
     [
         ("deepspeed_zero2", "full", "8bit"),
-        pytest.param("deepspeed_zero3", "lora", "32bit", marks=pytest.mark.matrix),
-        pytest.param("fsdp2", "full", "32bit", marks=pytest.mark.matrix),
+        also("deepspeed_zero3", "lora", "32bit"),
+        also("fsdp2", "full", "32bit"),
     ],
 )
 def test_sharded_run_that_one_signal_stopped_equals_one_process(
@@ -277,12 +277,13 @@ def test_fsdp2_sums_gradients_in_float32(kind_flags, tmp_path):
         assert (gradient == gradient.bfloat16().float()).float().mean() < 0.2
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "multi_node", pytest.param("deepspeed_zero3", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kind", ["fsdp2", "multi_node", also("deepspeed_zero3")])
 def test_lora_equals_one_process(world, kind_flags, reference, tmp_path, kind):
     train_whole(world, kind_flags, reference, tmp_path, kind, "lora", "32bit")
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.matrix), "8bit", "full_bf16"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("optimizer", ["adamw", "8bit", "full_bf16"])
 def test_processes_hold_equal_weights_with_every_optimizer(kind_flags, tmp_path, optimizer):
     """They train on different pairs, and must apply the same gradients in the same way."""
     flags = {**kind_flags, **settings("multi_gpu", "full", "8bit" if optimizer != "adamw" else "32bit", tmp_path)}
@@ -368,10 +369,11 @@ def compiled(world, kind_flags, tmp_path, monkeypatch):
     torch._dynamo.reset()
     base, graphs = tmp_path / "base", []
     shutil.copytree(world / "pipeline", base)
-    widths = {"block_out_channels": (32, 32, 64), "attention_head_dim": (1, 2, 4)}
-    UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(base / "unet"), **widths}).save_pretrained(
-        base / "unet"
-    )
+    config = {**UNet2DConditionModel.load_config(base / "unet"), "block_out_channels": (32, 32, 64)}
+    config |= {"attention_head_dim": (1, 2, 4), "transformer_layers_per_block": (1, 1, 2)}
+    config["down_block_types"] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    config["up_block_types"] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    UNet2DConditionModel.from_config(config).save_pretrained(base / "unet")
 
     def trace(graph, inputs):
         graphs.append((torch.is_grad_enabled(), any(isinstance(value, torch.SymInt) for value in inputs)))
@@ -408,15 +410,9 @@ def test_graph_breaks_are_logged(script, compiled, monkeypatch, capfd):
 
 
 # Faults under configs that shard -------------------------------------------------------------------------------------
-SHARDED = [
-    "deepspeed_zero2",
-    pytest.param("deepspeed_zero3", marks=pytest.mark.matrix),
-    pytest.param("fsdp2", marks=pytest.mark.matrix),
-]
-
-
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.matrix)])
-@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.matrix
+@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("kind", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_bad_step_of_one_process_is_left_out_and_its_full_disk_ends_all(short_flags, kind, rank):
     bad = Fault("step", (2,), partial(not_finite, "loss"))
     full = Fault("checkpoint", (4,), partial(full_disk, 2000))

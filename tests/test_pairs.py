@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import command_line, launch, run, scalars
+from conftest import command_line, fork, run, scalars
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 
@@ -456,7 +456,7 @@ def test_each_process_reads_the_row_groups_of_its_own_lane_only(script, flags, t
     flags["dataset_name"] = folder = write_groups(tmp_path / "data", [12 * [4]], bad={17}, broken=bomb)
     flags.update(streaming=True, shuffle_shards=2, train_batch_size=2, num_train_epochs=1, max_train_steps=None)
     (tmp_path / "counter.py").write_text(COUNTER)
-    done = launch({**flags, "max_bad_rows": 1}, 2, wrapper=[tmp_path / "counter.py"])
+    done = fork({**flags, "max_bad_rows": 1}, 2, wrapper=[tmp_path / "counter.py"])
     assert done.returncode == 0, done.stderr
     assert "Skipped row 1 of shard 4: it has an image of 10000 x 10000 pixels" in done.stderr
     # A parquet reader still open at exit would complain.

@@ -4,11 +4,10 @@ import itertools
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, launch, run, scalars
+from conftest import command_line, fork, run, scalars
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from small_world import build_pipeline, draw_pairs
@@ -319,8 +318,7 @@ def launch_jobs(folder, jobs, processes):
     folder.mkdir()
     (folder / "jobs.py").write_text(JOBS)
     (folder / "jobs.json").write_text(json.dumps({name: command_line(flags) for name, flags in jobs.items()}))
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
-    done = launch({}, processes, env=path, wrapper=[folder / "jobs.py"])
+    done = fork({}, processes, wrapper=[folder / "jobs.py"])
     assert done.returncode == 0, done.stderr
     return {name: [(folder / f"{name}-{rank}").read_text() for rank in range(processes)] for name in jobs}
 

@@ -14,7 +14,7 @@ import torch
 import wandb
 import yaml
 from accelerate.state import PartialState
-from conftest import SCRIPT, command_line, run, scalars
+from conftest import SCRIPT, also, command_line, run, scalars
 from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
@@ -52,7 +52,7 @@ def files_with(text, folder):
 # Validation ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"rank": 4}, {"rank": None, "streaming": True}], ids=str)
+@pytest.mark.parametrize("changes", [also({"rank": 4}), {"rank": None, "streaming": True}], ids=str)
 def test_validation_leaves_training_bit_identical(script, flags, tmp_path, changes):
     flags.update(changes, num_validation_pairs=6, label_noise_prob=0.3, random_crop=True)
     often = run(script, {**flags, **DRAWN, "validation_steps": 1})
@@ -156,7 +156,7 @@ def test_a_run_that_destroys_the_model_is_warned_of(script, caplog, name, values
 
 def test_a_resumed_run_draws_the_curves_of_the_whole(script, flags, tmp_path, caplog):
     """And at a learning rate that destroys the model says so."""
-    flags.update(num_validation_pairs=6, validation_steps=1, checkpointing_steps=2, learning_rate=0.1)
+    flags.update(num_validation_pairs=6, validation_steps=1, checkpointing_steps=2, learning_rate=0.1, rank=None)
     whole = run(script, flags)
     assert "eval_chosen_mse has risen" in caplog.text
     other = {"resume_from_checkpoint": whole / "checkpoint-2", "output_dir": tmp_path / "resumed"}
