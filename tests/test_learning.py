@@ -20,20 +20,21 @@ from trained_world import (
 )
 
 
-IMAGES = 48
+# As people draw with SDXL: guidance extrapolates away from the model without a caption, which no pair teaches.
+IMAGES, GUIDANCE = 24, 5
 
 
 @pytest.fixture(scope="module")
 def trained_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     load_pipeline().save_pretrained(folder / "pipeline")
-    draw_preferences(folder / "pairs", "cartoon")
+    draw_preferences(folder / "pairs", "cartoon", 240)
     return folder
 
 
 @pytest.fixture(scope="module")
 def base_shares():
-    return shares(sample(load_pipeline(), IMAGES))
+    return shares(sample(load_pipeline(), IMAGES, GUIDANCE))
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def flags(trained_world, tmp_path):
         "beta_mapo": 8,
         "learning_rate": 2e-4,
         "lr_warmup_steps": 0,
-        "train_batch_size": 16,
+        "train_batch_size": 8,
         "max_train_steps": 100,
-        "num_validation_pairs": 48,
+        "num_validation_pairs": 24,
         "seed": 0,
     }
 
@@ -59,26 +60,26 @@ def align(script, flags, base_shares):
     """Train, and check the images of held-out prompts and the metrics of held-out pairs."""
     out = run(script, flags)
     pipeline = load_pipeline()
-    pipeline.unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
-    aligned = shares(sample(pipeline, IMAGES))
+    if "rank" in flags:
+        pipeline.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+    else:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
+    aligned = shares(sample(pipeline, IMAGES, GUIDANCE))
     logged = {name: (values[0], values[100]) for name, values in scalars(out).items() if name.startswith("eval_")}
     print(base_shares, aligned, logged, sep="\n")
     assert aligned["cartoon"] > 0.9
     assert aligned["right"] >= 0.95 * base_shares["right"]
-    # The base knows cartoons, under their own captions: it denoises them well but where noise leaves little of them.
+    # Without the right captions, or the true sizes of the images, the base would denoise them less well than this.
     before, after = logged["eval_chosen_mse"]
-    assert after < 0.85 * before
+    assert before < 0.0141 and after < 0.9 * before
     before, after = logged["eval_rejected_mse"]
-    assert after > 10 * before
+    assert after > 5 * before
     before, after = logged["eval_margin"]
-    assert before < 0.1 and after > 0.5
-    # Where noise is greatest the prompt counts most: without it, 0.21 is reached.
-    before, after = logged["eval_margin_t750_999"]
-    assert before < 0 < 0.35 < after
+    assert before < 0.1 and after > 0.45
     before, after = logged["eval_accuracy"]
-    assert before < 0.6 and after > 0.95
+    assert before < 0.6 and after > 0.9
     before, after = logged["eval_accuracy_t750_999"]
-    assert before < 0.2 and after > 0.95
+    assert before < 0.2 and after > 0.8
 
 
 def test_photos_become_cartoons_of_the_same_prompts(script, flags, base_shares):
@@ -106,9 +107,33 @@ def drop_prompt(script, patch):
     patch.setattr(script, "encode_prompts", lambda own, texts, *rest: encode_prompts(own, len(texts) * [""], *rest))
 
 
+def mistake_sizes(script, patch):
+    """The micro-conditioning of SDXL itself, whatever the images' sizes."""
+    load_pair = script.load_pair
+
+    def mistaken(*args):
+        pair = load_pair(*args)
+        return {**pair, "add_time_ids": torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * 2)}
+
+    patch.setattr(script, "load_pair", mistaken)
+
+
+def adapt_few_layers(script, patch):
+    patch.setitem(script.LORA_LAYERS, "all", ["to_q"])
+
+
+LORA = {"rank": 64, "learning_rate": 1e-3, "beta_mapo": 64}
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("damage", [flip_sign, swap_pair, drop_prompt])
+def test_a_lora_learns_the_same(script, flags, base_shares):
+    align(script, {**flags, **LORA}, base_shares)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("damage", [flip_sign, swap_pair, drop_prompt, mistake_sizes, adapt_few_layers])
 def test_a_broken_script_fails(script, flags, base_shares, monkeypatch, damage):
+    flags |= LORA if damage is adapt_few_layers else {}
     damage(script, monkeypatch)
     with pytest.raises(AssertionError) as found:
         align(script, flags, base_shares)
