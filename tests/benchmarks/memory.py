@@ -106,6 +106,7 @@ class Recipe:
     name: str
     optimizer: str = "AdamW8bit"
     rank: int | None = None
+    layers: str = "all"
     weights: torch.dtype = torch.float32
     checkpointing: bool = True
     encoders: bool = True
@@ -141,6 +142,10 @@ def recipes():
         *[replace(rounded, encoders=encoders, pairs=pairs) for pairs in (1, 4) for encoders in (True, False)],
         replace(rounded, name=f"{rounded.name}, gradients released", encoders=False, gradients="released"),
         *[replace(lora, checkpointing=on, encoders=encoders) for on in (True, False) for encoders in (True, False)],
+        *[
+            Recipe(f"LoRA rank 64, {layers}", rank=64, layers=layers, weights=torch.bfloat16, encoders=False)
+            for layers in script.LORA_LAYERS
+        ],
     ]
 
 
@@ -235,7 +240,7 @@ def build_models(recipe, unet_config, device):
     if recipe.autocast:
         unet.requires_grad_(recipe.rank is None)
         flags = ["--pretrained_model_name_or_path=sdxl", "--dataset_name=pairs"]
-        flags += [f"--rank={recipe.rank}"] if recipe.rank else []
+        flags += [f"--rank={recipe.rank}", f"--lora_layers={recipe.layers}"] if recipe.rank else []
         flags += ["--gradient_checkpointing"] if recipe.checkpointing else []
         script.make_trainable(script.parse_args(flags), argparse.Namespace(unet=unet))
     elif recipe.checkpointing:
@@ -394,12 +399,12 @@ def table_row(recipe, peaks):
     return f"| {' | '.join(cells)} |"
 
 
-def compute(file):
+def compute(only, file):
     header = ["recipe", "pairs", "checkpointing", "encoders", *KINDS, "peak in", "peak", "accumulating", "fits 24 GB"]
     print("Computed, in GiB, without workspaces and fragmentation.\n")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     results = []
-    for recipe in recipes():
+    for recipe in [recipe for recipe in recipes() if only in recipe.name]:
         result = account(recipe, SDXL_UNET)
         print(table_row(recipe, result["peaks"]), flush=True)
         results.append(asdict(recipe) | {"weights": str(recipe.weights)} | result)
@@ -458,6 +463,7 @@ def check():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="compute the recipes with this in their names")
     parser.add_argument("--json", type=Path, help="also write the bytes of every part of a step there")
     parser.add_argument("--check", action="store_true", help="compare with a real step of a small UNet on CPU")
     args = parser.parse_args()
@@ -466,7 +472,7 @@ def main():
     if args.check:
         check()
     else:
-        compute(args.json)
+        compute(args.only, args.json)
 
 
 if __name__ == "__main__":
