@@ -42,8 +42,9 @@ Images made elsewhere, `00000_0.png` (prompt 0, image 0), `00001_0.png`, ... in 
     accelerate launch evaluate_diffusion_mapo_sdxl.py --images sdxl=images/sdxl mapo=images/mapo \
         --prompts prompts.txt --output_dir evaluation
 
-Run the same command again to resume. `--output_dir` holds `images/NAME/` with its `settings.json`, `scores.jsonl` (one
-image per line), `results.md`, `results.json`, and `grid-NAME.png` with the largest wins and losses.
+Run the same command again to resume, with more prompts, models or scorers if you like. `--output_dir` holds
+`images/NAME/` with its `settings.json`, `scores/SCORER.json`, `scores.jsonl` (one image per line), `results.md`,
+`results.json`, and `grid-NAME.png` with the largest wins and losses.
 
 Scorers also work alone: `PickScore("cuda").score(images, prompts)` scores PIL images in RGB.
 """
@@ -59,6 +60,8 @@ import math
 import os
 import re
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -73,11 +76,22 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
-from huggingface_hub import hf_hub_download
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
@@ -132,6 +146,15 @@ def failing_together():
         raise EvaluationError(problem)
 
 
+def decided_once(accelerator, decide):
+    """The value of `decide()` on the main process, for all: no two processes see different files."""
+    value = [None]
+    with failing_together():
+        if accelerator.is_main_process:
+            value = [decide()]
+    return broadcast_object_list(value)[0]
+
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -140,10 +163,37 @@ def find_file(source, name):
     path = Path(source) / name
     if Path(source).is_dir():
         return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name))
-    except (OSError, ValueError):
-        return None
+    with naming(f"{name} of {source}", "cannot be downloaded"):
+        try:
+            return Path(hf_hub_download(source, name))
+        except HFValidationError:
+            return None
+        except (EntryNotFoundError, RepositoryNotFoundError) as error:
+            # A hub out of reach, or one that wants a token, may have it all the same.
+            unknown = isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
+            if unknown or isinstance(error, GatedRepoError):
+                raise
+            return None
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def file_digest(path):
+    """SHA-256 of a file's content."""
+    content = hashlib.sha256()
+    with naming(path, "cannot be read"), open(path, "rb") as file:
+        for block in iter(partial(file.read, 2**24), b""):
+            content.update(block)
+    return content.hexdigest()[:16]
+
+
+def version_of(source, file, name, weights=()):
+    """The commit of a hub id; of a local folder, a digest of the weights' content, or of the file `name` itself."""
+    if not Path(source).is_dir():
+        return file.parents[len(Path(name).parts) - 1].name
+    return digest([file_digest(path) for path in sorted(weights) or [file]])
 
 
 def load_complete(architecture, source, **options):
@@ -157,7 +207,11 @@ def load_complete(architecture, source, **options):
 def read_image(path):
     """Decode one image to RGB; EvaluationError if Pillow cannot."""
     with naming(f"Image {path}", "cannot be read, fix or delete it"), Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        # Pillow would clip 16 bits of grey to white.
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def write_whole(path, write):
@@ -197,15 +251,23 @@ def named_source(text):
 
 def add_image_arguments(parser):
     add = parser.add_argument_group("prompts and images").add_argument
-    add("--prompts", required=True, help="pickapic_v2, hpdv2, partiprompts, a .txt/.csv/.jsonl/.parquet, or a hub id.")
+    shown = "pickapic_v2, hpdv2, partiprompts, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet file."
+    add("--prompts", required=True, help=shown)
     add("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
+    shown = "Column of what scorers read instead, e.g. without a subject's rare token."
+    add("--scoring_prompt_column", help=shown)
+    shown = (
+        "Column of a prompt's category, e.g. its subject: results are given for each, too, and {category} stands for "
+    )
+    add("--category_column", help=shown + "it in paths of --candidates and --reference_images.")
     add("--prompt_split", default="test", help="Split of the hub data set.")
     add("--max_prompts", type=count, help="Use only the first prompts.")
     add("--images_per_prompt", type=count, default=1, help="Images of each prompt.")
     add("--batch_size", type=count, default=4, help="Images per process and forward pass.")
     add("--output_dir", default="evaluation", help="Folder for everything that the run writes.")
     named = {"nargs": "+", "type": named_source, "default": []}
-    shown = "Folders of images named by prompt and image, 00012_0.png. Without a base pipeline, the first is the base."
+    shown = "Folders of images named by prompt and image, 00012_0.png, or as hpsv2 names them, CATEGORY/00012.jpg. "
+    shown += "Without a base pipeline, the first is the base."
     add("--images", **named, metavar="NAME=FOLDER", help=shown)
 
     add = parser.add_argument_group("drawing").add_argument
@@ -226,11 +288,12 @@ def add_image_arguments(parser):
 def add_scorer_arguments(parser):
     shown = "A weights file is given as a path or as HUB_ID/FILE, any other source as a hub id or local folder."
     add = parser.add_argument_group("scores", shown).add_argument
-    add("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS)[:4], help="Scores to compute.")
+    add("--scorers", nargs="+", choices=list(SCORERS), default=DEFAULT_SCORERS, help="Scores to compute.")
     add("--reference_images", help="Local folder of the subject's images, for dinov2.")
     for name, scorer in SCORERS.items():
-        for part, source in scorer.sources.items():
-            add(f"--{name}_{part}", default=source, help=f"Source of {name}.")
+        if name == scorer.flags():
+            for part, source in scorer.sources.items():
+                add(f"--{name}_{part}", default=source, help=f"Source of {name}.")
 
 
 def parse_args(input_args=None):
@@ -244,6 +307,7 @@ def parse_args(input_args=None):
     add_image_arguments(parser)
     add_scorer_arguments(parser)
     args = parser.parse_args(input_args)
+    args.scorers = list(dict.fromkeys(args.scorers))
     base = [] if args.pretrained_model_name_or_path is None else [("base", None)]
     names = [name for name, _ in base + args.candidates + args.images]
     rules = [
@@ -254,6 +318,11 @@ def parse_args(input_args=None):
         (args.seed < 0, "--seed must be at least 0"),
         (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
         ("dinov2" in args.scorers and not args.reference_images, "--scorers dinov2 needs --reference_images"),
+    ]
+    by_category = [path for _, path in args.candidates] + [args.reference_images or ""]
+    rules += [
+        (CATEGORY in path and not args.category_column, f"{CATEGORY} in a path needs --category_column")
+        for path in by_category
     ]
     needed = [(name, package) for name in args.scorers for package in SCORERS[name].packages]
     rules += [(not find_spec(package), f"--scorers {name} needs: pip install {package}") for name, package in needed]
@@ -266,54 +335,99 @@ def parse_args(input_args=None):
 # Prompts and models --------------------------------------------------------------------------------------------------
 
 
-# Column and source of each known prompt set; HPDv2 (arXiv 2306.09341) is a list of prompts for each style.
-HPDV2 = [f"hf://datasets/zhwang/HPDv2/benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")]
+# Columns of prompt and category, and source, of each known prompt set. HPDv2 (arXiv 2306.09341) is a list of prompts
+# for each style.
+HPDV2 = {s: f"hf://datasets/zhwang/HPDv2/benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")}
 PROMPT_SETS = {
-    "pickapic_v2": ("caption", {"path": "yuvalkirstain/pickapic_v2_no_images", "split": "test_unique"}),
-    "hpdv2": ("text", {"path": "json", "split": "train", "data_files": HPDV2}),
-    "partiprompts": ("Prompt", {"path": "nateraw/parti-prompts", "split": "train"}),
+    "pickapic_v2": ("caption", None, {"path": "yuvalkirstain/pickapic_v2_no_images", "split": "test_unique"}),
+    "partiprompts": ("Prompt", "Category", {"path": "nateraw/parti-prompts", "split": "train"}),
 }
-PROMPT_FILES = {".txt": "text", ".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
+PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class Prompt(NamedTuple):
+    """What is drawn, what scorers read, the category, and the prompt's number within its category."""
+
+    text: str
+    scored: str
+    category: str | None
+    number: int
+
+
+def read_rows(args):
+    """Yield text, text for scorers, and category."""
+    if args.prompts == "hpdv2":
+        for style, file in HPDV2.items():
+            for row in datasets.load_dataset("json", split="train", data_files=file, streaming=True):
+                yield row["text"], row["text"], style
+        return
+    suffix, column, category = Path(args.prompts).suffix.lower(), args.prompt_column, args.category_column
+    source = {"path": args.prompts, "split": args.prompt_split}
+    if args.prompts in PROMPT_SETS:
+        column, category, source = PROMPT_SETS[args.prompts]
+    elif suffix in PROMPT_FILES:
+        source = {"path": PROMPT_FILES[suffix], "split": "train", "data_files": args.prompts}
+        source |= {".txt": {"encoding": "utf-8-sig"}, ".tsv": {"sep": "\t"}}.get(suffix, {})
+    scored = args.scoring_prompt_column
+    for row in datasets.load_dataset(streaming=True, **source):
+        # So datasets call the lines of a text file, and a list of strings.
+        if list(row) == ["text"]:
+            column = "text"
+        columns = {"--prompt_column": column, "--scoring_prompt_column": scored, "--category_column": category}
+        for flag, name in columns.items():
+            if name is not None and name not in row:
+                raise EvaluationError(f"{flag} {name} is not among the columns {', '.join(row)}.")
+        yield row[column], row[scored or column], None if category is None else str(row[category])
 
 
 def read_prompts(args):
     """The first --max_prompts prompts; EvaluationError if there are none, or one is not text."""
-    suffix = Path(args.prompts).suffix
-    column, source = args.prompt_column, {"path": args.prompts, "split": args.prompt_split}
-    if args.prompts in PROMPT_SETS:
-        column, source = PROMPT_SETS[args.prompts]
-    elif suffix in PROMPT_FILES:
-        source = {"path": PROMPT_FILES[suffix], "split": "train", "data_files": args.prompts}
-    if suffix == ".txt":
-        column, source["encoding"] = "text", "utf-8-sig"
-    prompts = []
     with naming(f"--prompts {args.prompts}"):
-        for row in itertools.islice(datasets.load_dataset(streaming=True, **source), args.max_prompts):
-            if column not in row:
-                raise EvaluationError(f"--prompt_column {column} is not among the columns {', '.join(row)}.")
-            prompts.append(row[column])
-    if not prompts:
+        rows = list(itertools.islice(read_rows(args), args.max_prompts))
+    while rows and rows[-1][0] == "":
+        rows.pop()
+    if not rows:
         raise EvaluationError(f"--prompts {args.prompts} holds no prompt.")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
+    seen, prompts = {}, []
+    for i, (text, scored, category) in enumerate(rows):
+        if not all(isinstance(words, str) and words.strip() for words in (text, scored)):
             raise EvaluationError(f"--prompts {args.prompts}: row {i} is empty or not text.")
+        prompts.append(Prompt(text, scored, category, seen.get(category, 0)))
+        seen[category] = prompts[-1].number + 1
     return prompts
 
 
-class System(NamedTuple):
-    """A model under evaluation; messages call it `shown`, `folder` holds its images, `version` tells its weights."""
+CATEGORY = "{category}"
 
-    name: str
+
+class Model(NamedTuple):
+    """What draws: `load` makes a pipeline of `source`; `version` tells its weights."""
+
     kind: str
     load: object
     source: str
+    version: str
+
+
+class System(NamedTuple):
+    """
+    A set of images under evaluation; messages call it `shown`, `folder` holds it, and `models` draw it: {category:
+    Model}, or {None: Model} if one model draws all. Images that exist already have no models.
+    """
+
+    name: str
     shown: str
     folder: Path
-    version: str | None = None
+    models: dict
 
-    def image(self, prompt, number):
+    def image(self, prompts, place):
         """Path of an image, by the numbers of its prompt and of the image among those of the prompt."""
-        paths = [self.folder / f"{prompt:05d}_{number}{suffix}" for suffix in IMAGE_SUFFIXES]
+        i, number = place
+        paths = [self.folder / f"{i:05d}_{number}{suffix}" for suffix in IMAGE_SUFFIXES]
+        if not self.models and prompts[i].category and number == 0:
+            # The layout of hpsv2.
+            hpsv2 = self.folder / prompts[i].category
+            paths += [hpsv2 / f"{prompts[i].number:05d}{suffix}" for suffix in IMAGE_SUFFIXES]
         return next((path for path in paths if path.exists()), paths[0])
 
 
@@ -335,12 +449,26 @@ def load_with_unet(args, source, subfolder=None, **parts):
     return load_base(args, unet=unet, **parts)
 
 
+def check_lora(unet, weights):
+    """Refuse a LoRA that fits the UNet in part or not at all: diffusers leaves out what does not fit."""
+    given = {name.removeprefix("unet."): weight for name, weight in weights.items() if name.startswith("unet.")}
+    if given and not any("lora_A" in name for name in given):
+        given = convert_unet_state_dict_to_peft(given)
+    loaded = {re.sub(r"\.default_\d+\b", "", name) for name, _ in unet.named_parameters() if ".lora_" in name}
+    wrong = given.keys() ^ loaded
+    if wrong or not weights:
+        raise ValueError(
+            f"{len(wrong)} of its weights and the base's layers do not match, e.g. {min(wrong, default='')}"
+        )
+
+
 def load_with_lora(args, source, **parts):
     """The base with this LoRA, its part for text encoders merged: transformers 5.24 asks for peft 0.22 to load it."""
     pipeline = load_base(args, **parts)
     options = {"weight_name": LORA_FILE, "return_lora_metadata": True}
     weights, alphas, metadata = pipeline.lora_state_dict(source, unet_config=pipeline.unet.config, **options)
     pipeline.load_lora_into_unet(weights, alphas, pipeline.unet, metadata=metadata)
+    check_lora(pipeline.unet, weights)
     text = {name: weight for name, weight in weights.items() if name.startswith("text_encoder")}
     text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text)) if text else {}
     for name in [name for name in text if name.endswith(".lora_A.weight")]:
@@ -364,33 +492,26 @@ CANDIDATES = {
 }
 
 
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def find_model(source, shown, kinds):
+    """The Model of a folder or hub id; EvaluationError if it is of no known kind."""
+    for name, (kind, load) in kinds.items():
+        file = find_file(source, name)
+        if file is not None:
+            weights = file.parent.glob("*/*.safetensors" if kind in ("base", "pipeline") else "*.safetensors")
+            return Model(kind, load, source, version_of(source, file, name, [] if kind == "lora" else weights))
+    raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
 
 
-def weights_version(file):
-    """The commit of a file in a hub snapshot; elsewhere, a digest of the sizes and times of the weights around it."""
-    if "snapshots" in file.parts:
-        return file.parts[file.parts.index("snapshots") + 1]
-    paths = [file] if file.name == LORA_FILE else sorted(file.parent.rglob("*.safetensors"))
-    return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
-
-
-def find_systems(args):
-    """All models under evaluation, the base first; EvaluationError if one is of no known kind."""
+def find_systems(args, prompts):
+    """All that is evaluated, the base first."""
     base, systems = args.pretrained_model_name_or_path, []
     asked = [] if base is None else [("base", base, f"--pretrained_model_name_or_path {base}", BASE)]
     asked += [(name, source, f"--candidates {name}={source}", CANDIDATES) for name, source in args.candidates]
     for name, source, shown, kinds in asked:
-        found = ((kind, find_file(source, file)) for file, kind in kinds.items())
-        kind, file = next(((kind, file) for kind, file in found if file), (None, None))
-        if kind is None:
-            raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
-        folder = Path(args.output_dir) / "images" / name
-        systems.append(System(name, *kind, source, shown, folder, weights_version(file)))
-    for name, folder in args.images:
-        systems.append(System(name, "images", None, folder, f"--images {name}={folder}", Path(folder)))
-    return systems
+        categories = dict.fromkeys(prompt.category for prompt in prompts) if CATEGORY in source else [None]
+        models = {c: find_model(source.replace(CATEGORY, str(c)), shown, kinds) for c in categories}
+        systems.append(System(name, shown, Path(args.output_dir) / "images" / name, models))
+    return systems + [System(name, f"--images {name}={folder}", Path(folder), {}) for name, folder in args.images]
 
 
 # Drawing -------------------------------------------------------------------------------------------------------------
@@ -400,6 +521,8 @@ def load_shared_parts(args, accelerator):
     """The scheduler, the VAE and the dtype of all pipelines, as options of `from_pretrained`."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     parts = {"torch_dtype": dtype, "use_safetensors": True}
+    if dtype == torch.float32 and accelerator.device.type != "cpu":
+        logger.warning("Images are drawn in float32; --mixed_precision bf16 is faster and takes half of the memory.")
     base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     if vae is not None:
         with naming(f"--pretrained_vae_model_name_or_path {vae}"):
@@ -410,13 +533,22 @@ def load_shared_parts(args, accelerator):
     return {**parts, "add_watermarker": False}
 
 
-def collect_settings(args, systems, prompts, parts):
+def describe(system):
+    """The kind, source and version of a system's models."""
+    if not system.models:
+        return {"kind": "images", "source": str(system.folder)}
+    models = {c: {"kind": m.kind, "source": m.source, "version": m.version} for c, m in system.models.items()}
+    return models.get(None, models)
+
+
+def collect_settings(args, systems, prompts, scorers, parts):
     """The flags, and all else that the results depend on."""
     settings = {
         **vars(args),
         "num_prompts": len(prompts),
-        "prompts_digest": digest(prompts),
-        "models": {s.name: {"kind": s.kind, "source": s.source, "version": s.version} for s in systems},
+        "num_distinct_prompts": len({prompt.text for prompt in prompts}),
+        "models": {system.name: describe(system) for system in systems},
+        "scorer_versions": scorers,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }
     if parts:
@@ -426,24 +558,40 @@ def collect_settings(args, systems, prompts, parts):
     return settings
 
 
-def image_settings(settings, system):
-    """The settings that the images of one model depend on; batches and processes only move their rounding."""
+def image_settings(settings, systems, system, prompts):
+    """
+    What the images of one system depend on. Batches, processes and the libraries' versions only move their rounding.
+    """
     names = ["pretrained_vae_model_name_or_path", "variant", "seed", "num_inference_steps", "guidance_scale"]
-    names += ["resolution", "dtype", "scheduler", "scheduler_config", "prompts_digest", "versions"]
-    models = {"model": settings["models"][system.name], "base": settings["models"]["base"]}
-    return {**models, **{name: settings[name] for name in names}}
+    names += ["resolution", "dtype", "scheduler", "scheduler_config"]
+    versions = {name: {str(c): m.version for c, m in s.models.items()} for name, s in systems.items()}
+    return {
+        "settings": {name: settings[name] for name in names},
+        "base": versions["base"],
+        "model": versions[system.name],
+        "prompt": {str(i): prompt.text for i, prompt in enumerate(prompts)},
+        "libraries": settings["versions"],
+    }
 
 
-def check_settings(settings, system):
-    """Refuse to mix images of different settings."""
-    path, now = system.folder / "settings.json", image_settings(settings, system)
+def check_settings(system, now):
+    """Refuse to mix images of different settings; returns those of images drawn before and now."""
+    path = system.folder / "settings.json"
     with naming(path):
         drawn = path.exists() and any(system.folder.glob("*.png"))
         before = json.loads(path.read_text(encoding="utf-8")) if drawn else now
-    for name in now:
-        if before.get(name) != now[name]:
-            change = f"another {name} ({before.get(name)}, now {now[name]})"
-            raise EvaluationError(f"{system.folder} was drawn with {change}: delete it or change --output_dir.")
+        merged = {part: {**before[part], **now[part]} for part in now}
+    for part in ("settings", "base", "model", "prompt"):
+        for name, value in now[part].items():
+            was = before[part].get(name, value)
+            if was != value:
+                # The None is the category of a model that draws all.
+                what = name if part == "settings" else f"{part} {name}".removesuffix(" None")
+                change = f"another {what} ({was}, now {value})"
+                raise EvaluationError(f"{system.folder} was drawn with {change}: delete it or change --output_dir.")
+    if before["libraries"] != now["libraries"]:
+        logger.warning(f"{system.folder} was begun with {before['libraries']}, now {now['libraries']}.")
+    return merged
 
 
 def image_seed(seed, prompt, number):
@@ -455,38 +603,61 @@ def draw_images(args, pipeline, prompts, places):
     """Images of the places [(prompt's number, image's number)]; each has its own noise, wherever it is drawn."""
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     options["generator"] = [torch.Generator().manual_seed(image_seed(args.seed, *place)) for place in places]
-    texts = [prompts[prompt] for prompt, _ in places]
+    texts = [prompts[i].text for i, _ in places]
     return pipeline(texts, height=args.resolution, width=args.resolution, **options).images
 
 
-def draw_batches(args, accelerator, system, prompts, batches, parts):
+def draw_batches(args, accelerator, system, model, prompts, batches, parts):
     """Draw these batches of places and write the images that do not exist yet."""
     with naming(system.shown):
-        pipeline = system.load(args, system.source, **parts).to(accelerator.device)
+        pipeline = model.load(args, model.source, **parts).to(accelerator.device)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
         for place, image in zip(batch, draw_images(args, pipeline, prompts, batch), strict=True):
-            if not system.image(*place).exists():
-                write_whole(system.image(*place), partial(image.save, format="PNG"))
+            path = system.image(prompts, place)
+            if not path.exists():
+                # Level 1 takes a quarter of the time of the default.
+                write_whole(path, partial(image.save, format="PNG", compress_level=1))
 
 
 def draw_missing(args, accelerator, systems, prompts, places, settings, parts):
     """Draw missing images. Batches are those of a run from the start, so an interruption changes no image."""
-    batches, missing = in_batches(places, args.batch_size), []
+    jobs, named = [], {system.name: system for system in systems}
     # No process writes before all have looked.
     with failing_together():
         for system in systems:
-            check_settings(settings, system)
-            missing.append([batch for batch in batches if not all(system.image(*place).exists() for place in batch)])
-    for system, its_batches in zip(systems, missing, strict=True):
+            used = check_settings(system, image_settings(settings, named, system, prompts))
+            for category, model in system.models.items():
+                its_places = [place for place in places if category in (None, prompts[place[0]].category)]
+                batches = in_batches(its_places, args.batch_size)
+                batches = [b for b in batches if not all(system.image(prompts, place).exists() for place in b)]
+                jobs.append((system, used, model, batches))
+    for system, used, model, batches in jobs:
         with failing_together():
             if accelerator.is_main_process:
-                write_text(system.folder / "settings.json", json.dumps(image_settings(settings, system), indent=2))
-            mine = its_batches[accelerator.process_index :: accelerator.num_processes]
+                write_text(system.folder / "settings.json", json.dumps(used, indent=2))
+            mine = batches[accelerator.process_index :: accelerator.num_processes]
             if mine:
-                draw_batches(args, accelerator, system, prompts, mine, parts)
+                draw_batches(args, accelerator, system, model, prompts, mine, parts)
         accelerator.free_memory()
+
+
+def list_records(systems, prompts, places):
+    """A record for each image; EvaluationError if all images of a system are those of the first one."""
+    records, seen = [], {}
+    for system in systems:
+        for i, number in places:
+            prompt, file = prompts[i], system.image(prompts, (i, number))
+            record = {"model": system.name, "prompt_index": i, "image": number, "prompt": prompt.text}
+            record |= {} if prompt.scored == prompt.text else {"scored_prompt": prompt.scored}
+            record |= {} if prompt.category is None else {"category": prompt.category}
+            records.append({**record, "file": str(file), "sha256": file_digest(file)})
+            seen.setdefault(system.name, []).append(records[-1]["sha256"])
+        if system is not systems[0] and seen[system.name] == seen[systems[0].name]:
+            same = f"all {len(places)} images are those of {systems[0].name}"
+            raise EvaluationError(f"{system.shown}: {same}, so there is nothing to compare.")
+    return records
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
@@ -495,6 +666,11 @@ def draw_missing(args, accelerator, systems, prompts, places, settings, parts):
 def find_references(folder):
     """Paths of the images in a folder."""
     return sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def references_of(args, category):
+    """The folder of a subject's images."""
+    return args.reference_images.replace(CATEGORY, str(category))
 
 
 def read_weights(source):
@@ -512,6 +688,8 @@ class Scorer:
     """
 
     sources = {}
+    # Files that each source must have; the first found of those in a tuple.
+    files = {"model": ("model.safetensors", "model.safetensors.index.json")}
     architecture = CLIPModel
     packages = ()
     reads_text = True
@@ -519,11 +697,16 @@ class Scorer:
     def __init__(self, device, **sources):
         if not sources.keys() <= self.sources.keys():
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.sources)}, not {', '.join(sources)}")
-        self.device, self.sources = device, {**self.sources, **sources}
+        self.device, self.sources, self.texts = device, {**self.sources, **sources}, {}
         self.model = self.load_model().eval().requires_grad_(False).to(device)
         source = self.sources.get("processor") or self.sources["model"]
         self.image_processor = self.load_image_processor(source)
         self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
+
+    @classmethod
+    def flags(cls):
+        """The name in the flags of its sources."""
+        return cls.__name__.lower()
 
     def load_model(self):
         return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)
@@ -554,8 +737,11 @@ class Scorer:
         return F.normalize(self.model.get_text_features(input_ids=ids).pooler_output, dim=-1)
 
     def cosines(self, images, prompts):
-        """[N] cosines of N images with their own prompts."""
-        return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=-1)
+        """[N] cosines of N images with their own prompts; each text is embedded once, and alone."""
+        for prompt in prompts:
+            if prompt not in self.texts:
+                self.texts[prompt] = self.embed_texts([prompt])[0]
+        return (self.embed_images(images) * torch.stack([self.texts[prompt] for prompt in prompts])).sum(dim=-1)
 
 
 class PickScore(Scorer):
@@ -611,11 +797,11 @@ def from_open_clip(weights):
     return converted
 
 
-def fit_into_square(image, side):
+def fit_into_square(image, side, antialias):
     """[3, side, side] from 0 to 1: the image brought to `side` pixels in the longer direction, centred on black."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     height, width = (round(length * side / max(image.size)) for length in pixels.shape[-2:])
-    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=antialias)
     left, top = (side - width) // 2, (side - height) // 2
     return F.pad(pixels, (left, side - width - left, top, side - height - top))[0]
 
@@ -626,11 +812,17 @@ class HPS(Scorer):
 
     The weights are those of open_clip's ViT-H-14; `model` gives the same architecture's config and vocabulary. The
     model sees the whole image, fitted into a black square, where CLIP would cut out its centre, and texts are fixed as
-    by open_clip. HPSv2 itself computes in float16, and resized without antialiasing before torchvision 0.17.
+    by open_clip. HPSv2 itself computes in float16.
     """
 
     sources = {"model": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
+    files = {}
     packages = ("ftfy",)
+    antialias = True
+
+    @classmethod
+    def flags(cls):
+        return "hps"
 
     def load_model(self):
         config = CLIPConfig.from_pretrained(self.sources["model"])
@@ -640,7 +832,7 @@ class HPS(Scorer):
     def to_pixels(self, images):
         side = self.model.config.vision_config.image_size
         mean, std = (torch.tensor(getattr(self.image_processor, f"image_{name}")) for name in ("mean", "std"))
-        pixels = torch.stack([fit_into_square(image, side) for image in images])
+        pixels = torch.stack([fit_into_square(image, side, self.antialias) for image in images])
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
     def embed_texts(self, prompts):
@@ -650,6 +842,15 @@ class HPS(Scorer):
 
     def score(self, images, prompts):
         return 100 * self.cosines(images, prompts)
+
+
+class HPSWithoutAntialias(HPS):
+    """
+    HPS v2.1 with the resize that it was trained and its tables were made with: torchvision turned antialiasing on in
+    0.17, under HPSv2's code. Users measure 28.7 with it where HPSv2's README, from before, says 30.6.
+    """
+
+    antialias = False
 
 
 def linear_head(weights):
@@ -772,38 +973,106 @@ class ImageReward(Scorer):
         return (head(states[:, 0])[:, 0] - self.mean) / self.std
 
 
-SCORERS = (PickScore, HPS, Aesthetic, CLIP, SigLIP, DINOv2, ImageReward)
-SCORERS = {scorer.__name__.lower(): scorer for scorer in SCORERS}
+SCORERS = {scorer.flags(): scorer for scorer in (PickScore, HPS, Aesthetic, CLIP, SigLIP, DINOv2, ImageReward)}
+SCORERS["hps_no_antialias"] = HPSWithoutAntialias
+DEFAULT_SCORERS = ["pickscore", "hps", "aesthetic", "clip"]
 
 
-def build_scorer(args, name, device):
-    sources = {part: getattr(args, f"{name}_{part}") for part in SCORERS[name].sources}
-    references = (args.reference_images,) if name == "dinov2" else ()
-    with naming(" ".join(f"--{name}_{part} {source}" for part, source in sources.items())):
-        return SCORERS[name](device, *references, **sources)
+def sources_of(args, name):
+    """{part: (flag, source)} of a scorer."""
+    flags = {part: f"{SCORERS[name].flags()}_{part}" for part in SCORERS[name].sources}
+    return {part: (f"--{flag} {getattr(args, flag)}", getattr(args, flag)) for part, flag in flags.items()}
 
 
-def score_images(args, accelerator, records):
-    """Add each scorer's score to the records (keys file and prompt), rounded to six decimals."""
+def build_scorer(args, name, device, *references):
+    sources = sources_of(args, name)
+    with naming(" ".join(shown for shown, _ in sources.values())):
+        return SCORERS[name](device, *references, **{part: source for part, (_, source) in sources.items()})
+
+
+def find_scorers(args, prompts):
+    """The version of each scorer's sources; EvaluationError if one lacks a file. So nothing is drawn in vain."""
+    versions = {}
+    for name in args.scorers:
+        versions[name] = {}
+        for part, (shown, source) in sources_of(args, name).items():
+            folder, file = os.path.split(source) if part == "weights" else (source, "config.json")
+            names = (file,) if part == "weights" else SCORERS[name].files.get(part, (file,))
+            found = next(((path, file) for file in names if (path := find_file(folder, file))), None)
+            if found is None:
+                raise EvaluationError(f"{shown}: there is no {names[0]} in this folder or hub id.")
+            versions[name][part] = version_of(folder, *found)
+    if "dinov2" in args.scorers:
+        for folder in dict.fromkeys(references_of(args, prompt.category) for prompt in prompts):
+            if not find_references(folder):
+                raise EvaluationError(f"--reference_images {folder} holds no {', '.join(IMAGE_SUFFIXES)} file.")
+            versions["dinov2"][folder] = digest([file_digest(path) for path in find_references(folder)])
+    return versions
+
+
+def read_ahead(batches):
+    """Yield the images of each batch of paths, while the next ones are decoded."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for batch in [*batches, None]:
+            ready, ahead = ahead, batch and pool.submit(lambda paths: [read_image(path) for path in paths], batch)
+            if ready:
+                yield ready.result()
+
+
+def text_of(record):
+    return record.get("scored_prompt", record["prompt"])
+
+
+def score_records(args, accelerator, name, references, records):
+    """{key: score} for {key: record}, computed by all processes and rounded to six decimals."""
+    batches = in_batches(list(records), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
+    scores = []
+    with failing_together():
+        # A process of several has "cpu:0", to which weights would be copied: elsewhere in memory the last bits differ.
+        device = "cpu" if accelerator.device.type == "cpu" else accelerator.device
+        scorer = build_scorer(args, name, device, *references)
+        texts = {text_of(record) for record in records.values()} if scorer.reads_text else ()
+        long = [text for text in texts if len(scorer.tokenizer(text).input_ids) > scorer.max_tokens()]
+        if long:
+            logger.warning(f"{name} reads only {scorer.max_tokens()} tokens of {len(long)} prompts.")
+        shown = tqdm(batches, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process)
+        images = read_ahead([[records[key]["file"] for key in batch] for batch in batches])
+        for batch, its_images in zip(shown, images, strict=True):
+            values = scorer.score(its_images, [text_of(records[key]) for key in batch])
+            scores += zip(batch, values.tolist(), strict=True)
+        del scorer
+    scores = dict(gather_object(scores))
+    accelerator.free_memory()
+    for key, record in records.items():
+        if not math.isfinite(scores[key]):
+            raise EvaluationError(f"{name} gives {scores[key]} to {record['file']}.")
+    return {key: round(scores[key], 6) for key in records}
+
+
+def score_images(args, accelerator, records, versions):
+    """Add each scorer's score to the records. Scores are kept in files, by image and prompt, for the next run."""
     # cuDNN would run the convolutions in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    batches = in_batches(range(len(records)), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
     for name in args.scorers:
-        scores = []
+        path, stored = Path(args.output_dir) / "scores" / f"{name}.json", {}
+        with failing_together(), naming(path, "cannot be read, delete it"):
+            if path.exists():
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            known = stored["scores"] if stored.get("versions") == versions[name] else {}
+        keys, missing = [], {}
+        for record in records:
+            references = (references_of(args, record.get("category")),) if name == "dinov2" else ()
+            keys.append(digest([record["sha256"], text_of(record), references]))
+            if keys[-1] not in known:
+                missing.setdefault(references, {})[keys[-1]] = record
+        for references, its_records in missing.items():
+            known |= score_records(args, accelerator, name, references, its_records)
         with failing_together():
-            scorer = build_scorer(args, name, accelerator.device)
-            texts = sorted({record["prompt"] for record in records}) if scorer.reads_text else []
-            long = [text for text in texts if len(scorer.tokenizer(text).input_ids) > scorer.max_tokens()]
-            if long:
-                logger.warning(f"{name} reads only {scorer.max_tokens()} tokens of {len(long)} prompts.")
-            for batch in tqdm(batches, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process):
-                images = [read_image(records[i]["file"]) for i in batch]
-                values = scorer.score(images, [records[i]["prompt"] for i in batch])
-                scores += zip(batch, values.tolist(), strict=True)
-            del scorer
-        for i, score in gather_object(scores):
-            records[i][name] = round(score, 6)
-        accelerator.free_memory()
+            if missing and accelerator.is_main_process:
+                write_text(path, json.dumps({"versions": versions[name], "scores": known}, indent=0))
+        for record, key in zip(records, keys, strict=True):
+            record[name] = known[key]
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -818,38 +1087,79 @@ def mean_and_error(scores):
 
 def win_rate(candidate, base):
     """
-    The share of images that the candidate wins, ties counting half, and its 95 % confidence interval: percentiles of a
-    bootstrap over prompts, always of the same draws. Scores are [prompts, images of each], of the same seeds.
+    The share of images that the candidate wins, ties counting half, and its 95 % confidence interval (Wilson's).
+    Scores are [prompts, images of each], of the same seeds. Images of one prompt may agree: how many are worth
+    counting, from one to all of each prompt, follows from how far the prompts' shares differ.
     """
-    wins = ((candidate > base) + 0.5 * (candidate == base)).mean(axis=1)
-    n = len(wins)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
-    low, high = np.percentile(draws @ wins / n, [2.5, 97.5])
-    return float(wins.mean()), float(low), float(high)
+    wins = (candidate > base) + 0.5 * (candidate == base)
+    prompts, rate, z2 = len(wins), wins.mean(), 1.959964**2
+    variance = wins.mean(axis=1).var(ddof=1) / prompts if prompts > 1 else 0
+    number = np.clip(rate * (1 - rate) / variance, prompts, wins.size) if variance > 0 else prompts
+    centre = (rate + z2 / (2 * number)) / (1 + z2 / number)
+    half = math.sqrt(z2 * (rate * (1 - rate) / number + z2 / (4 * number**2))) / (1 + z2 / number)
+    # Rounding must not put the rate outside.
+    return float(rate), float(min(max(centre - half, 0), rate)), float(max(min(centre + half, 1), rate))
 
 
-def compare(scorers, names, tables):
-    """A row for each scorer and model; `tables` is {scorer: [models, prompts, images of each]}, the base first."""
-    rows = []
+def compare(scores, others):
+    """The paired comparison of the scores of two models, [prompts, images of each], of the same seeds."""
+    row = dict(zip(("difference", "difference_error"), mean_and_error(scores - others), strict=True))
+    row |= {"wins": int((scores > others).sum()), "ties": int((scores == others).sum())}
+    row["losses"] = scores.size - row["wins"] - row["ties"]
+    return row | dict(zip(("win_rate", "win_rate_low", "win_rate_high"), win_rate(scores, others), strict=True))
+
+
+def summarize(scorers, names, tables, categories):
+    """
+    Rows of results: of each scorer and model, the base first; of any two models; of each category, and their mean.
+    `tables` is {scorer: [models, prompts, images of each]}, `categories` the category of each prompt.
+    """
+    results, pairs, by_category = [], [], []
     for scorer in scorers:
-        for name, scores in zip(names, tables[scorer], strict=True):
-            mean, error = mean_and_error(scores)
-            row = {"scorer": scorer, "model": name, "mean": mean, "standard_error": error}
-            if name != names[0]:
-                row["win_rate"], row["win_rate_low"], row["win_rate_high"] = win_rate(scores, tables[scorer][0])
-            rows.append(row)
-    return rows
+        for i, (name, scores) in enumerate(zip(names, tables[scorer], strict=True)):
+            row = dict(zip(("mean", "standard_error"), mean_and_error(scores), strict=True))
+            row |= compare(scores, tables[scorer][0]) if i else {}
+            results.append({"scorer": scorer, "model": name, **row})
+            against = [(names[j], compare(scores, tables[scorer][j])) for j in range(1, i)]
+            pairs += [{"scorer": scorer, "model": name, "against": other, **row} for other, row in against]
+    different = list(dict.fromkeys(categories))
+    for i, name in enumerate(names if len(different) > 1 else []):
+        # Every category counts the same in their mean, however many prompts it has.
+        means = {s: [tables[s][i][np.array(categories) == c].mean() for c in different] for s in scorers}
+        for j, category in enumerate(different):
+            by_category.append({"category": category, "model": name, **{s: float(means[s][j]) for s in scorers}})
+        mean = {s: float(np.mean(means[s])) for s in scorers}
+        by_category.append({"category": "mean of categories", "model": name, **mean})
+    return {"results": results, "pairs": pairs, "categories": by_category}
 
 
-def markdown(rows, settings):
-    """The rows as a table, above the settings."""
-    formats = {"scorer": "", "model": "", "mean": ".3f", "standard_error": ".3f"}
-    formats.update(dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high"), ".1%"))
-    lines = [formats, ["---"] * len(formats)]
+def as_table(columns, rows):
+    """Rows as a Markdown table of these columns {key: format}; what a row lacks stays empty."""
+    lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        lines.append(["" if row.get(key) is None else format(row[key], spec) for key, spec in formats.items()])
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*table, "", "```json", json.dumps(settings, indent=2), "```", ""])
+        lines.append(["" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown(scorers, summary, settings):
+    """Models and scorers first, as papers print them; then comparisons, categories and settings."""
+    models = {}
+    for row in summary["results"]:
+        models.setdefault(row["model"], {"model": row["model"]})[row["scorer"]] = row["mean"]
+    means = dict.fromkeys(scorers, ".3f")
+    sources = {
+        s: ", ".join(source for _, source in sources_of(argparse.Namespace(**settings), s).values()) for s in scorers
+    }
+    text = as_table({"model": "", **means}, models.values())
+    text += "".join(f"\n- {scorer}: {source}" for scorer, source in sources.items()) + "\n"
+    details = {"mean": ".3f", "standard_error": ".3f", "difference": "+.3f", "difference_error": ".3f"}
+    compared = {"wins": "", "ties": "", "losses": "", "win_rate": ".1%", "win_rate_low": ".1%", "win_rate_high": ".1%"}
+    text += "\n" + as_table({"scorer": "", "model": "", **details, **compared}, summary["results"])
+    if summary["pairs"]:
+        text += "\n" + as_table({"scorer": "", "model": "", "against": "", **compared}, summary["pairs"])
+    if summary["categories"]:
+        text += "\n" + as_table({"category": "", "model": "", **means}, summary["categories"])
+    return f"{text}\n```json\n{json.dumps(settings, indent=2)}\n```\n"
 
 
 def tile(record, scorer):
@@ -868,15 +1178,16 @@ def draw_grid(scorer, pairs):
     return make_image_grid([tile(record, scorer) for pair in shown for record in pair], len(shown), 2)
 
 
-def write_results(args, systems, records, settings):
+def write_results(args, systems, prompts, records, settings):
     """Write scores.jsonl, results.json, results.md and a grid for each candidate, all from the records in order."""
     output_dir = Path(args.output_dir)
     write_text(output_dir / "scores.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     shape = (len(systems), -1, args.images_per_prompt)
     tables = {scorer: np.reshape([record[scorer] for record in records], shape) for scorer in args.scorers}
-    rows = compare(args.scorers, [system.name for system in systems], tables)
-    write_text(output_dir / "results.json", json.dumps({"results": rows, "settings": settings}, indent=2) + "\n")
-    write_text(output_dir / "results.md", markdown(rows, settings))
+    names, categories = [system.name for system in systems], [prompt.category for prompt in prompts]
+    summary = summarize(args.scorers, names, tables, categories)
+    write_text(output_dir / "results.json", json.dumps({**summary, "settings": settings}, indent=2) + "\n")
+    write_text(output_dir / "results.md", markdown(args.scorers, summary, settings))
     base, *others = in_batches(records, len(records) // len(systems))
     for system, its_records in zip(systems[1:], others, strict=True):
         grid = draw_grid(args.scorers[0], zip(base, its_records, strict=True))
@@ -884,21 +1195,17 @@ def write_results(args, systems, records, settings):
     logger.info(f"Wrote {output_dir / 'results.md'}")
 
 
-def check_inputs(args, systems, places):
-    """Find the given images and the scorers' sources before hours are spent on drawing."""
+def check_inputs(args, systems, prompts, places):
+    """Find the given images, the scorers and a place to write before hours are spent on drawing; returns versions."""
     for system in systems:
-        paths = [system.image(*place) for place in places if system.load is None]
+        paths = [system.image(prompts, place) for place in places if not system.models]
         missing = [path for path in paths if not path.exists()]
         if missing:
             raise EvaluationError(f"{system.shown} lacks {len(missing)} of {len(paths)}, e.g. {missing[0]}")
-    if "dinov2" in args.scorers and not find_references(args.reference_images):
-        raise EvaluationError(f"--reference_images {args.reference_images} holds no {', '.join(IMAGE_SUFFIXES)} file.")
-    for name in args.scorers:
-        for part in SCORERS[name].sources:
-            source = getattr(args, f"{name}_{part}")
-            folder, file = os.path.split(source) if part == "weights" else (source, "config.json")
-            if find_file(folder, file) is None:
-                raise EvaluationError(f"--{name}_{part} {source}: there is no {file} in this folder or hub id.")
+    with naming(f"--output_dir {args.output_dir}", "cannot be written"):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+    return find_scorers(args, prompts)
 
 
 def build_accelerator(args):
@@ -915,23 +1222,19 @@ def build_accelerator(args):
 
 def main(args):
     accelerator = build_accelerator(args)
-    prompts = read_prompts(args)
-    systems = find_systems(args)
+    prompts = decided_once(accelerator, partial(read_prompts, args))
+    systems = decided_once(accelerator, partial(find_systems, args, prompts))
     places = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
-    check_inputs(args, systems, places)
-    drawn = [system for system in systems if system.load is not None]
+    scorers = decided_once(accelerator, partial(check_inputs, args, systems, prompts, places))
+    drawn = [system for system in systems if system.models]
     parts = load_shared_parts(args, accelerator) if drawn else {}
-    settings = collect_settings(args, systems, prompts, parts)
+    settings = collect_settings(args, systems, prompts, scorers, parts)
     draw_missing(args, accelerator, drawn, prompts, places, settings, parts)
-    records = [
-        {"model": s.name, "prompt_index": i, "image": n, "prompt": prompts[i], "file": str(s.image(i, n))}
-        for s in systems
-        for i, n in places
-    ]
-    score_images(args, accelerator, records)
+    records = decided_once(accelerator, partial(list_records, systems, prompts, places))
+    score_images(args, accelerator, records, scorers)
     with failing_together():
         if accelerator.is_main_process:
-            write_results(args, systems, records, settings)
+            write_results(args, systems, prompts, records, settings)
     accelerator.end_training()
 
 

@@ -247,13 +247,29 @@ def centre(image, shortest=SIDE, **options):
     return to_pixels(image.crop((left, top, left + SIDE, top + SIDE)), **options)
 
 
-def whole(image):
-    """All of an image in a black square; each channel resized as floats by Pillow."""
+def cubic(length, new):
+    """[new, length]: plain cubic interpolation, four pixels each, however many lie between two of the new ones."""
+    matrix = np.zeros((new, length))
+    for row in range(new):
+        x = (row + 0.5) * length / new - 0.5
+        for pixel in range(math.floor(x) - 1, math.floor(x) + 3):
+            d, a = abs(x - pixel), -0.75
+            weight = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            matrix[row, min(max(pixel, 0), length - 1)] += weight
+    return matrix
+
+
+def whole(image, antialias=True):
+    """All of an image in a black square; each channel resized as floats, with antialiasing by Pillow."""
     pixels = np.zeros((SIDE, SIDE, 3))
     width, height = (round(length * SIDE / max(image.size)) for length in image.size)
     left, top = (SIDE - width) // 2, (SIDE - height) // 2
     for channel, plane in enumerate(image.split()):
-        plane = Image.fromarray(np.asarray(plane, dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+        plane = np.asarray(plane, dtype=np.float32)
+        if antialias:
+            plane = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC)
+        else:
+            plane = cubic(image.height, height) @ plane @ cubic(image.width, width).T
         pixels[top : top + height, left : left + width, channel] = plane
     return to_pixels(pixels)
 
@@ -293,11 +309,11 @@ def open_clip_block(weights, block, x, mask):
     return x + y @ layer["mlp.c_proj.weight"].T + layer["mlp.c_proj.bias"]
 
 
-def open_clip_vectors(weights, folder, image, prompt):
+def open_clip_vectors(weights, folder, pixels, prompt):
     def norm(name, x):
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    x = F.conv2d(whole(image), weights["visual.conv1.weight"], stride=PATCH).flatten(2).transpose(1, 2)
+    x = F.conv2d(pixels, weights["visual.conv1.weight"], stride=PATCH).flatten(2).transpose(1, 2)
     x = (
         torch.cat([weights["visual.class_embedding"].expand(1, 1, -1), x], dim=1)
         + weights["visual.positional_embedding"]
@@ -369,9 +385,10 @@ def expected_score(scorer, flags, image, prompt, references=()):
         return math.exp(scale) * cosine(*vectors)
     if scorer == "clip":
         return max(100 * cosine(*clip_vectors(flags["clip_model"], flags["clip_model"], image, prompt)[:2]), 0)
-    if scorer == "hps":
+    if scorer in ("hps", "hps_no_antialias"):
         weights = {name: weight.float() for name, weight in torch.load(flags["hps_weights"])["state_dict"].items()}
-        return 100 * cosine(*open_clip_vectors(weights, flags["hps_model"], image, prompt))
+        pixels = whole(image, antialias=scorer == "hps")
+        return 100 * cosine(*open_clip_vectors(weights, flags["hps_model"], pixels, prompt))
     if scorer == "aesthetic":
         x = clip_vectors(flags["aesthetic_model"], flags["aesthetic_model"], image, prompt)[0]
         x, layers = x / x.norm(), torch.load(flags["aesthetic_weights"])

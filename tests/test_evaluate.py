@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, command_line, load_script, save_lora
 from conftest import run as run_script
+from cpu_cluster import run_ranks
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
@@ -25,10 +27,10 @@ from small_world import build_pipeline, draw
 
 
 SCRIPT = ROOT / "evaluate_diffusion_mapo_sdxl.py"
-SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2", "imagereward"]
+SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2", "imagereward", "hps_no_antialias"]
 # float32 itself leaves 1e-7 of a cosine, which some scores are a hundred times of.
 TOLERANCE = {"pickscore": 1e-5, "aesthetic": 1e-5, "hps": 3e-5, "clip": 3e-5, "siglip": 3e-5, "dinov2": 3e-5}
-TOLERANCE["imagereward"] = 1e-5
+TOLERANCE |= {"imagereward": 1e-5, "hps_no_antialias": 3e-5}
 # One in capitals with a comma, one longer than the scorers read.
 PROMPTS = ["a red circle", "An orange star, drawn by hand", "a blue square " * 30]
 SIZES = [(64, 64), (90, 50), (33, 57)]
@@ -151,10 +153,13 @@ def test_scores_are_those_of_the_formulas(scored, small, scorers, scorer):
         expected = expected_score(scorer, scorers, image, row["prompt"], references)
         assert row[scorer] == pytest.approx(expected, rel=0, abs=TOLERANCE[scorer])
     assert len({row[scorer] for row in rows}) == len(rows)
+    if scorer == "hps_no_antialias":
+        assert max(abs(row["hps"] - row[scorer]) for row in rows) > 0.1
     assert not torch.backends.cudnn.allow_tf32
 
 
 def sources_of(flags, name):
+    name = name.removesuffix("_no_antialias")
     return {flag.removeprefix(f"{name}_"): str(path) for flag, path in flags.items() if flag.startswith(f"{name}_")}
 
 
@@ -178,6 +183,15 @@ def test_negative_cosines_are_clip_scores_of_zero(script, scorers):
     scorer = script.CLIP("cpu", **sources_of(scorers, "clip"))
     scorer.cosines = lambda images, prompts: torch.tensor([-0.2, 0.3])
     assert scorer.score([], []).tolist() == pytest.approx([0, 30])
+
+
+def test_a_text_is_embedded_once(script, small, scorers, monkeypatch):
+    scorer, seen = script.CLIP("cpu", **sources_of(scorers, "clip")), []
+    embed = scorer.embed_texts
+    monkeypatch.setattr(scorer, "embed_texts", lambda prompts: seen.extend(prompts) or embed(prompts))
+    images = [Image.open(small / "red" / "00000_0.png").convert("RGB")] * 3
+    first, again = scorer.score(images, ["a", "b", "a"]), scorer.score(images, ["b", "a", "c"])
+    assert seen == ["a", "b", "c"] and first[1] == again[0] and first[0] == again[1]
 
 
 def test_neither_batch_nor_order_moves_a_score(script, small, scored, tmp_path):
@@ -226,13 +240,22 @@ def test_results_hold_scores_and_what_they_depend_on(scored, small, scorers):
             base = [record[row["scorer"]] for record in rows if record["model"] == "red"]
             assert row["win_rate"] == pytest.approx(np.mean(np.array(mine) > base))
             assert 0 <= row["win_rate_low"] <= row["win_rate"] <= row["win_rate_high"] <= 1
-    assert results.keys() == {"results", "settings"}
+            difference = np.array(mine) - base
+            assert row["difference"] == pytest.approx(difference.mean())
+            assert row["difference_error"] == pytest.approx(difference.std(ddof=1) / math.sqrt(3))
+            assert (row["wins"], row["losses"]) == ((difference > 0).sum(), (difference < 0).sum())
+    assert results.keys() == {"results", "pairs", "categories", "settings"}
     assert results["settings"]["hps_weights"] == str(scorers["hps_weights"])
     assert results["settings"]["models"]["blue"]["source"] == str(small / "blue")
+    assert results["settings"]["num_distinct_prompts"] == 3
+    assert set(results["settings"]["scorer_versions"]["hps"]) == {"model", "weights"}
     text = (output_dir / "results.md").read_text()
     assert json.loads(text.split("```json")[1].strip("`\n")) == results["settings"]
-    assert f"| pickscore | red | {results['results'][0]['mean']:.3f} |" in text
-    assert "%" not in next(line for line in text.splitlines() if "| red |" in line)
+    # Models and scorers come first, as in the tables of papers, and then which weights they are.
+    means = " | ".join(f"{row['mean']:.3f}" for row in results["results"] if row["model"] == "blue")
+    head, _, red, blue = text.splitlines()[:4]
+    assert head == f"| model | {' | '.join(SCORERS)} |" and blue == f"| blue | {means} |"
+    assert f"- clip: {scorers['clip_model']}" in text and "%" not in red
 
 
 def hide(weights, name):
@@ -300,20 +323,54 @@ def test_mean_and_error_by_hand(script):
 def test_win_rate_by_hand(script):
     base = np.zeros((4, 2))
     candidate = np.array([[1, 1], [1, -1], [0, -1], [0, 1]])
-    # 4 wins and 2 ties of 8.
-    assert script.win_rate(candidate, base)[0] == 5 / 8
-    assert script.win_rate(base + 1, base) == (1, 1, 1)
-    assert script.win_rate(base, base) == (0.5, 0.5, 0.5)
+    row = script.compare(candidate, base)
+    assert (row["win_rate"], row["wins"], row["ties"], row["losses"]) == (5 / 8, 4, 2, 2)
+    # Prompts' differences 1, 0, -0.5 and 0.5.
+    assert row["difference"] == 0.25 and row["difference_error"] == pytest.approx(math.sqrt(1.25 / 3) / 2)
+    # Wilson's interval of n wins of n is n / (n + z^2) to 1; of half of them, z / 2 / sqrt(n + z^2) wide.
+    z = 1.959964
+    assert script.win_rate(base + 1, base) == pytest.approx((1, 4 / (4 + z**2), 1))
+    half = z / 2 / math.sqrt(4 + z**2)
+    assert script.win_rate(base, base) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+
+
+def test_interval_covers_the_truth_of_few_prompts(script):
+    """Of five prompts that are won at 97 %: a bootstrap's interval holds the truth in 15 of 100 cases."""
+    covered = 0
+    for won in range(6):
+        _, low, high = script.win_rate((np.arange(5) < won)[:, None] * 1.0, np.full((5, 1), 0.5))
+        covered += math.comb(5, won) * 0.97**won * 0.03 ** (5 - won) * (low <= 0.97 <= high)
+    assert covered == pytest.approx(0.859, abs=1e-3)
 
 
 def test_interval_of_wins_is_over_prompts(script):
     wins = np.random.default_rng(1).random(400) < 0.6
     rate, low, high = script.win_rate(wins[:, None] * 1.0, np.full((400, 1), 0.5))
     half = 1.96 * math.sqrt(rate * (1 - rate) / 400)
-    assert [low, high] == pytest.approx([rate - half, rate + half], abs=0.01)
+    assert [low, high] == pytest.approx([rate - half, rate + half], abs=0.002)
     # Images that always agree with each other add no certainty.
     doubled = script.win_rate(np.repeat(wins[:, None] * 1.0, 4, axis=1), np.full((400, 4), 0.5))
     assert doubled == pytest.approx((rate, low, high))
+    # Those that have nothing in common count as prompts of their own.
+    shared = script.win_rate(wins.reshape(100, 4) * 1.0, np.full((100, 4), 0.5))
+    assert shared == pytest.approx((rate, low, high), abs=0.01)
+
+
+def test_models_are_compared_by_pairs_and_by_categories(script):
+    tables = {"clip": np.array([[[1.0], [2.0], [3.0]], [[2.0], [2.0], [9.0]], [[0.0], [4.0], [3.0]]])}
+    summary = script.summarize(["clip"], ["base", "a", "b"], tables, ["dog", "dog", "cat"])
+    pair = {key: summary["pairs"][0][key] for key in ("model", "against", "wins", "ties", "losses")}
+    assert pair == {"model": "b", "against": "a", "wins": 1, "ties": 0, "losses": 2} and len(summary["pairs"]) == 1
+    rows = {(row["category"], row["model"]): row["clip"] for row in summary["categories"]}
+    assert (rows["dog", "a"], rows["cat", "a"], rows["mean of categories", "a"]) == (2, 9, 5.5)
+    assert script.summarize(["clip"], ["base", "a", "b"], tables, 3 * [None])["categories"] == []
+
+
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused(script, ready, monkeypatch, spoiled):
+    monkeypatch.setattr(script.CLIP, "score", lambda self, images, prompts: torch.full((len(images),), spoiled))
+    assert refused(script, ready).startswith(f"clip gives {spoiled} to ")
+    assert not (ready["output_dir"] / "scores" / "clip.json").exists()
 
 
 def test_grid_shows_largest_wins_then_largest_losses(script, tmp_path):
@@ -392,8 +449,8 @@ def test_scheduler_and_settings_are_passed_on_and_logged(script, small, scorers,
     expected = {"scheduler": "DDIMScheduler", "guidance_scale": 1.5, "seed": 3, "num_inference_steps": 2}
     assert expected.items() <= settings.items()
     stored = json.loads((output_dir / "images" / "base" / "settings.json").read_text())
-    assert stored.pop("model") == stored.pop("base") == settings["models"]["base"]
-    assert stored.items() <= settings.items()
+    assert stored["model"] == stored["base"] == {"None": settings["models"]["base"]["version"]}
+    assert stored["settings"].items() <= settings.items() and stored["prompt"] == {"0": PROMPTS[0]}
 
 
 def test_variant(script, small, scorers, drawn, tmp_path):
@@ -414,11 +471,21 @@ def test_half_precision_and_another_vae(script, small, scorers, tmp_path):
     flags = drawing(small, scorers, tmp_path / "out", max_prompts=1, candidates=[f"lora={small / 'lora'}"])
     output_dir = run_script(script, {**flags, "mixed_precision": "bf16"})
     settings = json.loads((output_dir / "images" / "lora" / "settings.json").read_text())
-    assert settings["dtype"] == "torch.bfloat16"
+    assert settings["settings"]["dtype"] == "torch.bfloat16"
     vae = shutil.copytree(small / "other" / "vae", tmp_path / "vae")
     changes = {"pretrained_vae_model_name_or_path": vae, "output_dir": tmp_path / "vae-out"}
     other = run_script(script, {**flags, **changes})
     assert distance(*(Image.open(folder / "images" / "base" / "00000_0.png") for folder in (output_dir, other))) > 8
+
+
+def test_float32_on_a_gpu_is_warned_of(script, small, caplog):
+    args = script.parse_args(["--pretrained_model_name_or_path", str(small / "pipeline"), "--prompts", "p"])
+    script.build_accelerator(args)
+    for device, precision, warned in (("cuda", "no", True), ("cuda", "bf16", False), ("cpu", "no", False)):
+        caplog.clear()
+        accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+        script.load_shared_parts(args, accelerator)
+        assert ("--mixed_precision bf16 is faster" in caplog.text) == warned
 
 
 def state(folder):
@@ -485,17 +552,60 @@ def test_images_of_other_settings_are_not_mixed(script, small, scorers, drawn, c
     assert sentence == f"{drawn}/images/base was drawn with another {named}: delete it or change --output_dir."
 
 
-def test_images_of_other_prompts_are_not_mixed(script, small, scorers, drawn):
-    assert "was drawn with another prompts_digest (" in refused(script, drawing(small, scorers, drawn, max_prompts=2))
+def test_more_prompts_keep_what_is_drawn(script, small, scorers, tmp_path):
+    """--max_prompts first, then all, then one more; but an image of another prompt is none of this one."""
+    flags = drawing(small, scorers, tmp_path / "out", prompts=tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
+    run_script(script, {**flags, "max_prompts": 1})
+    before = state(tmp_path / "out" / "images")
+    run_script(script, flags)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    run_script(script, flags)
+    # Fewer again lose nothing.
+    run_script(script, {**flags, "max_prompts": 1})
+    after = state(tmp_path / "out" / "images")
+    assert len(after) == 6 and before.items() <= after.items()
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\na green star\n")
+    change = f"another prompt 1 ({PROMPTS[1]}, now a green star)"
+    assert f"base was drawn with {change}: delete it" in refused(script, flags)
 
 
-def test_retrained_weights_are_noticed(script, small, scorers, copied, tmp_path):
-    lora = shutil.copytree(small / "lora", tmp_path / "lora")
-    flags = drawing(small, scorers, tmp_path / "lora-out", candidates=[f"lora={lora}"], max_prompts=1)
+def test_weights_are_known_by_their_content(script, small, scorers, tmp_path, monkeypatch):
+    """Copied to another place, or drawn on with another library, they are the same; trained on, they are others."""
+    lora = shutil.copytree(small / "lora", tmp_path / "snapshots" / "lora")
+    flags = drawing(small, scorers, tmp_path / "out", candidates=[f"lora={lora}"], max_prompts=1)
     run_script(script, flags)
-    run_script(script, flags)
-    os.utime(lora / "pytorch_lora_weights.safetensors", ns=(0, 0))
-    assert "lora was drawn with another model (" in refused(script, flags)
+    before = state(tmp_path / "out")
+    copied = shutil.copytree(lora, tmp_path / "copied", copy_function=shutil.copyfile)
+    monkeypatch.setattr(script.diffusers, "__version__", "99")
+    run_script(script, {**flags, "candidates": [f"lora={copied}"]})
+    grid = Path("grid-lora.png")
+    assert {**state(tmp_path / "out"), grid: 0} == {**before, grid: 0}
+    file = copied / "pytorch_lora_weights.safetensors"
+    save_file({name: weight * 1.5 for name, weight in load_file(file).items()}, file)
+    assert "lora was drawn with another model (" in refused(script, {**flags, "candidates": [f"lora={copied}"]})
+
+
+def test_scores_are_kept(script, ready, monkeypatch):
+    """The next run, with another scorer, one more model or after an error, scores what is new."""
+    seen = []
+    for scorer in (script.CLIP, script.Aesthetic):
+        score = scorer.score
+        noted = lambda self, images, prompts, score=score: seen.append(len(images)) or score(self, images, prompts)  # noqa: E731
+        monkeypatch.setattr(scorer, "score", noted)
+    red, blue = ready["images"]
+    flags = {**ready, "batch_size": 8}
+    first = records(run_script(script, {**flags, "images": [red]}))
+    both = records(run_script(script, {**flags, "scorers": ["clip", "aesthetic"]}))
+    assert seen == [3, 3, 6] and [row["clip"] for row in both[:3]] == [row["clip"] for row in first]
+    file = Path(both[0]["file"])
+    spoiled = lambda self, images, prompts: torch.full((len(images),), math.nan)  # noqa: E731
+    monkeypatch.setattr(script.Aesthetic, "score", spoiled)
+    sides = [f"blue={blue.split('=')[1]}", f"green={file.parents[1] / 'green'}"]
+    assert "aesthetic gives nan" in refused(script, {**flags, "images": sides, "scorers": ["clip", "aesthetic"]})
+    run_script(script, {**flags, "images": sides})
+    # The green ones were scored by CLIP once, although the run ended in an error.
+    assert seen == [3, 3, 6, 3]
 
 
 def launch_two(flags):
@@ -516,21 +626,27 @@ def test_two_processes_write_the_same(script, small, scorers, drawn, tmp_path, m
         if processes == 1:
             run_script(script, flags)
         else:
-            done = launch_two(flags)
-            assert done.returncode == 0, done.stderr
+            statuses, printed = run_ranks([SCRIPT, *command_line(flags)])
+            assert statuses == [0, 0], printed
         outputs.append(
             {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         )
     assert outputs[0].keys() == outputs[1].keys()
     assert [name for name in outputs[0] if outputs[0][name] != outputs[1][name]] == []
-    assert len(outputs[0]) == 12 + 2 + 4
+    assert len(outputs[0]) == 12 + 2 + 4 + len(SCORERS)
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 
 
-def prompts_of(script, words):
+def rows_of(script, words):
     return script.read_prompts(script.parse_args(["--images", "a=b", *map(str, words)]))
+
+
+def prompts_of(script, words):
+    rows = rows_of(script, words)
+    assert all(row.scored == row.text for row in rows)
+    return [row.text for row in rows]
 
 
 def test_prompt_files(script, tmp_path):
@@ -539,8 +655,13 @@ def test_prompt_files(script, tmp_path):
     pq.write_table(table, tmp_path / "x.parquet")
     table.to_pandas().to_csv(tmp_path / "x.csv", index=False)
     table.to_pandas().to_json(tmp_path / "x.jsonl", orient="records", lines=True)
-    (tmp_path / "x.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    for name in ("x.parquet", "x.csv", "x.jsonl"):
+    table.to_pandas().to_csv(tmp_path / "x.TSV", index=False, sep="\t")
+    (tmp_path / "x.json").write_text(json.dumps([{"caption": prompt} for prompt in PROMPTS]))
+    (tmp_path / "list.json").write_text(json.dumps(PROMPTS))
+    # Blank lines may end a file.
+    (tmp_path / "x.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS) + "\n\n")
+    assert prompts_of(script, ["--prompts", tmp_path / "list.json"]) == PROMPTS
+    for name in ("x.parquet", "x.csv", "x.TSV", "x.json", "x.jsonl"):
         assert prompts_of(script, ["--prompts", tmp_path / name, "--prompt_column", "caption"]) == PROMPTS
     assert prompts_of(script, ["--prompts", tmp_path / "x.txt"]) == PROMPTS
     assert prompts_of(script, ["--prompts", tmp_path / "x.txt", "--max_prompts", 2]) == PROMPTS[:2]
@@ -557,20 +678,66 @@ def test_prompt_files(script, tmp_path):
 def test_prompt_sets_of_the_hub(script, monkeypatch, words, name, column, split):
     def load_dataset(**options):
         assert options == {"path": name, "split": split, "streaming": True}
-        return [{column: prompt, "other": None} for prompt in PROMPTS]
+        return [{column: prompt, "Category": "Animals"} for prompt in PROMPTS]
 
     monkeypatch.setattr(script.datasets, "load_dataset", load_dataset)
     assert prompts_of(script, ["--prompts", *words]) == PROMPTS
+    categories = {row.category for row in rows_of(script, ["--prompts", *words])}
+    assert categories == {"Animals" if words == ["partiprompts"] else None}
 
 
-def test_hpdv2_is_four_lists(script, tmp_path, monkeypatch):
-    assert script.PROMPT_SETS["hpdv2"][1]["data_files"][1] == "hf://datasets/zhwang/HPDv2/benchmark/concept-art.json"
-    files = []
-    for style in ("photo", "anime"):
-        files.append(str(tmp_path / f"{style}.json"))
-        Path(files[-1]).write_text(json.dumps([f"{style} {i}" for i in range(2)]))
-    monkeypatch.setitem(script.PROMPT_SETS["hpdv2"][1], "data_files", files)
+def test_hpdv2_is_four_lists(script, ready, small, tmp_path, monkeypatch):
+    """Their styles are categories, and images lie as hpsv2 names them."""
+    assert script.HPDV2["concept-art"] == "hf://datasets/zhwang/HPDv2/benchmark/concept-art.json"
+    monkeypatch.setattr(script, "HPDV2", {style: str(tmp_path / f"{style}.json") for style in ("photo", "anime")})
+    for style, file in script.HPDV2.items():
+        Path(file).write_text(json.dumps([f"{style} {i}" for i in range(2)]))
+        for colour in ("red", "blue"):
+            for i in range(2):
+                path = tmp_path / colour / style / f"{i:05d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.open(small / colour / f"{i:05d}_0.png").rotate(90 * (style == "anime")).save(path)
     assert prompts_of(script, ["--prompts", "hpdv2"]) == ["photo 0", "photo 1", "anime 0", "anime 1"]
+    images = [f"{colour}={tmp_path / colour}" for colour in ("red", "blue")]
+    output_dir = run_script(script, {**ready, "prompts": "hpdv2", "images": images})
+    rows = records(output_dir)
+    assert rows[3]["file"] == str(tmp_path / "red" / "anime" / "00001.jpg") and rows[3]["category"] == "anime"
+    results = json.loads((output_dir / "results.json").read_text())
+    expected = np.mean([row["clip"] for row in rows[4:] if row["category"] == "anime"])
+    assert {"category": "anime", "model": "blue", "clip": pytest.approx(expected)} in results["categories"]
+    assert f"| anime | blue | {expected:.3f} |" in (output_dir / "results.md").read_text()
+
+
+def test_subjects_have_models_and_photos_of_their_own(script, small, scorers, tmp_path):
+    """A personalization of two subjects in one run: a LoRA, photos and words for the scorers for each."""
+    rows = [("dog", "a red circle", "a circle"), ("cat", "a blue star", "a star"), ("dog", "a red star", "a star")]
+    lines = ["subject,prompt,plain", *(",".join(row) for row in rows)]
+    (tmp_path / "prompts.csv").write_text("\n".join(lines))
+    for subject, colour, factor in (("dog", "red", 1), ("cat", "blue", -1)):
+        shutil.copytree(small / colour, tmp_path / "photos" / subject)
+        weights = load_file(small / "lora" / "pytorch_lora_weights.safetensors")
+        weights = {name: weight * (factor if "lora_B" in name else 1) for name, weight in weights.items()}
+        (tmp_path / subject).mkdir()
+        save_file(weights, tmp_path / subject / "pytorch_lora_weights.safetensors")
+    flags = drawing(small, scorers, tmp_path / "out", prompts=tmp_path / "prompts.csv", images_per_prompt=1)
+    flags |= {"category_column": "subject", "scoring_prompt_column": "plain", "scorers": ["clip", "dinov2"]}
+    flags |= {"candidates": [f"lora={tmp_path}/{{category}}"], "reference_images": f"{tmp_path}/photos/{{category}}"}
+    output_dir = run_script(script, flags)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    pipeline.load_lora_weights(tmp_path / "cat", weight_name="pytorch_lora_weights.safetensors")
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 5.0}
+    generator = torch.Generator().manual_seed(script.image_seed(0, 1, 0))
+    image = pipeline("a blue star", generator=generator, **options).images[0]
+    assert distance(Image.open(output_dir / "images" / "lora" / "00001_0.png"), image) <= 1
+    for row, (subject, _, plain) in zip(records(output_dir)[3:], rows, strict=True):
+        image = Image.open(row["file"]).convert("RGB")
+        photos = [Image.open(path).convert("RGB") for path in sorted((tmp_path / "photos" / subject).iterdir())]
+        for scorer in flags["scorers"]:
+            expected = expected_score(scorer, scorers, image, plain, photos)
+            assert row[scorer] == pytest.approx(expected, rel=0, abs=TOLERANCE[scorer])
+    models = {row["category"] for row in json.loads((output_dir / "results.json").read_text())["categories"]}
+    assert models == {"dog", "cat", "mean of categories"}
 
 
 @pytest.mark.parametrize(
@@ -605,6 +772,7 @@ def test_wrong_prompts(script, ready, tmp_path, monkeypatch, name, text, sentenc
         (["--images", "a=b", "--scorers", "dinov2"], "--scorers dinov2 needs --reference_images"),
         (["--images", "a=b", "--batch_size", "0"], "argument --batch_size: '0' is not a whole number of at least 1"),
         (["--images", "a=b", "--guidance_scale", "nan"], "--guidance_scale must be a number of at least 0"),
+        (["--images", "a=b", "--reference_images", "x/{category}"], "{category} in a path needs --category_column"),
     ],
 )
 def test_wrong_arguments(script, capsys, words, sentence):
@@ -612,6 +780,11 @@ def test_wrong_arguments(script, capsys, words, sentence):
         script.parse_args(["--prompts", "p.txt", *words])
     assert end.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_scorer_named_twice_is_one(script):
+    words = ["--prompts", "p.txt", "--images", "a=b", "--scorers", "clip", "hps", "clip"]
+    assert script.parse_args(words).scorers == ["clip", "hps"]
 
 
 def test_scorers_name_missing_packages(script, capsys, monkeypatch):
@@ -629,6 +802,15 @@ def test_missing_scorers_end_a_run_before_it_draws(script, small, scorers, tmp_p
     assert not (tmp_path / "out" / "images").exists()
 
 
+def test_lost_weights_and_places_end_a_run_before_it_draws(script, small, scorers, tmp_path):
+    model = shutil.copytree(scorers["clip_model"], tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = drawing(small, {**scorers, "clip_model": model}, tmp_path / "out")
+    assert refused(script, flags) == f"--clip_model {model}: there is no model.safetensors in this folder or hub id."
+    (tmp_path / "file").write_text("")
+    sentence = refused(script, drawing(small, scorers, tmp_path / "file" / "out"))
+    assert sentence.startswith(f"--output_dir {tmp_path / 'file' / 'out'} cannot be written: ")
+
+
 def test_missing_and_unreadable_images(script, ready, small, tmp_path):
     folder = shutil.copytree(small / "red", tmp_path / "red")
     flags = {**ready, "images": [f"red={folder}"]}
@@ -640,6 +822,34 @@ def test_missing_and_unreadable_images(script, ready, small, tmp_path):
     subject = {"scorers": ["dinov2"], "reference_images": tmp_path}
     assert refused(script, {**flags, **subject}).startswith(f"--reference_images {tmp_path} holds no .png")
     assert [row["file"] for row in records(run_script(script, flags))][1] == str(folder / "00001_0.jpg")
+
+
+def test_grey_images_of_16_bits_are_read(script, tmp_path):
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    assert (np.asarray(script.read_image(tmp_path / "x.png"))[..., 1] == grey >> 8).all()
+
+
+def test_candidates_that_are_the_base(script, small, scorers, ready, tmp_path):
+    """diffusers leaves out what does not fit, with a warning."""
+    flags = drawing(small, scorers, tmp_path / "out", max_prompts=1, images_per_prompt=1)
+    weights = load_file(small / "lora" / "pytorch_lora_weights.safetensors")
+    lora = f"x={tmp_path}"
+    layer = next(name for name in weights if "lora_A" in name)
+    for changed in (
+        {f"unet.nowhere.{name}": weight for name, weight in weights.items()},
+        {name.replace("to_q", "to_x"): weight for name, weight in weights.items()},
+        hide(weights, layer),
+    ):
+        save_file(changed, tmp_path / "pytorch_lora_weights.safetensors")
+        sentence = refused(script, {**flags, "candidates": [lora]})
+        assert sentence.startswith(f"--candidates {lora} cannot be loaded: ")
+    idle = {name: weight * ("lora_B" not in name) for name, weight in weights.items()}
+    save_file(idle, tmp_path / "pytorch_lora_weights.safetensors")
+    sentence = refused(script, {**flags, "candidates": [lora]})
+    assert sentence == f"--candidates {lora}: all 1 images are those of base, so there is nothing to compare."
+    twins = {**ready, "images": [f"red={small / 'red'}", f"twin={small / 'red'}"]}
+    assert "all 3 images are those of red" in refused(script, twins)
 
 
 def test_wrong_candidates(script, small, scorers, tmp_path):
@@ -671,9 +881,20 @@ def test_hub_ids_are_found_by_their_files(script, small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "hf_hub_download", hf_hub_download)
     words = ["--pretrained_model_name_or_path", str(small / "pipeline"), "--candidates", "x=me/mine", "--prompts", "p"]
-    base, candidate = script.find_systems(script.parse_args(words))
+    base, candidate = (system.models[None] for system in script.find_systems(script.parse_args(words), []))
     assert (base.kind, candidate.kind, candidate.source) == ("base", "unet", "me/mine")
     assert candidate.version == "c0ffee"
+
+
+def test_a_hub_out_of_reach_is_no_missing_file(script, small, monkeypatch):
+    def hf_hub_download(repo, name, **options):
+        raise LocalEntryNotFoundError("the network is down")
+
+    monkeypatch.setattr(script, "hf_hub_download", hf_hub_download)
+    assert script.find_file("me/mine", "unet/config.json") is None
+    monkeypatch.setattr(script, "is_offline_mode", lambda: False)
+    with pytest.raises(script.EvaluationError, match="unet/config.json of me/mine cannot be downloaded: the network"):
+        script.find_file("me/mine", "unet/config.json")
 
 
 def test_a_fault_of_one_process_ends_all_in_one_sentence(ready, small, tmp_path):
