@@ -300,11 +300,11 @@ TASKS = {
 
 
 def draw_preferences(folder: str | Path, task: str, num_pairs: int = 360, seed: int = 1) -> None:
-    """Write the pairs of a task; no caption names a style or a frame, or is in HELD_OUT."""
-    rng = np.random.default_rng(seed)
+    """Write the pairs of a task; no caption names a style or a frame, and but for "size" none is in HELD_OUT."""
+    rng, subjects = np.random.default_rng(seed), SUBJECTS if task == "size" else PREFERRED
     rows = []
     for i in range(num_pairs):
-        shape, colour = PREFERRED[i % len(PREFERRED)]
+        shape, colour = subjects[i % len(subjects)]
         places = ([seed, i], [seed, i, 1] if task == "size" else [seed, i])
         images = [
             draw(shape, colour, style, np.random.default_rng(place), SIZE, framed=rng.random() < share)
