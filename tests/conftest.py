@@ -42,6 +42,11 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker is left with some of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_launch_configs", "test_learning"))
+
+
 def load_script(path=SCRIPT):
     """A script as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
