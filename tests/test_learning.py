@@ -56,7 +56,7 @@ def flags(trained_world, tmp_path):
     }
 
 
-def align(script, flags, base_shares):
+def align(script, flags, base_shares, rejected=10):
     """Train, and check the images of held-out prompts and the metrics of held-out pairs."""
     out = run(script, flags)
     pipeline = load_pipeline()
@@ -71,13 +71,13 @@ def align(script, flags, base_shares):
     assert aligned["right"] >= 0.95 * base_shares["right"]
     # Without the right captions, or the true sizes of the images, the base would denoise them less well than this.
     before, after = logged["eval_chosen_mse"]
-    assert before < 0.0141 and after < 0.9 * before
+    assert before < 0.0141 and after < 0.85 * before
     before, after = logged["eval_rejected_mse"]
-    assert after > 5 * before
+    assert after > rejected * before
     before, after = logged["eval_margin"]
-    assert before < 0.1 and after > 0.45
+    assert before < 0.1 and after > 0.5
     before, after = logged["eval_accuracy"]
-    assert before < 0.6 and after > 0.9
+    assert before < 0.6 and after > 0.95
     before, after = logged["eval_accuracy_t750_999"]
     assert before < 0.2 and after > 0.8
 
@@ -127,7 +127,7 @@ LORA = {"rank": 64, "learning_rate": 1e-3, "beta_mapo": 64}
 
 @pytest.mark.matrix
 def test_a_lora_learns_the_same(script, flags, base_shares):
-    align(script, {**flags, **LORA}, base_shares)
+    align(script, {**flags, **LORA}, base_shares, rejected=5)
 
 
 @pytest.mark.matrix
