@@ -62,7 +62,13 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import AutocastKwargs, DistributedType, gather_object, send_to_device
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    gather_object,
+    send_to_device,
+)
 from datasets.fingerprint import Hasher
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -1320,6 +1326,19 @@ def resume(run, checkpoint, state):
         validate(run)
 
 
+def check_disk(args, parameters, step):
+    """Warn of checkpoints, each of the trained weights and Adam's two states, that will not fit on the disk."""
+    output_dir, states = Path(args.output_dir), 2 if args.use_8bit_adam else 8
+    size = sum(weight.numel() * (weight.element_size() + states) for weight in itertools.chain(*parameters))
+    # The oldest one is removed when the newest is complete.
+    room = (args.checkpoints_total_limit or sys.maxsize) + 1 - len(list_checkpoints(output_dir))
+    number = min(max(room, 1), math.ceil((args.max_train_steps - step) / args.checkpointing_steps))
+    free = shutil.disk_usage(output_dir).free
+    if number * size > free:
+        sizes = f"{number} checkpoints of {size / 1e9:.2g} GB do not fit in the {free / 1e9:.2g} GB that are free"
+        logger.warning(f"--output_dir {output_dir}: {sizes}, see --checkpoints_total_limit.")
+
+
 def save_checkpoint(run):
     """Write checkpoint-{step} by all processes; only when it is complete are the oldest ones removed."""
     args, accelerator, output_dir = run.args, run.accelerator, Path(run.args.output_dir)
@@ -1699,6 +1718,9 @@ def configure_sharding(args, accelerator, weight_dtype):
 def build_accelerator(args):
     """The Accelerator, and the dtype of computation and frozen weights."""
     logging_dir = Path(args.output_dir, args.logging_dir)
+    # Otherwise DDP would hold every gradient twice.
+    handlers = [AutocastKwargs(cache_enabled=not args.gradient_checkpointing)]
+    handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     try:
         logging_dir.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(
@@ -1706,7 +1728,7 @@ def build_accelerator(args):
             mixed_precision=args.mixed_precision,
             log_with=TRACKERS[args.report_to] or None,
             project_dir=logging_dir,
-            kwargs_handlers=[AutocastKwargs(cache_enabled=not args.gradient_checkpointing)],
+            kwargs_handlers=handlers,
         )
     except OSError as error:
         raise TrainingError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.") from error
@@ -1877,6 +1899,7 @@ def main(args):
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     torch.manual_seed(args.seed)  # for the start of a LoRA
     parameters = make_trainable(args, pipeline)
+    check_disk(args, parameters, progress.step)
     optimizer = build_optimizer(args, parameters, pairs_per_step)
     run = argparse.Namespace(args=args, accelerator=accelerator, pipeline=pipeline, noise_scheduler=noise_scheduler)
     prepare(run, optimizer)

@@ -332,6 +332,17 @@ def test_processes_hold_equal_weights_with_every_optimizer(kind_flags, tmp_path,
     assert_ranks_hold_the_same(tmp_path)
 
 
+def test_gradients_of_processes_are_held_once(short_flags, tmp_path):
+    """They are views of the buckets in which DDP sums them, and no copies."""
+    noting = Fault("clip", (1,), partial(cluster.noting_gradients, tmp_path))
+    flags = {**short_flags, "rank": None, "max_train_steps": 1}
+    statuses, outputs = run_ranks([SCRIPT, *command_line(flags)], {0: [noting], 1: [noting]})
+    assert statuses == [0, 0], outputs
+    gradients = torch.load(tmp_path / "gradients-0.pt")
+    buckets = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    assert len(buckets) < len(gradients) / 10
+
+
 @pytest.fixture
 def short_flags(kind_flags, tmp_path):
     """A checkpoint at each of five steps, and no validation."""
