@@ -55,7 +55,7 @@ def experiments():
         for name, flags in {"SFT": SFT, **{f"beta {beta}": f"--beta_mapo {beta}" for beta in BETAS}, "v1": V1}.items():
             # The differences of the first task are small.
             runs[f"{task}, {name}"] = (task, 5 if task == "size" and name in COMPARED else 1, flags)
-        for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8"}.items():
+        for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8", "beta 64": "--beta_mapo 64"}.items():
             runs[f"{task}, LoRA, {name}"] = (task, 1, f"{LORA} {flags}")
     # What SFT reaches with other rates, and at its end; what goes wrong on purpose.
     for rate in ("5e-5", "5e-4"):
@@ -77,7 +77,8 @@ def command_line(folder, task, flags, seed, output_dir):
     words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "world" / "pipeline"]
     words += ["--dataset_name", folder / "world" / task, "--cache_dir", folder / "cache", "--cache_latents"]
     words += ["--resolution", SIZE, "--train_batch_size", 8, "--max_train_steps", 150, "--learning_rate", "2e-4"]
-    words += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--num_validation_pairs", 48]
+    # The light of the base's photos is on the left: models that learn from flipped ones draw fewer right shapes.
+    words += ["--no_hflip", "--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--num_validation_pairs", 48]
     words += ["--validation_steps", 1000, "--seed", seed, "--output_dir", output_dir]
     return [*map(str, words), *flags.split()]
 
