@@ -2,12 +2,14 @@
 
 import functools
 import json
+import re
+import subprocess
 import sys
 
 import accelerate
 import pytest
 import torch
-from conftest import SCRIPT, command_line, run, scalars
+from conftest import ROOT, SCRIPT, command_line, run, scalars
 from cpu_cluster import Fault, install, run_ranks
 from test_training import trained
 
@@ -127,3 +129,25 @@ def test_compiled_and_eager_runs_resume_each_other(script, flags, tmp_path, rank
     weights, expected = trained(last), trained(eager)
     assert weights.keys() == expected.keys()
     assert max((weight - expected[name]).abs().max().item() for name, weight in weights.items()) < 2e-4
+
+
+def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path, monkeypatch, capsys):
+    """And measures nothing twice."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    import gpu
+
+    started = []
+
+    def forked(command, **options):
+        started.append(command)
+        (status,), (output,) = run_ranks(command[1:], size=1)
+        return subprocess.CompletedProcess(command, status, stdout=output, stderr="")
+
+    monkeypatch.setattr(gpu.subprocess, "run", forked)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--toy"])
+    for _ in range(2):
+        gpu.main()
+        cased, bare = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+        assert cased["case"] == ["--rank 16", "--cache_latents", 1, ""] and bare["case"][1] == "bare"
+        assert cased["pairs_per_second"] > 0 and bare["pairs_per_second"] > 0 and len(started) == 2
+        assert len(re.findall(r"^\| .* \| \d+\.\d{3} \|", capsys.readouterr().out, re.M)) == 2
