@@ -18,8 +18,10 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -79,12 +81,10 @@ def watch(command, until=None):
     the peak of resident memory in GB, and what was printed.
     """
     started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(command, stdout=output, stderr=output)
     tree = psutil.Process(process.pid)
-    os.set_blocking(process.stdout.fileno(), False)
-    printed = ""
     while process.poll() is None:
-        printed += process.stdout.read() or ""
         members = [tree, *tree.children(recursive=True)]
         sizes = []
         for member in members:
@@ -100,7 +100,8 @@ def watch(command, until=None):
                 except psutil.NoSuchProcess:
                     pass
         time.sleep(0.1)
-    printed += process.stdout.read() or ""
+    output.seek(0)
+    printed = output.read()
     if until is None and process.returncode:
         sys.exit(printed[-3000:])
     return time.perf_counter() - started, peak / 1e9, printed
@@ -160,47 +161,52 @@ def load(folder, name):
     return [row | {"seconds": time.perf_counter() - started, "change of its prediction": changed.item()}]
 
 
-def loading(folder):
-    """The script's own loading, in a process of its own: its peak beside what it keeps."""
+def loading(folder, name):
+    """The script's own loading: its peak beside what it keeps and the size of the weights."""
     import train_diffusion_mapo_sdxl as script
 
-    rows = []
-    for name, flags in RUNS.items():
-        if os.fork() == 0:
-            args = script.parse_args(command_line(folder, flags, folder / "runs" / "loading")[6:])
-            accelerator, dtype = script.build_accelerator(args)
-            script.load_configs(args)
-            process = psutil.Process()
-            before, started = process.memory_info().rss, time.perf_counter()
-            pipeline = script.load_pipeline(args, accelerator, dtype)
-            seconds, kept = time.perf_counter() - started, process.memory_info().rss - before
-            parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-            weights = sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters())
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-            row = {"what": f"{name}: loading", "seconds": seconds, "peak GB": peak / 1e9, "kept GB": kept / 1e9}
-            (folder / "loading.json").write_text(json.dumps(row | {"weights GB": weights / 1e9}))
-            os._exit(0)
-        os.wait()
-        rows.append(json.loads((folder / "loading.json").read_text()))
-    return rows
+    args = script.parse_args(command_line(folder, RUNS[name], folder / "runs" / "loading")[6:])
+    accelerator, dtype = script.build_accelerator(args)
+    script.load_configs(args)
+    process = psutil.Process()
+    before, started = process.memory_info().rss, time.perf_counter()
+    pipeline = script.load_pipeline(args, accelerator, dtype)
+    seconds, kept = time.perf_counter() - started, process.memory_info().rss - before
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    weights = sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    row = {"what": f"{name}: loading", "seconds": seconds, "peak GB": peak / 1e9, "kept GB": kept / 1e9}
+    return row | {"weights GB": weights / 1e9}
+
+
+def in_a_process(folder, name):
+    """`loading` in a process of its own, whose peak is its own."""
+    words = [sys.executable, __file__, str(folder), "--loading", name]
+    return [json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("--loading", choices=RUNS, help="only load for this run, and print what that takes")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    if args.loading:
+        print(json.dumps(loading(folder, args.loading)))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "full_size.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     build(folder)
     where = {"date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
     where |= {library: version(library) for library in ("torch", "diffusers", "transformers", "bitsandbytes")}
-    parts = {"loading": loading}
+    parts = {}
     for name in RUNS:
-        parts |= {name: lambda folder, name=name: train(folder, name) + load(folder, name)}
+        parts |= {f"{name}, loading": partial(in_a_process, folder, name), name: partial(train, folder, name)}
+        parts |= {f"{name}, saved": partial(load, folder, name)}
     for part, function in parts.items():
         if not any(line["part"] == part for line in lines):
-            new = [{"part": part, **row, **where} for row in function(folder)]
+            new = [{"part": part, **row, **where} for row in function()]
             lines += new
             with results.open("a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
