@@ -43,7 +43,8 @@ IMAGES = 48
 PAIRS = {"size": 720, "frame": 360, "cartoon": 360}
 BETAS = (8, 32, 64, 128, 1024)
 SFT, V1 = "--beta_mapo inf", "--loss_type mapo_v1 --beta_mapo 0.1"
-COMPARED = ("SFT", "beta 8", "beta 64", "v1")
+# The differences of the first tasks are small.
+SEEDS = {"size": 5, "frame": 3, "cartoon": 1}
 LORA = "--rank 64 --learning_rate 1e-3"
 
 
@@ -53,15 +54,13 @@ def experiments():
     for task in TASKS:
         runs[f"{task}, base"] = (task, 1, None)
         for name, flags in {"SFT": SFT, **{f"beta {beta}": f"--beta_mapo {beta}" for beta in BETAS}, "v1": V1}.items():
-            # The differences of the first tasks are small.
-            seeds = {"size": 5 if name in COMPARED else 1, "frame": 3, "cartoon": 1}[task]
-            runs[f"{task}, {name}"] = (task, seeds, flags)
+            runs[f"{task}, {name}"] = (task, SEEDS[task], flags)
         for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8", "beta 64": "--beta_mapo 64"}.items():
             runs[f"{task}, LoRA, {name}"] = (task, 1, f"{LORA} {flags}")
     # What SFT reaches with other rates, and at its end; what goes wrong on purpose.
-    for rate in ("5e-5", "5e-4"):
+    for rate, seeds in {"5e-5": 1, "5e-4": 5, "1e-3": 1}.items():
         for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8"}.items():
-            runs[f"size, {name}, rate {rate}"] = ("size", 1, f"{flags} --learning_rate {rate}")
+            runs[f"size, {name}, rate {rate}"] = ("size", seeds, f"{flags} --learning_rate {rate}")
     for name, flags in {"SFT": SFT, "beta 8": "--beta_mapo 8"}.items():
         runs[f"size, {name}, 450 steps"] = ("size", 1, f"{flags} --max_train_steps 450")
     for task in ("size", "cartoon"):
@@ -71,6 +70,9 @@ def experiments():
     return runs
 
 
+SIZE_ROWS = {"base": "base", "SFT": "SFT", "beta 64": "MaPO, beta 64", "beta 8": "MaPO, beta 8"}
+SIZE_ROWS |= {"SFT, rate 5e-4": "SFT, rate 5e-4", "beta 8, rate 5e-4": "MaPO, beta 8, rate 5e-4"}
+SIZE_ROWS |= {"v1": "MaPO, `mapo_v1`"}
 FAILURES = {"base": "base", "beta 8": "healthy: beta 8", "beta 0.1": "beta too small: 0.1"}
 FAILURES |= {"beta 8, 900 steps": "too many steps: 900", "beta 8, rate 2e-3": "rate too large: 2e-3"}
 
@@ -147,10 +149,35 @@ def wins(scores, others):
     return statistics.mean((a > b) + 0.5 * (a == b) for a, b in zip(scores, others, strict=True))
 
 
+def digest(runs):
+    """The two tables of the README, means over seeds; wins are against SFT at the same rate and seed."""
+    keys = [f"guidance {guidance:g}" for guidance in GUIDANCE]
+    print(f"| larger shapes | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 1)}")
+    for name, title in SIZE_ROWS.items():
+        name, cells = f"size, {name}", []
+        tuned = runs["size, SFT" + (", rate 5e-4" if "5e-4" in name else "")]
+        for key in keys:
+            means = [100 * statistics.mean(line[key]) for line in runs[name].values()]
+            won = [100 * wins(line[key], tuned[seed][key]) for seed, line in runs[name].items()]
+            error = f" ± {statistics.stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
+            against = f", wins {statistics.mean(won):.0f} %" if "MaPO" in title else ""
+            cells.append(f"{statistics.mean(means):.1f}{error}{against}")
+        print(f"| {title} | {' | '.join(cells)} |")
+    columns = {"SFT": "SFT", **{f"beta {beta}": f"beta {beta}" for beta in reversed(BETAS)}, "v1": "`mapo_v1`"}
+    print(f"\n| chosen | base | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 2)}")
+    for task, title in {"frame": "no frames", "cartoon": "cartoons", "cartoon, LoRA": "cartoons, LoRA"}.items():
+        cells = []
+        for name in [f"{task.split(',')[0]}, base", *(f"{task}, {column}" for column in columns)]:
+            means = [[statistics.mean(line[key]) for line in runs.get(name, {}).values()] for key in keys]
+            cells.append(" / ".join(f"{100 * statistics.mean(values):.0f}" for values in means if values))
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
 def show(folder, lines):
     runs = {}
     for line in lines:
         runs.setdefault(line["name"], {})[line["seed"]] = line
+    digest(runs)
     for guidance in GUIDANCE:
         key = f"guidance {guidance:g}"
         print(f"\n{key}\n\n| run | seeds | mean score | right | wins against the base | against SFT |")
@@ -167,7 +194,7 @@ def show(folder, lines):
     seconds = sum(line.get("seconds", 0) for line in lines)
     print(f"\n{len(lines)} runs, {seconds / 3600:.1f} hours of training on one core each")
     grids = folder / "grids"
-    shown = {"base": "base", "SFT": "SFT", "beta 8": "MaPO, beta 8"}
+    shown = {"base": "base", "SFT": "SFT", "beta 64": "MaPO, beta 64"}
     pictures = {"proof": {f"{t}, {name}": f"{t}: {title}" for t in TASKS for name, title in shown.items()}}
     pictures["failures"] = {f"cartoon, {name}": title for name, title in FAILURES.items()}
     for file, rows in pictures.items():
