@@ -4,7 +4,7 @@
     python tests/benchmarks/memory.py --check        # a small UNet: the same accounting against a real step on CPU
 
 The storage of every tensor that PyTorch's operators return is counted. Not counted are workspaces of convolutions and
-matrix products, rounding and fragmentation of the allocator, the CUDA context, DDP's buckets.
+matrix products, rounding and fragmentation of the allocator, the CUDA context. DDP's buckets are the gradients.
 """
 
 import argparse
