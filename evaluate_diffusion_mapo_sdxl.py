@@ -68,6 +68,138 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+# Before the libraries are imported, which takes seconds that --help and a wrong flag should not cost.
+
+
+# Where the scorers come from; hps_no_antialias has the weights of hps.
+CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+SOURCES = {
+    "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": CLIP_H},
+    "hps": {"model": CLIP_H, "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"},
+    "aesthetic": {"model": CLIP_L, "weights": "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"},
+    "clip": {"model": CLIP_L},
+    "siglip": {"model": "google/siglip-so400m-patch14-384"},
+    "dinov2": {"model": "facebook/dinov2-base"},
+    "imagereward": {"weights": "zai-org/ImageReward/ImageReward.pt", "processor": "google-bert/bert-base-uncased"},
+}
+PACKAGES = {"hps": "ftfy", "hps_no_antialias": "ftfy", "siglip": "sentencepiece"}
+DEFAULT_SCORERS = ["pickscore", "hps", "aesthetic", "clip"]
+SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete")
+SCHEDULERS += ("DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "KDPM2AncestralDiscrete")
+SCHEDULERS += ("DEISMultistep", "UniPCMultistep", "DPMSolverSDE", "EDMEuler")
+# Stands for each prompt's category in a path.
+CATEGORY = "{category}"
+
+
+def count(text):
+    """Parse a whole number from 1 for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def named_source(text):
+    """Parse NAME=PATH for argparse."""
+    match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
+    return match.groups()
+
+
+def add_image_arguments(parser):
+    add = parser.add_argument_group("prompts and images").add_argument
+    shown = "pickapic_v2, hpdv2, partiprompts, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet file."
+    add("--prompts", required=True, help=shown)
+    add("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
+    shown = "Column of what scorers read instead, e.g. without a subject's rare token."
+    add("--scoring_prompt_column", help=shown)
+    shown = (
+        "Column of a prompt's category, e.g. its subject: results are given for each, too, and {category} stands for "
+    )
+    add("--category_column", help=shown + "it in paths of --candidates and --reference_images.")
+    add("--prompt_split", default="test", help="Split of the hub data set.")
+    add("--max_prompts", type=count, help="Use only the first prompts.")
+    add("--images_per_prompt", type=count, default=1, help="Images of each prompt.")
+    add("--batch_size", type=count, default=4, help="Images per process and forward pass.")
+    add("--output_dir", default="evaluation", help="Folder for everything that the run writes.")
+    named = {"nargs": "+", "type": named_source, "default": []}
+    shown = "Folders of images named by prompt and image, 00012_0.png, or as hpsv2 names them, CATEGORY/00012.jpg. "
+    shown += "Without a base pipeline, the first is the base."
+    add("--images", **named, metavar="NAME=FOLDER", help=shown)
+
+    add = parser.add_argument_group("drawing").add_argument
+    add("--pretrained_model_name_or_path", help="Base SDXL pipeline, called `base`: hub id or local folder.")
+    add("--pretrained_vae_model_name_or_path", help="VAE of all models, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
+    shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training."
+    add("--candidates", **named, metavar="NAME=PATH", help=shown)
+    schedulers = [f"{kind}Scheduler" for kind in SCHEDULERS]
+    add("--scheduler", choices=schedulers, help="Scheduler of all models. Without it, the base's.")
+    add("--num_inference_steps", type=count, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
+    add("--resolution", type=count, default=1024, help="Side of the images in pixels.")
+    add("--seed", type=int, default=0, help="Seed of the images' noise.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
+
+
+def add_scorer_arguments(parser):
+    shown = "A weights file is given as a path or as HUB_ID/FILE, any other source as a hub id or local folder."
+    add = parser.add_argument_group("scores", shown).add_argument
+    add(
+        "--scorers",
+        nargs="+",
+        choices=[*SOURCES, "hps_no_antialias"],
+        default=DEFAULT_SCORERS,
+        help="Scores to compute.",
+    )
+    add("--reference_images", help="Local folder of the subject's images, for dinov2.")
+    for name, sources in SOURCES.items():
+        for part, source in sources.items():
+            add(f"--{name}_{part}", default=source, help=f"Source of {name}.")
+
+
+def parse_args(input_args=None):
+    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --candidates NAME=PATH [...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_image_arguments(parser)
+    add_scorer_arguments(parser)
+    args = parser.parse_args(input_args)
+    args.scorers = list(dict.fromkeys(args.scorers))
+    base = [] if args.pretrained_model_name_or_path is None else [("base", None)]
+    names = [name for name, _ in base + args.candidates + args.images]
+    rules = [
+        (not names, "give --pretrained_model_name_or_path to draw images, or --images to score existing ones"),
+        (args.candidates and not base, "--candidates needs --pretrained_model_name_or_path to compare with"),
+        (len(set(names)) < len(names), f"--candidates and --images need different names, not {', '.join(names)}"),
+        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
+        (args.seed < 0, "--seed must be at least 0"),
+        (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
+        ("dinov2" in args.scorers and not args.reference_images, "--scorers dinov2 needs --reference_images"),
+    ]
+    by_category = [path for _, path in args.candidates] + [args.reference_images or ""]
+    rules += [
+        (CATEGORY in path and not args.category_column, f"{CATEGORY} in a path needs --category_column")
+        for path in by_category
+    ]
+    needed = [(name, PACKAGES[name]) for name in args.scorers if name in PACKAGES]
+    rules += [(not find_spec(package), f"--scorers {name} needs: pip install {package}") for name, package in needed]
+    for broken, sentence in rules:
+        if broken:
+            parser.error(sentence)
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_args()
+
+
 import datasets
 import diffusers
 import numpy as np
@@ -231,107 +363,6 @@ def in_batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-# Arguments -----------------------------------------------------------------------------------------------------------
-
-
-def count(text):
-    """Parse a whole number from 1 for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def named_source(text):
-    """Parse NAME=PATH for argparse."""
-    match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
-    return match.groups()
-
-
-def add_image_arguments(parser):
-    add = parser.add_argument_group("prompts and images").add_argument
-    shown = "pickapic_v2, hpdv2, partiprompts, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet file."
-    add("--prompts", required=True, help=shown)
-    add("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
-    shown = "Column of what scorers read instead, e.g. without a subject's rare token."
-    add("--scoring_prompt_column", help=shown)
-    shown = (
-        "Column of a prompt's category, e.g. its subject: results are given for each, too, and {category} stands for "
-    )
-    add("--category_column", help=shown + "it in paths of --candidates and --reference_images.")
-    add("--prompt_split", default="test", help="Split of the hub data set.")
-    add("--max_prompts", type=count, help="Use only the first prompts.")
-    add("--images_per_prompt", type=count, default=1, help="Images of each prompt.")
-    add("--batch_size", type=count, default=4, help="Images per process and forward pass.")
-    add("--output_dir", default="evaluation", help="Folder for everything that the run writes.")
-    named = {"nargs": "+", "type": named_source, "default": []}
-    shown = "Folders of images named by prompt and image, 00012_0.png, or as hpsv2 names them, CATEGORY/00012.jpg. "
-    shown += "Without a base pipeline, the first is the base."
-    add("--images", **named, metavar="NAME=FOLDER", help=shown)
-
-    add = parser.add_argument_group("drawing").add_argument
-    add("--pretrained_model_name_or_path", help="Base SDXL pipeline, called `base`: hub id or local folder.")
-    add("--pretrained_vae_model_name_or_path", help="VAE of all models, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
-    shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training."
-    add("--candidates", **named, metavar="NAME=PATH", help=shown)
-    schedulers = [kind.name for kind in diffusers.schedulers.KarrasDiffusionSchedulers]
-    add("--scheduler", choices=schedulers, help="Scheduler of all models. Without it, the base's.")
-    add("--num_inference_steps", type=count, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
-    add("--resolution", type=count, default=1024, help="Side of the images in pixels.")
-    add("--seed", type=int, default=0, help="Seed of the images' noise.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
-
-
-def add_scorer_arguments(parser):
-    shown = "A weights file is given as a path or as HUB_ID/FILE, any other source as a hub id or local folder."
-    add = parser.add_argument_group("scores", shown).add_argument
-    add("--scorers", nargs="+", choices=list(SCORERS), default=DEFAULT_SCORERS, help="Scores to compute.")
-    add("--reference_images", help="Local folder of the subject's images, for dinov2.")
-    for name, scorer in SCORERS.items():
-        if name == scorer.flags():
-            for part, source in scorer.sources.items():
-                add(f"--{name}_{part}", default=source, help=f"Source of {name}.")
-
-
-def parse_args(input_args=None):
-    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --candidates NAME=PATH [...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_image_arguments(parser)
-    add_scorer_arguments(parser)
-    args = parser.parse_args(input_args)
-    args.scorers = list(dict.fromkeys(args.scorers))
-    base = [] if args.pretrained_model_name_or_path is None else [("base", None)]
-    names = [name for name, _ in base + args.candidates + args.images]
-    rules = [
-        (not names, "give --pretrained_model_name_or_path to draw images, or --images to score existing ones"),
-        (args.candidates and not base, "--candidates needs --pretrained_model_name_or_path to compare with"),
-        (len(set(names)) < len(names), f"--candidates and --images need different names, not {', '.join(names)}"),
-        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
-        (args.seed < 0, "--seed must be at least 0"),
-        (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
-        ("dinov2" in args.scorers and not args.reference_images, "--scorers dinov2 needs --reference_images"),
-    ]
-    by_category = [path for _, path in args.candidates] + [args.reference_images or ""]
-    rules += [
-        (CATEGORY in path and not args.category_column, f"{CATEGORY} in a path needs --category_column")
-        for path in by_category
-    ]
-    needed = [(name, package) for name in args.scorers for package in SCORERS[name].packages]
-    rules += [(not find_spec(package), f"--scorers {name} needs: pip install {package}") for name, package in needed]
-    for broken, sentence in rules:
-        if broken:
-            parser.error(sentence)
-    return args
-
-
 # Prompts and models --------------------------------------------------------------------------------------------------
 
 
@@ -395,9 +426,6 @@ def read_prompts(args):
         prompts.append(Prompt(text, scored, category, seen.get(category, 0)))
         seen[category] = prompts[-1].number + 1
     return prompts
-
-
-CATEGORY = "{category}"
 
 
 class Model(NamedTuple):
@@ -691,7 +719,6 @@ class Scorer:
     # Files that each source must have; the first found of those in a tuple.
     files = {"model": ("model.safetensors", "model.safetensors.index.json")}
     architecture = CLIPModel
-    packages = ()
     reads_text = True
 
     def __init__(self, device, **sources):
@@ -702,11 +729,6 @@ class Scorer:
         source = self.sources.get("processor") or self.sources["model"]
         self.image_processor = self.load_image_processor(source)
         self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
-
-    @classmethod
-    def flags(cls):
-        """The name in the flags of its sources."""
-        return cls.__name__.lower()
 
     def load_model(self):
         return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)
@@ -747,7 +769,7 @@ class Scorer:
 class PickScore(Scorer):
     """exp(logit_scale) x cosine, about 22 for SDXL (arXiv 2305.01569, model card of yuvalkirstain/PickScore_v1)."""
 
-    sources = {"model": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+    sources = SOURCES["pickscore"]
 
     def score(self, images, prompts):
         return self.model.logit_scale.exp() * self.cosines(images, prompts)
@@ -756,7 +778,7 @@ class PickScore(Scorer):
 class CLIP(Scorer):
     """max(100 x cosine, 0) (arXiv 2104.08718, with the factor 100 of torchmetrics)."""
 
-    sources = {"model": "openai/clip-vit-large-patch14"}
+    sources = SOURCES["clip"]
 
     def score(self, images, prompts):
         return (100 * self.cosines(images, prompts)).clamp(min=0)
@@ -815,14 +837,9 @@ class HPS(Scorer):
     by open_clip. HPSv2 itself computes in float16.
     """
 
-    sources = {"model": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
+    sources = SOURCES["hps"]
     files = {}
-    packages = ("ftfy",)
     antialias = True
-
-    @classmethod
-    def flags(cls):
-        return "hps"
 
     def load_model(self):
         config = CLIPConfig.from_pretrained(self.sources["model"])
@@ -870,8 +887,7 @@ class Aesthetic(Scorer):
     no part.
     """
 
-    weights = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
-    sources = {"model": "openai/clip-vit-large-patch14", "weights": weights}
+    sources = SOURCES["aesthetic"]
     reads_text = False
 
     def __init__(self, device, **sources):
@@ -885,9 +901,8 @@ class Aesthetic(Scorer):
 class SigLIP(Scorer):
     """100 x sigmoid(exp(logit_scale) x cosine + logit_bias): how probably they match (arXiv 2303.15343)."""
 
-    sources = {"model": "google/siglip-so400m-patch14-384"}
+    sources = SOURCES["siglip"]
     architecture = SiglipModel
-    packages = ("sentencepiece",)
 
     def score(self, images, prompts):
         logits = self.model.logit_scale.exp() * self.cosines(images, prompts) + self.model.logit_bias
@@ -900,7 +915,7 @@ class DINOv2(Scorer):
     DreamBooth (arXiv 2208.12242) with DINOv2 in place of DINO. The prompt plays no part.
     """
 
-    sources = {"model": "facebook/dinov2-base"}
+    sources = SOURCES["dinov2"]
     architecture = Dinov2Model
     reads_text = False
 
@@ -930,7 +945,7 @@ class ImageReward(Scorer):
     judge its first vector. The sizes are those of the weights; `processor` gives the vocabulary.
     """
 
-    sources = {"weights": "zai-org/ImageReward/ImageReward.pt", "processor": "google-bert/bert-base-uncased"}
+    sources = SOURCES["imagereward"]
     mean, std = 0.16717362830052426, 1.0333394966054072
 
     def load_model(self):
@@ -973,14 +988,13 @@ class ImageReward(Scorer):
         return (head(states[:, 0])[:, 0] - self.mean) / self.std
 
 
-SCORERS = {scorer.flags(): scorer for scorer in (PickScore, HPS, Aesthetic, CLIP, SigLIP, DINOv2, ImageReward)}
-SCORERS["hps_no_antialias"] = HPSWithoutAntialias
-DEFAULT_SCORERS = ["pickscore", "hps", "aesthetic", "clip"]
+SCORERS = {"pickscore": PickScore, "hps": HPS, "aesthetic": Aesthetic, "clip": CLIP, "siglip": SigLIP}
+SCORERS |= {"dinov2": DINOv2, "imagereward": ImageReward, "hps_no_antialias": HPSWithoutAntialias}
 
 
 def sources_of(args, name):
     """{part: (flag, source)} of a scorer."""
-    flags = {part: f"{SCORERS[name].flags()}_{part}" for part in SCORERS[name].sources}
+    flags = {part: f"{name.removesuffix('_no_antialias')}_{part}" for part in SCORERS[name].sources}
     return {part: (f"--{flag} {getattr(args, flag)}", getattr(args, flag)) for part, flag in flags.items()}
 
 
@@ -1240,6 +1254,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(ARGUMENTS)
     except EvaluationError as error:
         sys.exit(f"error: {error}")

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from conftest import ROOT, command_line, load_script, save_lora
 from conftest import run as run_script
 from cpu_cluster import run_ranks
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -773,6 +776,22 @@ def test_wrong_arguments(script, capsys, words, sentence):
         script.parse_args(["--prompts", "p.txt", *words])
     assert end.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--prompts", "p.txt", "--scorer", "clip"], 2)])
+def test_help_and_wrong_flags_wait_for_no_library(monkeypatch, words, status):
+    for library in ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"):
+        monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == status
+
+
+def test_flags_name_all_scorers_and_schedulers(script):
+    assert {*script.SOURCES, "hps_no_antialias"} == script.SCORERS.keys()
+    kinds = {kind.name.removesuffix("Scheduler") for kind in KarrasDiffusionSchedulers}
+    assert kinds >= set(script.SCHEDULERS)
 
 
 def test_a_scorer_named_twice_is_one(script):
