@@ -15,7 +15,7 @@ import importlib.util
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +39,7 @@ RUNS = {
     "LoRA of rank 16": "--rank 16 --learning_rate 1e-3 --gradient_accumulation_steps 2",
     "whole UNet": "--full_bf16 --use_8bit_adam --learning_rate 1e-5",
 }
+LOADED = RUNS | {"whole UNet, float32": "--learning_rate 1e-5"}
 STATE, LORA, KOHYA = "mapo_state.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 # Attention, feed-forward and projections of 70 transformer blocks, convolutions of the resnets, and embeddings.
 KOHYA_LAYERS = 784
@@ -165,7 +166,7 @@ def loading(folder, name):
     """The script's own loading: its peak beside what it keeps and the size of the weights."""
     import train_diffusion_mapo_sdxl as script
 
-    args = script.parse_args(command_line(folder, RUNS[name], folder / "runs" / "loading")[6:])
+    args = script.parse_args(command_line(folder, LOADED[name], folder / "runs" / "loading")[6:])
     accelerator, dtype = script.build_accelerator(args)
     script.load_configs(args)
     process = psutil.Process()
@@ -174,7 +175,8 @@ def loading(folder, name):
     seconds, kept = time.perf_counter() - started, process.memory_info().rss - before
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     weights = sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    peak = int(peak) * 1024 - before
     row = {"what": f"{name}: loading", "seconds": seconds, "peak GB": peak / 1e9, "kept GB": kept / 1e9}
     return row | {"weights GB": weights / 1e9}
 
@@ -188,7 +190,7 @@ def in_a_process(folder, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--loading", choices=RUNS, help="only load for this run, and print what that takes")
+    parser.add_argument("--loading", choices=LOADED, help="only load for this run, and print what that takes")
     args = parser.parse_args()
     folder = args.folder.resolve()
     if args.loading:
@@ -201,9 +203,10 @@ def main():
     where = {"date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
     where |= {library: version(library) for library in ("torch", "diffusers", "transformers", "bitsandbytes")}
     parts = {}
+    for name in LOADED:
+        parts[f"{name}, loading"] = partial(in_a_process, folder, name)
     for name in RUNS:
-        parts |= {f"{name}, loading": partial(in_a_process, folder, name), name: partial(train, folder, name)}
-        parts |= {f"{name}, saved": partial(load, folder, name)}
+        parts |= {name: partial(train, folder, name), f"{name}, saved": partial(load, folder, name)}
     for part, function in parts.items():
         if not any(line["part"] == part for line in lines):
             new = [{"part": part, **row, **where} for row in function()]

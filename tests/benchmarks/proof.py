@@ -70,7 +70,7 @@ def experiments():
     return runs
 
 
-SIZE_ROWS = {"base": "base", "SFT": "SFT", "beta 64": "MaPO, beta 64", "beta 8": "MaPO, beta 8"}
+SIZE_ROWS = {"base": "base", "SFT": "SFT", "beta 64": "MaPO, beta 64"}
 SIZE_ROWS |= {"SFT, rate 5e-4": "SFT, rate 5e-4", "beta 8, rate 5e-4": "MaPO, beta 8, rate 5e-4"}
 SIZE_ROWS |= {"v1": "MaPO, `mapo_v1`"}
 FAILURES = {"base": "base", "beta 8": "healthy: beta 8", "beta 0.1": "beta too small: 0.1"}
@@ -163,7 +163,7 @@ def digest(runs):
             against = f", wins {statistics.mean(won):.0f} %" if "MaPO" in title else ""
             cells.append(f"{statistics.mean(means):.1f}{error}{against}")
         print(f"| {title} | {' | '.join(cells)} |")
-    columns = {"SFT": "SFT", **{f"beta {beta}": f"beta {beta}" for beta in reversed(BETAS)}, "v1": "`mapo_v1`"}
+    columns = {"SFT": "SFT", **{f"beta {beta}": f"beta {beta}" for beta in (128, 64, 32, 8)}, "v1": "`mapo_v1`"}
     print(f"\n| chosen | base | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 2)}")
     for task, title in {"frame": "no frames", "cartoon": "cartoons", "cartoon, LoRA": "cartoons, LoRA"}.items():
         cells = []
