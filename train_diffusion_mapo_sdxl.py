@@ -31,6 +31,7 @@ import contextlib
 import functools
 import gc
 import glob
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -1130,13 +1131,22 @@ def cache_pair(args, pipeline, path, item):
     write_whole(path, functools.partial(safetensors.torch.save_file, tensors, metadata=metadata))
 
 
+def digest_of(part):
+    """Of a part's weights, one after the other: pickled together they would take several times their memory."""
+    digest = hashlib.sha256()
+    for name, weight in part.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.flatten().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fill_caches(args, accelerator, pipeline, *data):
     """
     Give each of these data sets a cache, a folder for everything that changes what is stored, with a file for each
     pair. Each process encodes a stretch of the pairs that are missing; then the encoders are moved off the device.
     """
     parts = pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2
-    settings = [Hasher.hash([str(part), str(part.config), part.state_dict()]) for part in parts]
+    settings = [[str(part), str(part.config), digest_of(part)] for part in parts]
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
         settings += [tokenizer("", padding="max_length").input_ids, tokenizer.backend_tokenizer.to_str()]
     settings += [args.resolution, args.no_hflip, args.allow_tf32]
