@@ -46,6 +46,7 @@ RUNS = {
     "beta 0.1": "--beta_mapo 0.1",
     "learning rate 5e-3": "--learning_rate 5e-3",
 }
+PICTURED = ("base", "whole UNet, SFT", "whole UNet, beta 64", "LoRA, attention", "LoRA, transformer", "LoRA, all")
 CURVES = {"whole UNet, beta 64": "healthy", "beta 0.1": "beta too small", "learning rate 5e-3": "rate too large"}
 
 
@@ -108,7 +109,7 @@ def titled(rows, left, top, cell):
 
 
 def show(folder, lines):
-    """Print the table; draw what each run draws at each guidance, and the curves of good and bad runs."""
+    """Print the table; draw what some runs draw at each guidance, and the curves of good and bad ones."""
     print("| run | parameters | " + " | ".join(f"guidance {guidance:g}" for guidance in GUIDANCE))
     for name in [name for name in RUNS if name in lines]:
         cells = [lines[name][f"guidance {guidance}"] for guidance in GUIDANCE]
@@ -116,7 +117,7 @@ def show(folder, lines):
         print(f"| {name} | {lines[name].get('parameters', '')} | " + " | ".join(cells) + " |")
         print("".join(f"    {warning}\n" for warning in lines[name].get("warnings", [])[-2:]), end="")
     rows = []
-    for name in [name for name in RUNS if name in lines]:
+    for name in [name for name in PICTURED if name in lines]:
         images = {f"guidance {g:g}": Image.open(folder / "grids" / f"{name} {g}.png") for g in GUIDANCE}
         rows.append((name, images))
     titled(rows, 130, 16, (6 * SIZE + 8, 2 * SIZE + 4)).quantize(128).save(folder / "first_run.png", optimize=True)
