@@ -1,7 +1,7 @@
 """The training script on SDXL at its real size, on a CPU: does it load, train, die, resume, save and load again?
 
     pip install --no-deps open_clip_torch              # for CLIP's vocabulary
-    python tests/benchmarks/full_size.py FOLDER        # half an hour on two cores; 24 GB of memory, 40 GB of disk
+    python tests/benchmarks/full_size.py FOLDER        # ten minutes on two cores; 24 GB of memory, 40 GB of disk
 
 FOLDER gets a pipeline of SDXL's configs with random bfloat16 weights (7 GB) and pairs of 256 px. A LoRA and the whole
 UNet are trained through the launcher: two steps with a checkpoint after each, killed (-9) when the first is complete,
