@@ -10,6 +10,7 @@ memory of the launched processes, read ten times a second. The table's rows are 
 """
 
 import argparse
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -87,19 +88,14 @@ def watch(command, until=None):
     tree = psutil.Process(process.pid)
     while process.poll() is None:
         members = [tree, *tree.children(recursive=True)]
-        sizes = []
+        resident = 0
         for member in members:
-            try:
-                sizes.append(member.memory_info().rss)
-            except psutil.NoSuchProcess:
-                pass
-        peak = max(peak, sum(sizes))
-        if until is not None and until.exists():
-            for member in reversed(members):
-                try:
-                    member.kill()
-                except psutil.NoSuchProcess:
-                    pass
+            with contextlib.suppress(psutil.NoSuchProcess):
+                resident += member.memory_info().rss
+        peak = max(peak, resident)
+        for member in reversed(members if until is not None and until.exists() else []):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         time.sleep(0.1)
     output.seek(0)
     printed = output.read()

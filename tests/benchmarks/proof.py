@@ -138,10 +138,10 @@ def run(folder, name, seed):
 # Tables and pictures -------------------------------------------------------------------------------------------------
 
 
-def spread(values):
+def spread(values, digits=3):
     """Mean and standard error over seeds."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{error}"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def wins(scores, others):
@@ -159,9 +159,8 @@ def digest(runs):
         for key in keys:
             means = [100 * statistics.mean(line[key]) for line in runs[name].values()]
             won = [100 * wins(line[key], tuned[seed][key]) for seed, line in runs[name].items()]
-            error = f" ± {statistics.stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
             against = f", wins {statistics.mean(won):.0f} %" if "MaPO" in title else ""
-            cells.append(f"{statistics.mean(means):.1f}{error}{against}")
+            cells.append(spread(means, 1) + against)
         print(f"| {title} | {' | '.join(cells)} |")
     columns = {"SFT": "SFT", **{f"beta {beta}": f"beta {beta}" for beta in (128, 64, 32, 8)}, "v1": "`mapo_v1`"}
     print(f"\n| chosen | base | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 2)}")
