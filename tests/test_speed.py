@@ -150,4 +150,8 @@ def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path, monkeypatch, capsys):
         cased, bare = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
         assert cased["case"] == ["--rank 16", "--cache_latents", 1, ""] and bare["case"][1] == "bare"
         assert cased["pairs_per_second"] > 0 and bare["pairs_per_second"] > 0 and len(started) == 2
-        assert len(re.findall(r"^\| .* \| \d+\.\d{3} \|", capsys.readouterr().out, re.M)) == 2
+        assert cased["busy"] > 0 and bare["busy"] > 0
+        # Seconds, pairs, memory, TFLOP/s, and the shares of the peak and of waiting.
+        row = r"^\| .* \| \d+\.\d{3} \| \d+\.\d\d \| \d+\.\d \| \d+ \| \d+% \| \d+% \|$"
+        out = capsys.readouterr().out
+        assert len(re.findall(row, out, re.M)) == 2 and "Cases left: 0." in out

@@ -1,16 +1,18 @@
 """Measure the training script on SDXL at its real size, on one CUDA GPU.
 
-    python tests/benchmarks/gpu.py FOLDER            # about ten minutes on an H100
+    python tests/benchmarks/gpu.py FOLDER            # ten minutes at most; a second call measures what is missing
     python tests/benchmarks/gpu.py FOLDER --toy      # the same on the tiny pipeline of tests, without a GPU
 
 FOLDER gets a pipeline of SDXL's configs with random weights (7 GB), pairs of 1024 px, and `results.jsonl`, to which
-each case is added as it ends: a second call measures what is missing. Each case is the script in a process of its own,
-without the files that it writes at the end; speed and memory are what it logs, means over the steps after the first
-ones. The bare loop is the UNet and the optimizer on ready latents and embeddings. It needs no network.
+each case is added as it ends. Each case is the script in a process of its own, without the files that it writes at the
+end; speed and memory are what it logs, means over the steps after the first ones. The profiler adds up what the GPU
+computes in two more steps: for the rest of a step it waits for the host. The peak is the rate of a large matrix
+product in bfloat16. The bare loop is the UNet and the optimizer on ready latents and embeddings. It needs no network.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -50,8 +52,10 @@ CASES = [
     (LORA, CACHED, 8, ""),
     (ROUNDED, CACHED, 2, ""),
     (ROUNDED, CACHED, 8, ""),
+    (ROUNDED, UNCACHED, 1, "--dataloader_num_workers 4"),
 ]
 TOY_CASES = [case for case in CASES if case in ((LORA, CACHED, 1, ""), (FULL, BARE, 1, ""))]
+PROFILED = 2  # steps behind the measured ones
 # TFLOP of a pair at 1024 px by tests/benchmarks/flops.py: forward and backward, with what checkpointing recomputes.
 TFLOP = {LORA: 13.79 + 15.46 + 12.99, ROUNDED: 13.52 + 26.94 + 10.42, FULL: 13.52 + 26.94 + 10.42}
 
@@ -115,29 +119,72 @@ def run_case(folder, case, toy):
         words += ["--pretrained_vae_model_name_or_path", folder / "float32-vae"]
     output = folder / "runs" / f"{time.time():.0f}"
     words += ["--pretrained_model_name_or_path", folder / "pipeline", "--dataset_name", folder / "pairs"]
-    words += ["--train_batch_size", size, "--max_train_steps", 4 if toy else 12, "--logging_steps", 2 if toy else 6]
+    steps = 2 if toy else 6
+    words += ["--train_batch_size", size, "--max_train_steps", 2 * steps + PROFILED, "--logging_steps", steps]
     words += ["--resolution", 64 if toy else 1024, "--seed", 0]
     words += ["--output_dir", output, "--cache_dir", folder / "cache"]
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--steps-alone", *map(str, words)]
+    command = [sys.executable, __file__, "--steps-alone", str(2 * steps), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     result = {"wall": time.perf_counter() - started}
     if done.returncode:
         error = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
         return result | {"error": "out of memory" if "OutOfMemory" in done.stderr else (error or ["?"])[-1][:300]}
     logs = scalars(output)
-    speed = logs["pairs_per_second"][-1]
-    return result | {"pairs_per_second": speed, "step": size / speed, "gib": logs["peak_memory_gib"][-1]}
+    speed = logs["pairs_per_second"][1]
+    result |= {"pairs_per_second": speed, "step": size / speed, "gib": logs["peak_memory_gib"][1]}
+    return result | json.loads(done.stdout.splitlines()[-1])
 
 
-def steps_alone(words):
-    """The script without its last files: a whole UNet's take longer to write than the steps to make."""
+def steps_alone(measured, words):
+    """
+    The script without its last files: a whole UNet's take longer to write than the steps to make. Its last PROFILED
+    steps come behind those that are measured.
+    """
     import train_diffusion_mapo_sdxl as script
 
-    script.finish = lambda run: None
-    status, unsent = script.main(script.parse_args(words))
+    profile, train_step, calls = device_profile(), script.train_step, itertools.count()
+
+    def profiled(*args):
+        if next(calls) == measured:
+            profile.start()
+        return train_step(*args)
+
+    script.train_step, script.finish = profiled, lambda run: profile.stop()
+    _, unsent = script.main(script.parse_args(words))
     unsent()
-    return status
+    print("\n" + json.dumps({"busy": busy_seconds(profile)}))
+
+
+def device_profile():
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+
+
+def busy_seconds(profile):
+    """Of each profiled step, in which the device computed or copied."""
+    if not torch.cuda.is_available():
+        return sum(event.self_cpu_time_total for event in profile.events()) / 1e6 / PROFILED
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # An annotation spans what is counted already.
+    return sum(event.self_device_time_total for event in on_device if not event.is_user_annotation) / 1e6 / PROFILED
+
+
+def matmul_rate(toy):
+    """TFLOP/s of a product of two large bfloat16 matrices."""
+    size, device, times = (256, "cpu", 2) if toy else (8192, "cuda", 30)
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    for turn in range(2):
+        started = time.perf_counter()
+        for _ in range(times):
+            matrix @ matrix
+        if not toy:
+            torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / times
+    if not toy:
+        del matrix
+        torch.cuda.empty_cache()  # for the processes that are measured
+    return float(f"{2 * size**3 / seconds / 1e12:.3g}")
 
 
 def bare_loop(trained, size, toy):
@@ -170,9 +217,9 @@ def bare_loop(trained, size, toy):
         "time_ids": torch.ones(2 * size, 6, device=device),
     }
     timesteps = torch.randint(1000, (2 * size,), device=device)
-    for step in range(4 if toy else 12):
-        if step == (2 if toy else 6):
-            started = time.perf_counter()
+    steps, profile = 2 if toy else 6, device_profile()
+
+    def step():
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             prediction = unet(noise.bfloat16(), timesteps, embeds, added_cond_kwargs=conditions).sample
         errors = (prediction.float() - noise).square().mean(dim=(1, 2, 3)).chunk(2)
@@ -180,11 +227,19 @@ def bare_loop(trained, size, toy):
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
-    if not toy:
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / (2 if toy else 6)
+
+    for _ in range(2):  # the first round warms up
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        if not toy:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / steps
     gib = 0 if toy else torch.cuda.max_memory_allocated() / 2**30
-    return {"pairs_per_second": size / seconds, "step": seconds, "gib": gib}
+    with profile:
+        for _ in range(PROFILED):
+            step()
+    return {"pairs_per_second": size / seconds, "step": seconds, "gib": gib, "busy": busy_seconds(profile)}
 
 
 def bare_case(trained, size, toy):
@@ -196,16 +251,19 @@ def bare_case(trained, size, toy):
 
 def table(results):
     """Markdown: one row a case."""
-    columns = ["trained", "encoding", "pairs a pass", "more", "s/step", "pairs/s", "TFLOP/s", "GiB"]
+    columns = ["trained", "encoding", "pairs a pass", "more", "s/step", "pairs/s", "GiB", "TFLOP/s", "of the peak"]
+    columns += ["waits for the host"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (trained, encoding, size, more), result in results.items():
         cells = [trained or "whole UNet", encoding, size, more]
         if "error" in result:
-            cells += [result["error"], "", "", ""]
+            cells += [result["error"], *5 * [""]]
         else:
-            tflop = result["pairs_per_second"] * TFLOP[trained]
-            cells += [f"{result['step']:.3f}", f"{result['pairs_per_second']:.2f}", f"{tflop:.0f}"]
-            cells += [f"{result['gib']:.1f}"]
+            rate = result["pairs_per_second"] * TFLOP[trained]
+            cells += [f"{result['step']:.3f}", f"{result['pairs_per_second']:.2f}", f"{result['gib']:.1f}"]
+            # Earlier results are without the last two.
+            cells += [f"{rate:.0f}", f"{rate / result['peak_tflops']:.0%}" if "peak_tflops" in result else ""]
+            cells += [f"{max(0, 1 - result['busy'] / result['step']):.0%}" if "busy" in result else ""]
         print(f"| {' | '.join(map(str, cells))} |")
 
 
@@ -214,19 +272,20 @@ def main():
     parser.add_argument("folder", type=Path, help="where to build the pipeline and to keep the results")
     parser.add_argument("--toy", action="store_true", help="the tiny pipeline, one case of each kind, on CPU")
     parser.add_argument("--results", type=Path, help="another place for results.jsonl")
+    parser.add_argument("--minutes", type=float, default=9, help="no case begins after so many")
     args = parser.parse_args()
-    folder, started = args.folder.resolve(), time.perf_counter()
+    folder, started, cases = args.folder.resolve(), time.perf_counter(), TOY_CASES if args.toy else CASES
     results = args.results or folder / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     build_world(folder, args.toy)
     print(f"Built in {time.perf_counter() - started:.0f} s.", flush=True)
     card = "CPU" if args.toy else torch.cuda.get_device_name()
-    where = {"card": card, "date": datetime.date.today().isoformat()}
+    where = {"card": card, "peak_tflops": matmul_rate(args.toy), "date": datetime.date.today().isoformat()}
     where |= {library: version(library) for library in ("torch", "diffusers", "bitsandbytes")}
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {tuple(entry["case"]): entry for entry in known}
-    for case in TOY_CASES if args.toy else CASES:
-        if case in done:
+    for case in cases:
+        if case in done or time.perf_counter() - started > 60 * args.minutes:
             continue
         trained, encoding, size, _ = case
         result = bare_case(trained, size, args.toy) if encoding == BARE else run_case(folder, case, args.toy)
@@ -234,7 +293,8 @@ def main():
         print(f"{time.perf_counter() - started:5.0f} s", json.dumps(done[case]), flush=True)
         with results.open("a") as file:
             file.write(json.dumps(done[case]) + "\n")
-    print(", ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    print(f"Cases left: {len(set(cases) - done.keys())}.\n")
     table(done)
 
 
@@ -243,6 +303,6 @@ if __name__ == "__main__":
         print(json.dumps(bare_loop(*json.loads(sys.argv[2]))))
     elif sys.argv[1:2] == ["--steps-alone"]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        sys.exit(steps_alone(sys.argv[2:]))
+        steps_alone(int(sys.argv[2]), sys.argv[3:])
     else:
         main()
