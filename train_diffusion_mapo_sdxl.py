@@ -951,6 +951,7 @@ def set_lora(parts, weights):
 def add_lora(args, parts):
     """Give the parts that are trained a new LoRA, or the one to continue."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
         weights = read_lora(args.init_lora, parts["unet"].config)[0] if args.init_lora else {}
@@ -969,6 +970,9 @@ def add_lora(args, parts):
                 layers = [f"layers.{number}.self_attn.{layer}" for number in layers for layer in TEXT_LORA_LAYERS]
             options = {"lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
             inject_adapter_in_model(LoraConfig(r=args.rank, target_modules=layers, **options), part)
+            for module in part.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.cast_input_dtype_enabled = False  # autocast alone casts, and rounds no copy in float32
             cast_training_params(part, torch.float32)
         set_lora(adapted, weights)
 
@@ -1016,7 +1020,7 @@ class StochasticRounding:
 
 def build_optimizer(args, parameters, pairs_per_step):
     """AdamW, with 32-bit or 8-bit states, at the learning rates from which the schedules of all parts start."""
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = functools.partial(torch.optim.AdamW, fused=True)  # otherwise it copies all gradients
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -1324,14 +1328,15 @@ def start_progress(args, accelerator, state, source):
 def resume(run, checkpoint, state):
     """Load a checkpoint, and make up for the validation that was to follow it."""
     args, progress = run.args, run.progress
-    # What the flags say of rates and decay holds from here on.
-    flags = [{**group, "params": None} for group in run.optimizer.param_groups]
+    # What the flags say of rates and decay holds from here on; fused is how the states of the checkpoint are kept.
+    groups = [group.items() for group in run.optimizer.param_groups]
+    flags = [{name: value for name, value in group if name not in ("params", "fused")} for group in groups]
     with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded"):
         if state["settings"]["sharding"] == "none":
             load_trained_weights(args, run.pipeline, checkpoint)
         run.accelerator.load_state(checkpoint)
     for group, values in zip(run.optimizer.param_groups, flags):
-        group.update(values, params=group["params"])
+        group.update(values)
     if progress.step < args.max_train_steps and progress.step % args.validation_steps == 0:
         validate(run)
 

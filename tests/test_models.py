@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 from small_world import build_pipeline, png, write_pairs
 from test_arguments import complaint
-from test_training import assert_equal, curves, trained
+from test_training import assert_equal, assert_same, curves, trained
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,26 @@ def test_nearly_all_lora_weights_move_under_bf16_at_a_small_learning_rate(script
     start, end = trained(run(script, {**flags, **still})), trained(run(script, flags))
     moved = torch.cat([(start[name] != weight).flatten() for name, weight in end.items()])
     assert moved.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("train_text_encoder", [None, also(True)])
+def test_lora_copies_no_activation_to_float32(script, flags, tmp_path, monkeypatch, train_text_encoder):
+    """And learns the same, bit for bit, as with peft's copies, which autocast would round again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    cast, dtypes = BaseTunerLayer._cast_input_dtype, set()
+
+    def noted(layer, values, dtype):
+        dtypes.add(cast(layer, values, dtype).dtype)
+        return cast(layer, values, dtype)
+
+    flags.update(mixed_precision="bf16", train_text_encoder=train_text_encoder, run_validation=True)
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", noted)
+    uncopied = run(script, flags)
+    # What a trained text encoder gives is in float32 already.
+    assert dtypes == {torch.bfloat16, *[torch.float32] * (train_text_encoder is True)}
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", lambda layer, values, dtype: values.to(dtype))
+    assert_same(run(script, {**flags, "output_dir": tmp_path / "copied"}), uncopied)
 
 
 @pytest.fixture(scope="module")
