@@ -144,14 +144,19 @@ def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(command, status, stdout=output, stderr="")
 
     monkeypatch.setattr(gpu.subprocess, "run", forked)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--toy"])
-    for _ in range(2):
+
+    def measure(*words):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--toy", *words])
         gpu.main()
-        cased, bare = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+        return capsys.readouterr().out
+
+    assert "Cases left: 2." in measure("--minutes", "0")
+    assert "Cases left: 0." in measure("--skip", "rank", "compile")
+    # Seconds, pairs, memory, TFLOP/s, and the shares of the peak and of waiting.
+    row = r"^\| .* \| \d+\.\d{3} \| \d+\.\d\d \| \d+\.\d \| \d+ \| \d+% \| \d+% \|$"
+    for _ in range(2):
+        assert len(re.findall(row, measure(), re.M)) == 2
+        bare, cased = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
         assert cased["case"] == ["--rank 16", "--cache_latents", 1, ""] and bare["case"][1] == "bare"
-        assert cased["pairs_per_second"] > 0 and bare["pairs_per_second"] > 0 and len(started) == 2
-        assert cased["busy"] > 0 and bare["busy"] > 0
-        # Seconds, pairs, memory, TFLOP/s, and the shares of the peak and of waiting.
-        row = r"^\| .* \| \d+\.\d{3} \| \d+\.\d\d \| \d+\.\d \| \d+ \| \d+% \| \d+% \|$"
-        out = capsys.readouterr().out
-        assert len(re.findall(row, out, re.M)) == 2 and "Cases left: 0." in out
+        assert all(result[value] > 0 for result in (cased, bare) for value in ("pairs_per_second", "busy"))
+    assert len(started) == 2
