@@ -1,12 +1,13 @@
 """The training script on SDXL at its real size, on a CPU: does it load, train, die, resume, save and load again?
 
     pip install --no-deps open_clip_torch              # for CLIP's vocabulary
-    python tests/benchmarks/full_size.py FOLDER        # ten minutes on two cores; 24 GB of memory, 40 GB of disk
+    python tests/benchmarks/full_size.py FOLDER        # 24 GB of memory, 40 GB of disk
 
 FOLDER gets a pipeline of SDXL's configs with random bfloat16 weights (7 GB) and pairs of 256 px. A LoRA and the whole
 UNet are trained through the launcher: two steps with a checkpoint after each, killed (-9) when the first is complete,
 and resumed. What was saved must then load into a plain pipeline and change what its UNet predicts. Memory is resident
-memory of the launched processes, read ten times a second. The table's rows are in FOLDER/full_size.jsonl, too.
+memory of the launched processes, read ten times a second. The table's rows are in FOLDER/full_size.jsonl, too. It
+takes ten minutes on two cores that have instructions for bfloat16, and far longer without.
 """
 
 import argparse
