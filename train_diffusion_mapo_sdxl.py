@@ -972,7 +972,7 @@ def add_lora(args, parts):
             inject_adapter_in_model(LoraConfig(r=args.rank, target_modules=layers, **options), part)
             for module in part.modules():
                 if isinstance(module, BaseTunerLayer):
-                    module.cast_input_dtype_enabled = False  # autocast alone casts, and rounds no copy in float32
+                    module.cast_input_dtype_enabled = False  # autocast would round its float32 copies again
             cast_training_params(part, torch.float32)
         set_lora(adapted, weights)
 
@@ -1328,7 +1328,7 @@ def start_progress(args, accelerator, state, source):
 def resume(run, checkpoint, state):
     """Load a checkpoint, and make up for the validation that was to follow it."""
     args, progress = run.args, run.progress
-    # What the flags say of rates and decay holds from here on; fused is how the states of the checkpoint are kept.
+    # What the flags say of rates and decay holds from here on; fused belongs to the states of the checkpoint.
     groups = [group.items() for group in run.optimizer.param_groups]
     flags = [{name: value for name, value in group if name not in ("params", "fused")} for group in groups]
     with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded"):

@@ -124,7 +124,7 @@ def run_case(folder, case, toy):
     words += ["--resolution", 64 if toy else 1024, "--seed", 0]
     words += ["--output_dir", output, "--cache_dir", folder / "cache"]
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--steps-alone", str(2 * steps), *map(str, words)]
+    command = [sys.executable, __file__, "--steps-alone", json.dumps([2 * steps, toy]), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     result = {"wall": time.perf_counter() - started}
     if done.returncode:
@@ -136,14 +136,14 @@ def run_case(folder, case, toy):
     return result | json.loads(done.stdout.splitlines()[-1])
 
 
-def steps_alone(measured, words):
+def steps_alone(measured, toy, words):
     """
     The script without its last files: a whole UNet's take longer to write than the steps to make. Its last PROFILED
     steps come behind those that are measured.
     """
     import train_diffusion_mapo_sdxl as script
 
-    profile, train_step, calls = device_profile(), script.train_step, itertools.count()
+    profile, train_step, calls = device_profile(toy), script.train_step, itertools.count()
 
     def profiled(*args):
         if next(calls) == measured:
@@ -153,17 +153,17 @@ def steps_alone(measured, words):
     script.train_step, script.finish = profiled, lambda run: profile.stop()
     _, unsent = script.main(script.parse_args(words))
     unsent()
-    print("\n" + json.dumps({"busy": busy_seconds(profile)}))
+    print("\n" + json.dumps({"busy": busy_seconds(profile, toy)}))
 
 
-def device_profile():
+def device_profile(toy):
     activity = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+    return torch.profiler.profile(activities=[activity.CPU if toy else activity.CUDA])
 
 
-def busy_seconds(profile):
+def busy_seconds(profile, toy):
     """Of each profiled step, in which the device computed or copied."""
-    if not torch.cuda.is_available():
+    if toy:
         return sum(event.self_cpu_time_total for event in profile.events()) / 1e6 / PROFILED
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     # An annotation spans what is counted already.
@@ -217,7 +217,7 @@ def bare_loop(trained, size, toy):
         "time_ids": torch.ones(2 * size, 6, device=device),
     }
     timesteps = torch.randint(1000, (2 * size,), device=device)
-    steps, profile = 2 if toy else 6, device_profile()
+    steps, profile = 2 if toy else 6, device_profile(toy)
 
     def step():
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
@@ -239,7 +239,7 @@ def bare_loop(trained, size, toy):
     with profile:
         for _ in range(PROFILED):
             step()
-    return {"pairs_per_second": size / seconds, "step": seconds, "gib": gib, "busy": busy_seconds(profile)}
+    return {"pairs_per_second": size / seconds, "step": seconds, "gib": gib, "busy": busy_seconds(profile, toy)}
 
 
 def bare_case(trained, size, toy):
@@ -305,6 +305,6 @@ if __name__ == "__main__":
         print(json.dumps(bare_loop(*json.loads(sys.argv[2]))))
     elif sys.argv[1:2] == ["--steps-alone"]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        steps_alone(int(sys.argv[2]), sys.argv[3:])
+        steps_alone(*json.loads(sys.argv[2]), sys.argv[3:])
     else:
         main()
