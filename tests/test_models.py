@@ -338,3 +338,35 @@ def test_bfloat16_weights_learn_and_resume_as_float32_weights_do(script, full_bf
     assert_equal(trained(resumed), trained(rounded))
     with pytest.raises(script.TrainingError, match="full_bf16 is False, but True in .*checkpoint-5"):
         run(script, {**resume, "full_bf16": None, "output_dir": tmp_path / "refused"})
+
+
+# fp16 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scalers(script, monkeypatch):
+    """--mixed_precision fp16, which accelerate gives to GPUs alone, on CPU; the scale is far too large at first."""
+    build, scalers = script.build_accelerator, []
+
+    def build_half(args):
+        accelerator, _ = build(args)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**40, backoff_factor=2.0**-30, growth_interval=2)
+        scalers.append(accelerator.scaler)
+        return accelerator, torch.float16
+
+    monkeypatch.setattr(script, "build_accelerator", build_half)
+    return scalers
+
+
+@pytest.mark.parametrize("changes", [{}, also({"rank": None}), also({"rank": None, "use_8bit_adam": True})])
+def test_fp16_skips_a_step_learns_its_scale_and_resumes(script, flags, half_pipeline, tmp_path, scalers, changes):
+    flags.update(pretrained_model_name_or_path=half_pipeline, checkpointing_steps=1, **changes)
+    whole = run(script, flags)
+    logs, loss = scalars(whole), curves(whole)["loss"]
+    assert list(logs["skipped_steps"].values()) == [1, 1, 1, 1] and scalers[0].get_scale() == 2**11
+    assert [math.isfinite(norm) for norm in logs["grad_norm"].values()] == [False, True, True, True]
+    assert not loss[1] and all(loss[step] > 0 for step in (2, 3, 4))  # a mean over no step, then of one each
+    resumed = {"resume_from_checkpoint": whole / "checkpoint-2", "output_dir": tmp_path / "resumed"}
+    assert_equal(trained(run(script, {**flags, **resumed})), trained(whole))
+    assert scalers[1].get_scale() == 2**11
