@@ -1836,14 +1836,16 @@ def train(run, batches, stop):
         bar.update(1)
         last = progress.step == args.max_train_steps
         if last or progress.step % args.logging_steps == 0:
-            logs |= {name: total / max(progress.batches_summed, 1) for name, total in zip(METRICS, progress.sums)}
+            if progress.batches_summed:  # otherwise no step had a finite gradient
+                logs |= {name: total / progress.batches_summed for name, total in zip(METRICS, progress.sums)}
             logs |= {"skipped_steps": progress.skipped_steps, "pairs_per_second": steps * run.pairs_per_step / seconds}
             resident = psutil.Process().memory_info().rss
             peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resident
             with tracking(accelerator):
                 accelerator.log({**logs, "peak_memory_gib": peak / 2**30}, step=progress.step)
-            bar.set_postfix({name: f"{logs[name]:.4g}" for name in ("loss", "accuracy", "pairs_per_second")})
-            if logs["captions_cut"] > 0 and not progress.cut_reported:
+            shown = [name for name in ("loss", "accuracy", "pairs_per_second") if name in logs]
+            bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
+            if logs.get("captions_cut", 0) > 0 and not progress.cut_reported:
                 progress.cut_reported = True
                 logger.warning(
                     f"{logs['captions_cut']:.2%} of the captions are cut, SDXL reads 77 tokens (captions_cut)."

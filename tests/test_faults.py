@@ -368,6 +368,7 @@ def test_steps_without_a_finite_gradient_are_left_out(script, flags, tmp_path, m
     warned = re.findall(r"No finite gradient in (\d+) steps up to step (\d+), not applied\.", caplog.text)
     assert warned == [("1", "3"), ("2", "4")]
     assert scalars(out)["skipped_steps"] == {1: 0, 2: 0, 3: 1, 4: 2, 5: 2}
+    assert list(scalars(out)["loss"]) == [1, 2, 5]
     assert json.loads((out / "checkpoint-5" / "mapo_state.json").read_text())["bad_steps"] == 0
     monkeypatch.undo()
     flags.update(output_dir=tmp_path / "resumed", resume_from_checkpoint=out / "checkpoint-4")

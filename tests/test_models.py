@@ -363,10 +363,10 @@ def scalers(script, monkeypatch):
 def test_fp16_skips_a_step_learns_its_scale_and_resumes(script, flags, half_pipeline, tmp_path, scalers, changes):
     flags.update(pretrained_model_name_or_path=half_pipeline, checkpointing_steps=1, **changes)
     whole = run(script, flags)
-    logs, loss = scalars(whole), curves(whole)["loss"]
+    logs = scalars(whole)
     assert list(logs["skipped_steps"].values()) == [1, 1, 1, 1] and scalers[0].get_scale() == 2**11
     assert [math.isfinite(norm) for norm in logs["grad_norm"].values()] == [False, True, True, True]
-    assert not loss[1] and all(loss[step] > 0 for step in (2, 3, 4))  # a mean over no step, then of one each
+    assert list(logs["loss"]) == [2, 3, 4]
     resumed = {"resume_from_checkpoint": whole / "checkpoint-2", "output_dir": tmp_path / "resumed"}
     assert_equal(trained(run(script, {**flags, **resumed})), trained(whole))
     assert scalers[1].get_scale() == 2**11
