@@ -369,8 +369,8 @@ def assemble(args, number, settings):
     files = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
     licence = {"license": "other"}
     with contextlib.suppress(Exception):  # the base has no card, or there is no network
-        card = ModelCard.load(getattr(args, BASE)).data.to_dict()
-        licence |= {name: value for name, value in card.items() if name.startswith("license")}
+        card = ModelCard.load(Path(base, "README.md") if Path(base := getattr(args, BASE)).is_dir() else base)
+        licence |= {name: value for name, value in card.data.to_dict().items() if name.startswith("license")}
     tags = {"task_categories": ["text-to-image"], "tags": ["mapo", "preference", "stable-diffusion-xl", "synthetic"]}
     head = DatasetCardData(**licence, **tags, dataset_info=info, configs=files).to_yaml()
     lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())

@@ -552,6 +552,18 @@ def test_nothing_of_this_machine_is_published(maker, small, scorers, flags, tmp_
                 assert word.encode() not in content, (word, path)
 
 
+def test_licence_of_a_local_base_is_in_its_folder(maker, small, flags, tmp_path, monkeypatch):
+    """The name of a folder may look like a hub id, and nobody is asked for that."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small / "pipeline", "some/sdxl")
+    monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", lambda *args, **options: pytest.fail("asked"))
+    flags |= {"pretrained_model_name_or_path": "some/sdxl", "max_prompts": 1}
+    assert "license: other" in (run_script(maker, flags) / "README.md").read_text()
+    Path("some/sdxl/README.md").write_text("---\nlicense: openrail++\n---\n")
+    out = run_script(maker, {**flags, "output_dir": tmp_path / "licensed"})
+    assert "license: openrail++" in (out / "README.md").read_text()
+
+
 def test_base_from_the_hub_is_named_with_its_licence(maker, small, flags, tmp_path, monkeypatch):
     repo = tmp_path / "cache" / "models--some--sdxl"
     shutil.copytree(small / "pipeline", repo / "snapshots" / ("0" * 40))
