@@ -151,6 +151,16 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(script, flags, tmp_path
 SECOND = {"learning_rate": 2e-3, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_weight_decay": 0.3, "adam_epsilon": 1e-4}
 
 
+def test_states_of_an_adam_that_was_not_fused_stay_so(script, flags, tmp_path):
+    """Their step counters lie on the CPU, where a fused one on a GPU cannot read them."""
+    folder = run(script, {**flags, "checkpointing_steps": 2}) / "checkpoint-2"
+    states = torch.load(folder / "optimizer.bin")
+    states["param_groups"][0]["fused"] = None
+    torch.save(states, folder / "optimizer.bin")
+    resumed = run(script, {**flags, "resume_from_checkpoint": folder, "output_dir": tmp_path / "resumed"})
+    assert torch.load(resumed / "checkpoint-4" / "optimizer.bin")["param_groups"][0]["fused"] is None
+
+
 @pytest.mark.parametrize("changes", [{}, {"rank": None, "use_8bit_adam": True}], ids=["AdamW", "8-bit"])
 def test_flags_hold_from_the_resumed_step_on(script, flags, tmp_path, monkeypatch, changes):
     """To the bit what a run does whose optimizer and objective are changed by hand behind step 2."""

@@ -1,6 +1,6 @@
 """Measure the training script on SDXL at its real size, on one CUDA GPU.
 
-    python tests/benchmarks/gpu.py FOLDER            # ten minutes at most; a second call measures what is missing
+    python tests/benchmarks/gpu.py FOLDER            # about ten minutes; a second call measures what is missing
     python tests/benchmarks/gpu.py FOLDER --toy      # the same on the tiny pipeline of tests, without a GPU
 
 FOLDER gets a pipeline of SDXL's configs with random weights (7 GB), pairs of 1024 px, and `results.jsonl`, to which
@@ -174,7 +174,7 @@ def matmul_rate(toy):
     """TFLOP/s of a product of two large bfloat16 matrices."""
     size, device, times = (256, "cpu", 2) if toy else (8192, "cuda", 30)
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    for turn in range(2):
+    for _ in range(2):  # the first round warms up
         started = time.perf_counter()
         for _ in range(times):
             matrix @ matrix
