@@ -169,6 +169,19 @@ def test_variant_of_the_weights_is_loaded_and_trained_in_float32(script, flags, 
     assert all(rounded) is (vae != "plain files")
 
 
+def test_unet_is_loaded_before_the_other_parts(script, flags, monkeypatch):
+    """As it is cast, its files are mapped into memory: loading peaks there, and no other part should add to it."""
+    dtypes, load = [], StableDiffusionXLPipeline.from_pretrained
+
+    def load_others(*names, **parts):
+        dtypes.append(parts["unet"].dtype)
+        return load(*names, **parts)
+
+    monkeypatch.setattr(script.StableDiffusionXLPipeline, "from_pretrained", load_others)
+    run(script, flags | {"mixed_precision": "bf16", "max_train_steps": 1})
+    assert dtypes == [torch.bfloat16]
+
+
 def test_files_of_a_variant_alone_are_said_to_need_it(script, flags, fp16_files):
     sentence = complaint(script, flags | {"pretrained_model_name_or_path": fp16_files})
     assert (

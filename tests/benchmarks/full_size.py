@@ -1,13 +1,14 @@
 """The training script on SDXL at its real size, on a CPU: does it load, train, die, resume, save and load again?
 
     pip install --no-deps open_clip_torch              # for CLIP's vocabulary
-    python tests/benchmarks/full_size.py FOLDER        # 24 GB of memory, 40 GB of disk
+    python tests/benchmarks/full_size.py FOLDER        # 24 GB of memory, 50 GB of disk
 
-FOLDER gets a pipeline of SDXL's configs with random bfloat16 weights (7 GB) and pairs of 256 px. A LoRA and the whole
-UNet are trained through the launcher: two steps with a checkpoint after each, killed (-9) when the first is complete,
-and resumed. What was saved must then load into a plain pipeline and change what its UNet predicts. Memory is resident
-memory of the launched processes, read ten times a second. The table's rows are in FOLDER/full_size.jsonl, too. It
-takes ten minutes on two cores that have instructions for bfloat16, and far longer without.
+FOLDER gets a pipeline of SDXL's configs with random bfloat16 weights (7 GB), its UNet in float32 (10 GB), and pairs
+of 256 px. Loading is measured in processes of its own. A LoRA and the whole UNet are trained through the launcher:
+two steps with a checkpoint after each, killed (-9) when the first is complete, and resumed. What was saved must then
+load into a plain pipeline and change what its UNet predicts. Memory is resident memory of the launched processes, read
+ten times a second. The table's rows are in FOLDER/full_size.jsonl, too. It takes ten minutes on two cores that have
+instructions for bfloat16, and far longer without.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import date
 from functools import partial
@@ -41,7 +43,10 @@ RUNS = {
     "LoRA of rank 16": "--rank 16 --learning_rate 1e-3 --gradient_accumulation_steps 2",
     "whole UNet": "--full_bf16 --use_8bit_adam --learning_rate 1e-5",
 }
-LOADED = RUNS | {"whole UNet, float32": "--learning_rate 1e-5"}
+LOADED = RUNS | {
+    "whole UNet, float32": "--learning_rate 1e-5",
+    "LoRA of rank 16, float32 files": "--rank 16 --pretrained_unet_name_or_path {folder}/float32-unet",
+}
 STATE, LORA, KOHYA = "mapo_state.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 # Attention, feed-forward and projections of 70 transformer blocks, convolutions of the resnets, and embeddings.
 KOHYA_LAYERS = 784
@@ -66,12 +71,15 @@ def clip_tokenizer(pad_token):
 
 def build(folder):
     """The pipeline and the pairs, once."""
+    from diffusers import UNet2DConditionModel
     from gpu import build_sdxl
     from small_world import draw_pairs
 
     if (folder / "built").exists():
         return
     build_sdxl(folder, "cpu")
+    unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
+    unet.save_pretrained(folder / "float32-unet", max_shard_size="20GB")
     for name, pad_token in {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}.items():
         clip_tokenizer(pad_token).save_pretrained(folder / "pipeline" / name)
     draw_pairs(folder / "pairs", num_pairs=4, num_shards=1, size=256)
@@ -113,7 +121,7 @@ def command_line(folder, flags, output):
     words = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch_configs" / "cpu.yaml"]
     words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "pipeline"]
     words += ["--dataset_name", folder / "pairs", "--cache_dir", folder / "cache", "--output_dir", output]
-    return [sys.executable, *map(str, words), *SHARED.split(), *flags.split()]
+    return [sys.executable, *map(str, words), *SHARED.split(), *flags.format(folder=folder).split()]
 
 
 def train(folder, name):
@@ -160,22 +168,35 @@ def load(folder, name):
 
 
 def loading(folder, name):
-    """The script's own loading: its peak beside what it keeps and the size of the weights."""
+    """
+    The script's own loading: its peak, with and without the files' pages that are mapped into memory and that the
+    kernel may take away at any time, beside what it keeps and the size of the weights.
+    """
     import train_diffusion_mapo_sdxl as script
 
     args = script.parse_args(command_line(folder, LOADED[name], folder / "runs" / "loading")[6:])
     accelerator, dtype = script.build_accelerator(args)
     script.load_configs(args)
-    process = psutil.Process()
-    before, started = process.memory_info().rss, time.perf_counter()
+    read = psutil.Process().memory_info
+    own, loaded = [], threading.Event()
+    before, started = read(), time.perf_counter()
+
+    def watch_own():
+        while not loaded.wait(0.05):
+            own.append((now := read()).rss - now.shared)
+
+    watcher = threading.Thread(target=watch_own)
+    watcher.start()
     pipeline = script.load_pipeline(args, accelerator, dtype)
-    seconds, kept = time.perf_counter() - started, process.memory_info().rss - before
+    seconds, kept = time.perf_counter() - started, read().rss - before.rss
+    loaded.set()
+    watcher.join()
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     weights = sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters())
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    peak = int(peak) * 1024 - before
-    row = {"what": f"{name}: loading", "seconds": seconds, "peak GB": peak / 1e9, "kept GB": kept / 1e9}
-    return row | {"weights GB": weights / 1e9}
+    row = {"what": f"{name}: loading", "seconds": seconds, "peak GB": (int(peak) * 1024 - before.rss) / 1e9}
+    row["without files GB"] = (max(own) - (before.rss - before.shared)) / 1e9
+    return row | {"kept GB": kept / 1e9, "weights GB": weights / 1e9}
 
 
 def in_a_process(folder, name):
@@ -211,7 +232,7 @@ def main():
             with results.open("a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
             print(*(json.dumps(line) for line in new), sep="\n", flush=True)
-    columns = ["seconds", "peak GB", "kept GB", "weights GB", "checkpoint GB", "result GB"]
+    columns = ["seconds", "peak GB", "without files GB", "kept GB", "weights GB", "checkpoint GB", "result GB"]
     print(f"\n| what | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for line in lines:
         cells = [f"{line[column]:.{0 if column == 'seconds' else 2}f}" if column in line else "" for column in columns]
