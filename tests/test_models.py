@@ -140,6 +140,7 @@ def test_lora_copies_no_activation_to_float32(script, flags, tmp_path, monkeypat
         return cast(layer, values, dtype)
 
     flags.update(mixed_precision="bf16", train_text_encoder=train_text_encoder, run_validation=True)
+    flags.update(validation_prompts=["a red circle"], num_inference_steps=2)
     monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", noted)
     uncopied = run(script, flags)
     # What a trained text encoder gives is in float32 already.
