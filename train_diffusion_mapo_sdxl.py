@@ -877,7 +877,10 @@ def load_unet(args, dtype):
     if name is not None:
         return load_part(UNet2DConditionModel.from_pretrained, name, args, "unet", **options)
     options |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    return UNet2DConditionModel.from_pretrained(base_folder(args), subfolder="unet", **options)
+    base = base_folder(args)
+    # Given the base, diffusers would say that its folder lacks a file that the UNet's lacks.
+    folder, subfolder = (Path(base, "unet"), None) if os.path.isdir(base) else (base, "unet")
+    return UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder, **options)
 
 
 def load_pipeline(args, accelerator, weight_dtype):
