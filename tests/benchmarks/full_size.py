@@ -185,7 +185,7 @@ def loading(folder, name):
         while not loaded.wait(0.05):
             own.append((now := read()).rss - now.shared)
 
-    watcher = threading.Thread(target=watch_own)
+    watcher = threading.Thread(target=watch_own, daemon=True)
     watcher.start()
     pipeline = script.load_pipeline(args, accelerator, dtype)
     seconds, kept = time.perf_counter() - started, read().rss - before.rss
