@@ -891,9 +891,9 @@ def load_pipeline(args, accelerator, weight_dtype):
     transformers.integrations.unset_hf_deepspeed_config()
     unet_dtype = whole_unet_dtype(args) if args.rank is None else weight_dtype
     advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
-    base = f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"
+    sentence = f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"
     # The UNet comes first: as it is cast, its files are mapped into memory beside it, and nothing else should be.
-    with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded" if unet_name else base):
+    with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded" if unet_name else sentence):
         parts["unet"] = load_unet(args, unet_dtype)
     if vae_name:
         with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
@@ -902,7 +902,7 @@ def load_pipeline(args, accelerator, weight_dtype):
     options |= {"revision": args.revision, "variant": args.variant}
     # Each part is loaded in the dtype that it keeps.
     options["dtype"] = {"vae": torch.float32, "default": weight_dtype}
-    with failing_together(base):
+    with failing_together(sentence):
         pipeline = StableDiffusionXLPipeline.from_pretrained(base_folder(args), **parts, **options)
     dtypes = {"unet": unet_dtype, "text_encoder": weight_dtype, "text_encoder_2": weight_dtype}
     # What half precision overflows in is upcast.

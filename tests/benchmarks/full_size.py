@@ -121,7 +121,7 @@ def command_line(folder, flags, output):
     words = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch_configs" / "cpu.yaml"]
     words += [ROOT / "train_diffusion_mapo_sdxl.py", "--pretrained_model_name_or_path", folder / "pipeline"]
     words += ["--dataset_name", folder / "pairs", "--cache_dir", folder / "cache", "--output_dir", output]
-    return [sys.executable, *map(str, words), *SHARED.split(), *flags.format(folder=folder).split()]
+    return [sys.executable, *map(str, words), *SHARED.split(), *(flag.format(folder=folder) for flag in flags.split())]
 
 
 def train(folder, name):
