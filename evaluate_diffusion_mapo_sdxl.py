@@ -171,6 +171,12 @@ def parse_args(input_args=None):
     add_image_arguments(parser)
     add_scorer_arguments(parser)
     args = parser.parse_args(input_args)
+    path = args.pretrained_model_name_or_path
+    if path is not None and path.endswith(".safetensors"):
+        parser.error(
+            "--pretrained_model_name_or_path is a single file, convert it first: "
+            f"python convert_sdxl.py single_file {path} FOLDER"
+        )
     args.scorers = list(dict.fromkeys(args.scorers))
     base = [] if args.pretrained_model_name_or_path is None else [("base", None)]
     names = [name for name, _ in base + args.candidates + args.images]

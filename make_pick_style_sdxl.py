@@ -124,6 +124,12 @@ def parse_args(input_args=None):
     )
     add_arguments(parser)
     args, others = parser.parse_known_args(input_args)
+    base = args.pretrained_model_name_or_path
+    if base.endswith(".safetensors"):
+        parser.error(
+            "--pretrained_model_name_or_path is a single file, convert it first: "
+            f"python convert_sdxl.py single_file {base} FOLDER"
+        )
     unknown = [word for word in others if word.startswith("-") and not word.startswith(f"--{args.scorer}_")]
     unknown = unknown or others * (not args.scorer)
     counts = {name: vars(args)[name] for name in ("max_prompts", "num_inference_steps", "resolution", "batch_size")}

@@ -43,7 +43,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
@@ -258,7 +257,7 @@ POSITIVE_OR_INF = functools.partial(POSITIVE, high=math.inf)
 
 def add_model_and_data_arguments(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="SDXL: hub id, folder or .safetensors file.")
+    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
     add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--pretrained_unet_name_or_path", help="Another UNet to start from, e.g. the output_dir of an earlier run.")
     add("--init_lora", help="LoRA to continue, e.g. the output_dir of an earlier run; it brings its layers.")
@@ -378,6 +377,12 @@ def parse_args(input_args=None):
     if unknown:
         advice = [f"{flag} ({FOREIGN_FLAGS.get(flag, 'see --help for the list')})" for flag in unknown]
         parser.error(f"unknown arguments: {', '.join(advice)}")
+    base = args.pretrained_model_name_or_path
+    if base.endswith(".safetensors"):
+        parser.error(
+            "--pretrained_model_name_or_path is a single file, convert it first: "
+            f"python convert_sdxl.py single_file {base} FOLDER"
+        )
     if args.beta_mapo is None:
         args.beta_mapo = 8.0 if args.loss_type == "mapo" else 0.1
     trackers = TRACKERS[args.report_to]
@@ -389,9 +394,7 @@ def parse_args(input_args=None):
     lora = ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder")
     rules = [(getattr(args, name) and not args.rank, f"--{name} needs --rank") for name in lora]
     cached_text = args.train_text_encoder and args.cache_latents
-    single_file = args.pretrained_model_name_or_path.endswith(".safetensors")
     rules += [
-        (single_file and args.variant, "--variant cannot be used with a single file"),
         (args.init_lora and args.lora_layers, "--init_lora brings its own layers, leave --lora_layers out"),
         (args.extract_lora_rank and args.rank, "--extract_lora_rank is for the whole UNet, without --rank"),
         (cached_text, "--train_text_encoder cannot be used with --cache_latents, which keeps their output"),
@@ -750,9 +753,6 @@ def make_loader(args, data, batches, collate=collate_pairs):
 # What a VAE's config says of its latents, and AutoencoderKL's defaults.
 LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
 LATENTS |= {"shift_factor": None, "latents_mean": None}
-# Names that every single file of SDXL has, and the repository whose configs it is loaded with.
-SINGLE_FILE_TENSORS = ["model.diffusion_model.label_emb.0.0.bias", "conditioner.embedders.1.model.ln_final.bias"]
-SINGLE_FILE_CONFIGS = "stabilityai/stable-diffusion-xl-base-1.0"
 NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
 # What a UNet's config says of what it takes and gives, and the defaults.
 UNET_KIND = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280, "time_cond_proj_dim": None}
@@ -787,47 +787,18 @@ def check_lora(args, unet_config):
             raise TrainingError(f"--init_lora {args.init_lora} adapts the text encoders: add --train_text_encoder.")
 
 
-def base_folder(args):
-    """
-    Hub id or folder of the base. One that is a single file is written as a folder once, under --cache_dir. Files of
-    v-prediction models say so by tensors of the names `v_pred` and, for zero terminal SNR, `ztsnr`.
-    """
-    name = args.pretrained_model_name_or_path
-    if not name.endswith(".safetensors"):
-        return name
-    stat = os.stat(name)
-    key = Hasher.hash([os.path.abspath(name), stat.st_size, stat.st_mtime_ns])
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_base", key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"), safetensors.safe_open(name, "pt") as file:
-        tensors = set(file.keys())
-        if not set(SINGLE_FILE_TENSORS) <= tensors:
-            raise TrainingError(NO_SDXL.format(name=name, reason="its tensors do not have the names of SDXL's"))
-        if not folder.exists():
-            options = {"cache_dir": args.cache_dir, "dtype": file.get_tensor(SINGLE_FILE_TENSORS[0]).dtype}
-            pipeline = StableDiffusionXLPipeline.from_single_file(name, config=SINGLE_FILE_CONFIGS, **options)
-            config = {"prediction_type": "v_prediction"} if "v_pred" in tensors else {}
-            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in tensors else {}
-            pipeline.scheduler.register_to_config(**config)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                pipeline.save_pretrained(Path(aside, key))
-                os.replace(Path(aside, key), folder)
-    return str(folder)
-
-
 def load_configs(args):
     """Shape of the latents and noise scheduler, by configs alone; refuses a base of another kind than SDXL's."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     options = {"cache_dir": args.cache_dir, "revision": args.revision}
     with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        base = base_folder(args)
-        parts = StableDiffusionXLPipeline.load_config(base, **options)
+        parts = StableDiffusionXLPipeline.load_config(name, **options)
         needed = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
         missing = [part for part in needed if not (parts.get(part) or [None])[0]]
         if missing:
             raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
-        unet, vae = (UNet2DConditionModel.load_config(base, subfolder=part, **options) for part in needed[:2])
-        scheduler = DDPMScheduler.load_config(base, subfolder="scheduler", **options)
+        unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
     unet_name = args.pretrained_unet_name_or_path
     with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
         start = load_part(UNet2DConditionModel.load_config, unet_name, args, "unet") if unet_name else unet
@@ -877,7 +848,7 @@ def load_unet(args, dtype):
     if name is not None:
         return load_part(UNet2DConditionModel.from_pretrained, name, args, "unet", **options)
     options |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    base = base_folder(args)
+    base = args.pretrained_model_name_or_path
     # Given the base, diffusers would say that its folder lacks a file that the UNet's lacks.
     folder, subfolder = (Path(base, "unet"), None) if os.path.isdir(base) else (base, "unet")
     return UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder, **options)
@@ -903,7 +874,7 @@ def load_pipeline(args, accelerator, weight_dtype):
     # Each part is loaded in the dtype that it keeps.
     options["dtype"] = {"vae": torch.float32, "default": weight_dtype}
     with failing_together(sentence):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base_folder(args), **parts, **options)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **parts, **options)
     dtypes = {"unet": unet_dtype, "text_encoder": weight_dtype, "text_encoder_2": weight_dtype}
     # What half precision overflows in is upcast.
     dtypes["vae"] = torch.float32 if pipeline.vae.config.force_upcast else weight_dtype
@@ -1509,7 +1480,7 @@ MODEL_CARD = """# {name}
 ```python
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-pipeline = StableDiffusionXLPipeline.{load_base}("{args.pretrained_model_name_or_path}")
+pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
 pipeline.{load}
 image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 ```
@@ -1535,14 +1506,11 @@ def write_model_card(args, metrics, step):
     kind, load = f"LoRA of rank {args.rank}", 'load_lora_weights("FOLDER_OR_REPO")'
     if args.rank is None:
         kind, load = "UNet", 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
-    load_base = (
-        "from_single_file" if args.pretrained_model_name_or_path.endswith(".safetensors") else "from_pretrained"
-    )
     lines = {f"`--{name}`": value for name, value in vars(args).items() if value is not None}
     lines |= {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)}
     lines = "\n".join(f"- {name}: {value}" for name, value in {**metrics, **lines}.items())
     texts = {"name": output_dir.resolve().name, "kind": kind, "picture": picture, "load": load, "lines": lines}
-    text = MODEL_CARD.format(args=args, step=step, load_base=load_base, **texts)
+    text = MODEL_CARD.format(args=args, step=step, **texts)
     data = ModelCardData(base_model=base_model, license="openrail++")
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=tags)

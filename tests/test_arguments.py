@@ -53,7 +53,6 @@ NUMBERS = {
 
 # Wrong words and the flags that the sentence must name.
 CONTRADICTIONS = [
-    ("--pretrained_model_name_or_path a.safetensors --variant fp16", ["--variant"]),
     ("--resolution 65", ["--resolution"]),
     ("--cache_latents --random_crop", ["--cache_latents", "--random_crop"]),
     ("--full_bf16", ["--full_bf16", "--use_8bit_adam", "--mixed_precision"]),
@@ -257,6 +256,11 @@ def test_contradictions_and_no_more_are_refused(script, capsys):
         assert all(flag in sentence for flag in named), sentence
     for words in ALLOWED:
         parse(script, words)
+
+
+def test_single_file_is_refused_with_the_command_that_converts_it(script, capsys):
+    sentence = refusal(script, capsys, ["--pretrained_model_name_or_path", "some/model.safetensors"])
+    assert "python convert_sdxl.py single_file some/model.safetensors FOLDER" in sentence
 
 
 def test_numbers_out_of_range(script, capsys, parser):

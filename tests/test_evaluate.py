@@ -778,6 +778,13 @@ def test_wrong_arguments(script, capsys, words, sentence):
     assert sentence in capsys.readouterr().err
 
 
+def test_single_file_is_refused_with_the_command_that_converts_it(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.parse_args(["--prompts", "p.txt", "--pretrained_model_name_or_path", "some/model.safetensors"])
+    assert end.value.code == 2
+    assert "python convert_sdxl.py single_file some/model.safetensors FOLDER" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--prompts", "p.txt", "--scorer", "clip"], 2)])
 def test_help_and_wrong_flags_wait_for_no_library(monkeypatch, words, status):
     for library in ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"):

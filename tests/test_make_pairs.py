@@ -669,6 +669,13 @@ def test_wrong_arguments(maker, capsys, words, sentence):
     assert end.value.code == 2 and sentence in shown and TOKEN not in shown
 
 
+def test_single_file_is_refused_with_the_command_that_converts_it(maker, capsys):
+    with pytest.raises(SystemExit) as end:
+        maker.parse_args(["--pretrained_model_name_or_path", "some/model.safetensors", "--prompts", "p.txt", *STYLE])
+    assert end.value.code == 2
+    assert "python convert_sdxl.py single_file some/model.safetensors FOLDER" in capsys.readouterr().err
+
+
 def test_what_is_not_installed_is_named(maker, capsys, monkeypatch):
     monkeypatch.setattr(maker, "find_spec", lambda name: None)
     base = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]

@@ -5,18 +5,14 @@ import json
 import math
 import re
 import shutil
-from pathlib import Path
 
 import bitsandbytes
 import numpy as np
 import pytest
 import torch
-from accelerate.state import PartialState
-from conftest import also, command_line, run, scalars
+from conftest import also, run, scalars
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
-from single_file import save_single_file
 from small_world import build_pipeline, png, write_pairs
 from test_arguments import complaint
 from test_training import assert_equal, assert_same, curves, trained
@@ -58,54 +54,6 @@ def test_bf16_is_for_frozen_weights_and_leaves_all_alone(script, flags, world, h
         assert weight.dtype == (torch.float32 if name.startswith(precise) else torch.bfloat16), name
         # Only what is 0 can move at all, by 1e-30 a step.
         torch.testing.assert_close(weight, original[name].to(weight.dtype), rtol=0, atol=1e-20)
-
-
-@pytest.fixture
-def hub_configs(world, tmp_path):
-    """A cache of the hub with the configs and tokenizers of the repository that single files are loaded with."""
-    repo = tmp_path / "cache" / "models--stabilityai--stable-diffusion-xl-base-1.0"
-    ignored = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(world / "pipeline", repo / "snapshots" / ("0" * 40), ignore=ignored)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0" * 40)
-    return tmp_path / "cache"
-
-
-def test_single_file_trains_as_its_folder(script, flags, world, hub_configs, tmp_path, spied):
-    """Written once; the model card names the file and how to load it."""
-    file = tmp_path / "model.safetensors"
-    save_single_file(StableDiffusionXLPipeline.from_pretrained(world / "pipeline"), file)
-    folder = run(script, {**flags, "output_dir": tmp_path / "folder"})
-    flags.update(pretrained_model_name_or_path=file, cache_dir=hub_configs, max_train_steps=4)
-    single = run(script, flags)
-    assert_equal(trained(folder), trained(single))
-    (written,) = (path for path in hub_configs.glob("mapo_base/*") if path.is_dir())
-    before = (written / "model_index.json").stat().st_mtime_ns
-    run(script, {**flags, "output_dir": tmp_path / "again", "max_train_steps": 1})
-    assert (written / "model_index.json").stat().st_mtime_ns == before
-    assert 'from_single_file("model.safetensors")' in (single / "README.md").read_text()
-
-
-def test_single_file_keeps_v_prediction_and_zero_terminal_snr(script, flags, world, hub_configs, tmp_path):
-    file = tmp_path / "model.safetensors"
-    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "pipeline", torch_dtype=torch.float16)
-    save_single_file(pipeline, file, ["v_pred", "ztsnr"])
-    words = {"pretrained_model_name_or_path": file, "cache_dir": hub_configs}
-    args = script.parse_args(command_line({**flags, **words}))
-    PartialState()
-    scheduler = script.load_configs(args)[1]
-    assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] < 1e-6
-    assert scheduler.config.timestep_spacing == "trailing"
-    written = load_file(Path(script.base_folder(args), "unet", "diffusion_pytorch_model.safetensors"))
-    assert {weight.dtype for weight in written.values()} == {torch.float16}
-
-
-def test_single_file_of_another_kind_is_refused(script, flags, tmp_path):
-    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
-    (tmp_path / "broken.safetensors").write_text("no tensors")
-    for name, sentence in (("model", "is no SDXL base model: its tensors"), ("broken", "cannot be loaded")):
-        with pytest.raises(script.TrainingError, match=f"--pretrained_model_name_or_path .*{sentence}"):
-            run(script, {**flags, "pretrained_model_name_or_path": tmp_path / f"{name}.safetensors"})
 
 
 @pytest.mark.parametrize("rank", [4, also(None)])
