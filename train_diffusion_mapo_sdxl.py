@@ -340,7 +340,6 @@ def add_output_arguments(parser):
     add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Tracker.")
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
     add("--no_kohya_format", action="store_true", help="Write no second file of the LoRA for ComfyUI and others.")
-    add("--extract_lora_rank", type=COUNT, help="Also write what the whole UNet has learned as a LoRA of this rank.")
     add("--push_to_hub", action="store_true", help="Upload output_dir at the end.")
     add("--hub_model_id", help="Repository to upload to. Without it, the name of output_dir.")
     add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
@@ -390,13 +389,11 @@ def parse_args(input_args=None):
     rounds = args.rank is None and args.use_8bit_adam and args.mixed_precision == "bf16"
     needed = [(f"--report_to {args.report_to}", tracker) for tracker in trackers]
     needed += [("--use_8bit_adam", "bitsandbytes")] * args.use_8bit_adam + [("--rank", "peft")] * bool(args.rank)
-    needed += [("--extract_lora_rank", "peft")] * bool(args.extract_lora_rank)
     lora = ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder")
     rules = [(getattr(args, name) and not args.rank, f"--{name} needs --rank") for name in lora]
     cached_text = args.train_text_encoder and args.cache_latents
     rules += [
         (args.init_lora and args.lora_layers, "--init_lora brings its own layers, leave --lora_layers out"),
-        (args.extract_lora_rank and args.rank, "--extract_lora_rank is for the whole UNet, without --rank"),
         (cached_text, "--train_text_encoder cannot be used with --cache_latents, which keeps their output"),
         (args.cache_latents and args.random_crop, "--random_crop cannot be used with --cache_latents"),
         (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
@@ -838,10 +835,6 @@ def load_part(load, name, args, subfolder=None, **options):
     raise failure
 
 
-def whole_unet_dtype(args):
-    return torch.bfloat16 if args.full_bf16 else torch.float32
-
-
 def load_unet(args, dtype):
     """The UNet that training starts from."""
     options, name = {"use_safetensors": True, "dtype": dtype}, args.pretrained_unet_name_or_path
@@ -860,7 +853,8 @@ def load_pipeline(args, accelerator, weight_dtype):
     name, parts = args.pretrained_model_name_or_path, {}
     # Under ZeRO-3 transformers would shard the frozen text encoders as it loads them.
     transformers.integrations.unset_hf_deepspeed_config()
-    unet_dtype = whole_unet_dtype(args) if args.rank is None else weight_dtype
+    whole_unet_dtype = torch.bfloat16 if args.full_bf16 else torch.float32
+    unet_dtype = whole_unet_dtype if args.rank is None else weight_dtype
     advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
     sentence = f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"
     # The UNet comes first: as it is cast, its files are mapped into memory beside it, and nothing else should be.
@@ -1525,41 +1519,6 @@ def write_kohya_lora(folder):
     write_whole(folder / KOHYA_FILE, functools.partial(safetensors.torch.save_file, weights))
 
 
-@torch.no_grad()
-def extract_lora(args, device):
-    """
-    Write `extracted_lora/`: the LoRA that comes nearest to what training has changed in the UNet, by the largest
-    singular values of each layer's difference. Layers are those of `--lora_layers all`; norms and biases have none.
-    """
-    from peft import LoraConfig
-
-    folder, rank, weights, kept, whole = Path(args.output_dir), args.extract_lora_rank, {}, 0.0, 0.0
-    # In the dtype of training, because rounding to it is no change.
-    before = load_unet(args, whole_unet_dtype(args)).state_dict()
-    trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
-    for name, weight in tqdm(trained.items(), "Extracting a LoRA"):
-        difference = weight.to(device, torch.float32) - before.pop(name).to(device, torch.float32)
-        whole += difference.square().sum().item()
-        layer = name.removesuffix(".weight")
-        if layer == name or not layer.endswith(tuple(f".{suffix}" for suffix in LORA_LAYERS["all"])):
-            continue
-        u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-        kept += s[:rank].square().sum().item()
-        up, down = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * v[:rank]
-        # A layer may be narrower than the rank.
-        up, down = F.pad(up, (0, rank - up.shape[1])), F.pad(down, (0, 0, 0, rank - len(down)))
-        window = weight.shape[2:]
-        weights[f"{layer}.lora_A.weight"] = down.reshape(rank, weight.shape[1], *window).cpu().contiguous()
-        weights[f"{layer}.lora_B.weight"] = up.reshape(*up.shape, *[1] * len(window)).cpu().contiguous()
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS["all"]).to_dict()
-    folder = folder / "extracted_lora"
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
-    share = kept / whole if whole else 0.0
-    logger.info(f"{folder} of rank {rank} keeps {share:.1%} of the squared change of the UNet's weights.")
-    if not args.no_kohya_format:
-        write_kohya_lora(folder)
-
-
 def finish(run):
     """Save the trained weights first; then a checkpoint, to train them longer; then validate and describe them."""
     args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
@@ -1586,16 +1545,8 @@ def create_hub_repo(args, accelerator):
             return create_repo(repo_id, exist_ok=True, private=private, token=args.hub_token).repo_id
 
 
-def send(args, trackers, device, repo_id):
-    """
-    Extract a LoRA on `device`, finish the trackers, and upload the output folder to `repo_id`, if there are any. No
-    failure may cost what is saved.
-    """
-    try:
-        if device is not None:
-            extract_lora(args, device)
-    except Exception as error:
-        logger.error(f"--extract_lora_rank: the UNet is saved, but no LoRA could be made of it ({one_line(error)}).")
+def send(args, trackers, repo_id):
+    """Finish the trackers, and upload the output folder to `repo_id`, if any. No failure may cost what is saved."""
     try:
         for tracker in trackers:
             tracker.finish()
@@ -1912,9 +1863,7 @@ def main(args):
     else:
         finish(run)
     accelerator.wait_for_everyone()
-    extracts = args.extract_lora_rank and accelerator.is_main_process and not signal_number
-    device = accelerator.device if extracts else None
-    unsent = functools.partial(send, args, accelerator.trackers, device, None if signal_number else repo_id)
+    unsent = functools.partial(send, args, accelerator.trackers, None if signal_number else repo_id)
     return 128 + signal_number if signal_number else 0, unsent
 
 

@@ -37,7 +37,7 @@ DEFAULTS |= {"label_1_column": "label_1", "chosen_column": None, "rejected_colum
 COUNTS = ["rank", "lora_rank", "shuffle_shards", "max_train_samples", "resolution", "vae_encode_batch_size"]
 COUNTS += ["train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles"]
 COUNTS += ["max_bad_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"]
-COUNTS += ["num_inference_steps", "num_validation_pairs", "extract_lora_rank"]
+COUNTS += ["num_inference_steps", "num_validation_pairs"]
 POSITIVE = ["learning_rate", "lr_power", "adam_epsilon", "max_grad_norm", "snr_value", "text_encoder_lr"]
 # Kind of number: its flags, values out of range, and the values at the ends of the range.
 NUMBERS = {
@@ -69,7 +69,6 @@ CONTRADICTIONS = [
     ("--train_text_encoder", ["--train_text_encoder", "--rank"]),
     ("--init_lora lora", ["--init_lora", "--rank"]),
     ("--rank 4 --init_lora lora --lora_layers all", ["--init_lora", "--lora_layers"]),
-    ("--rank 4 --extract_lora_rank 4", ["--extract_lora_rank", "--rank"]),
     ("--rank 4 --train_text_encoder --cache_latents", ["--train_text_encoder", "--cache_latents"]),
 ]
 ALLOWED = [
