@@ -83,7 +83,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -1168,7 +1168,7 @@ class Progress:
     sums: list = field(default_factory=lambda: [0.0] * len(METRICS))  # of METRICS over these batches
     cut_reported: bool = False
     order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
-    history: list = field(default_factory=list)  # of the held-out metrics, from step 0 on
+    first_eval: dict = field(default_factory=dict)  # step and eval_ metrics of the run's first validation
 
 
 def save_trained_weights(run, folder):
@@ -1381,9 +1381,8 @@ def evaluate_pairs(run):
     return metrics
 
 
-def judge(history):
-    """Warn of a run that destroys the model, by its held-out errors and what they were at the start."""
-    first, last = history[0], history[-1]
+def judge(first, last):
+    """Warn of a run that destroys the model, by its held-out errors at the first and at the last validation."""
     chosen, rejected = (f"eval_{name}" for name in ("chosen_mse", "rejected_mse"))
     if not last[chosen] <= 1.01 * first[chosen]:  # or NaN
         change = f"{last[chosen]:.4g} at step {last['step']}, {first[chosen]:.4g} at step {first['step']}"
@@ -1393,28 +1392,6 @@ def judge(history):
             f"{rejected} is {last[rejected]:.4g} at step {last['step']}: to predict nothing at all gives 1, so images "
             "fall apart; --beta_mapo is too small, or --learning_rate too large."
         )
-
-
-def draw_curves(history):
-    """Held-out accuracy and margin over the steps, a line for each band of noise level, the darkest for most noise."""
-    picture, steps = Image.new("RGB", (520, 190), "white"), [metrics["step"] for metrics in history]
-    canvas = ImageDraw.Draw(picture)
-    for left, name in ((50, "accuracy"), (310, "margin")):
-        bands = [band for band in history[-1] if band.startswith(f"eval_{name}_t")]
-        lines = np.nan_to_num([[metrics[band] for metrics in history] for band in bands], posinf=0, neginf=0)
-        low, high = min(0, lines.min()), max(1e-3 if name == "margin" else 1, lines.max())
-        canvas.rectangle((left, 20, left + 200, 150), outline="grey")
-        texts = {(left, 4): f"eval_{name}", (left - 45, 15): f"{high:.2g}", (left - 45, 140): f"{low:.2g}"}
-        texts |= {(left, 154): str(steps[0]), (left + 150, 154): f"step {steps[-1]}"}
-        for place, text in texts.items():
-            canvas.text(place, text, fill="black")
-        for number, (band, line) in enumerate(zip(bands, lines)):
-            colour = (200 - 65 * number, 200 - 50 * number, 255 - 30 * number)
-            x = [left + 200 * (step - steps[0]) / max(steps[-1] - steps[0], 1) for step in steps]
-            y = 150 - 130 * (line - low) / (high - low)
-            canvas.line(list(zip(x, y)), fill=colour, width=2)
-            canvas.text((left + 50 * number, 170), band.split("_t")[1].replace("_", "-"), fill=colour)
-    return picture
 
 
 @torch.no_grad()
@@ -1438,29 +1415,26 @@ def draw_images(run):
 
 
 def validate(run):
-    """Log the eval_ metrics (and return them), their curves, and the images, base left and aligned right."""
-    args, accelerator, step, pictures, metrics = run.args, run.accelerator, run.progress.step, {}, {}
+    """Log the eval_ metrics (and return them) and the images, base left and aligned right."""
+    args, accelerator, step, metrics = run.args, run.accelerator, run.progress.step, {}
     run.unet.eval()
     if len(run.held_out.index) > 0:
         metrics = evaluate_pairs(run)
-        point, history = {"step": step, **metrics}, run.progress.history
-        history = [past for past in history if past["step"] < step and past.keys() == point.keys()]
-        run.progress.history = [*history, point]
-        judge(run.progress.history)
-        pictures["curves"] = draw_curves(run.progress.history)
+        last = {"step": step, **metrics}
+        run.progress.first_eval = run.progress.first_eval or last
+        judge(run.progress.first_eval, last)
     if run.base_images:
         images = draw_images(run)
         cells = [image for row in zip(run.base_images, images) for image in row]
-        pictures[f"step-{step:06d}"] = diffusers.utils.make_image_grid(cells, rows=len(images), cols=2)
-    with tracking(accelerator):
-        for name, picture in pictures.items() if accelerator.is_main_process else ():
-            path = Path(args.output_dir, "validation", f"{name}.png")
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
-            title = "validation" if name.startswith("step") else name
-            for tracker in accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({title: np.asarray(picture)[None]}, step=step, **layout)
+        grid = diffusers.utils.make_image_grid(cells, rows=len(images), cols=2)
+        if accelerator.is_main_process:
+            path = Path(args.output_dir, "validation", f"step-{step:06d}.png")
+            with tracking(accelerator):
+                path.parent.mkdir(exist_ok=True)
+                grid.save(path)
+                for tracker in accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
     run.unet.train()
     return metrics
 

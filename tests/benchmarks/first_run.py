@@ -1,7 +1,7 @@
-"""The README's first run, and runs that differ from it: what guidance shows of them, and curves of good and bad ones.
+"""The README's first run, and runs that differ from it: what guidance shows of them.
 
     python tests/benchmarks/first_run.py FOLDER           # one run on each core; finished runs are kept
-    python tests/benchmarks/first_run.py FOLDER --show    # table and pictures of them, into FOLDER
+    python tests/benchmarks/first_run.py FOLDER --show    # table and picture of them, into FOLDER
 
 Every run is the README's own command with other flags, on the same pairs, and is measured on 48 images of captions
 that are in no pair, at each guidance. FOLDER/first_run.jsonl has a line for each: command, commit, versions, figures.
@@ -47,7 +47,6 @@ RUNS = {
     "learning rate 5e-3": "--learning_rate 5e-3",
 }
 PICTURED = ("base", "whole UNet, SFT", "whole UNet, beta 64", "LoRA, attention", "LoRA, transformer", "LoRA, all")
-CURVES = {"whole UNet, beta 64": "healthy", "beta 0.1": "beta too small", "learning rate 5e-3": "rate too large"}
 
 
 def commands():
@@ -109,7 +108,7 @@ def titled(rows, left, top, cell):
 
 
 def show(folder, lines):
-    """Print the table; draw what some runs draw at each guidance, and the curves of good and bad ones."""
+    """Print the table; draw what some runs draw at each guidance."""
     print("| run | parameters | " + " | ".join(f"guidance {guidance:g}" for guidance in GUIDANCE))
     for name in [name for name in RUNS if name in lines]:
         cells = [lines[name][f"guidance {guidance}"] for guidance in GUIDANCE]
@@ -121,9 +120,6 @@ def show(folder, lines):
         images = {f"guidance {g:g}": Image.open(folder / "grids" / f"{name} {g}.png") for g in GUIDANCE}
         rows.append((name, images))
     titled(rows, 130, 16, (6 * SIZE + 8, 2 * SIZE + 4)).quantize(128).save(folder / "first_run.png", optimize=True)
-    files = {title: f"runs/{name.replace(' ', '_').replace(',', '')}" for name, title in CURVES.items()}
-    curves = [(title, {"": Image.open(folder / file / "validation" / "curves.png")}) for title, file in files.items()]
-    titled(curves, 100, 0, (520, 190)).save(folder / "curves.png", optimize=True)
 
 
 def main():
