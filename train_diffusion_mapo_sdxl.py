@@ -53,8 +53,6 @@ import diffusers
 import fsspec
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -70,6 +68,7 @@ from accelerate.utils import (
     send_to_device,
 )
 from datasets.fingerprint import Hasher
+from datasets.table import embed_table_storage
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -429,37 +428,38 @@ def pair_columns(args):
 
 
 def check_columns(args, features):
-    """Every column must be there and have a type that pairs are made of. Strings in image columns are paths."""
-    folder, image_types = Path(args.dataset_name), IMAGE_TYPES if args.streaming else IMAGE_TYPES + CAPTION_TYPES
+    """Every column must be there and have a type that pairs are made of."""
+    folder = Path(args.dataset_name)
     images = ("chosen_column", "rejected_column") if args.chosen_column else ("image_0_column", "image_1_column")
     labels = () if args.chosen_column else ("label_0_column", "label_1_column")
-    wanted = dict.fromkeys(images, image_types) | dict.fromkeys(labels, LABEL_TYPES)
+    wanted = dict.fromkeys(images, IMAGE_TYPES) | dict.fromkeys(labels, LABEL_TYPES)
     for flag, types in {"caption_column": CAPTION_TYPES, **wanted}.items():
         column = getattr(args, flag)
         if column not in features:
             there = f"--{flag} {column}: {folder} has no such column, but {', '.join(features)}"
             if (folder / "w").is_dir() and (folder / "l").is_dir():
-                there += "; list its pairs in a train.csv there, with columns caption, chosen and rejected"
+                there += "; list its pairs in a metadata.csv there, with columns caption, chosen_file_name and "
+                there += "rejected_file_name, and remove its .txt files"
             if "_data_files" in features:  # datasets before 5.2 does not know its own format
                 there += "; `datasets.load_from_disk` reads it, write it again with `to_parquet`"
             raise TrainingError(f"{there}.")
-        if getattr(features[column], "dtype", None) not in types:
+        kind = getattr(features[column], "dtype", None)
+        if types == IMAGE_TYPES and kind in CAPTION_TYPES:
+            raise TrainingError(
+                f"--{flag} {column} holds strings, not images: name the table metadata.csv (or .jsonl, .parquet) and "
+                "let its image columns end in _file_name."
+            )
+        if kind not in types:
             raise TrainingError(f"--{flag} {column} holds {features[column]}, not one of: {', '.join(types)}.")
-
-
-@functools.lru_cache(1)
-def open_zip(archive, process_id):
-    """fsspec would read the directory again for each member. Processes must not share the place in the file."""
-    return fsspec.filesystem("zip", fo=archive)
 
 
 class PairSource:
     """Rows of a split by (shard, row). Of streamed parquet, the `shards_kept` row groups read last stay in memory."""
 
     def __init__(self, args, split_flag):
-        self.folder = Path(args.dataset_name).resolve()
-        if self.folder.exists() and glob.has_magic(str(self.folder)):
-            raise TrainingError(f"--dataset_name: `datasets` takes *, ? and [ for patterns, rename {self.folder}.")
+        folder = Path(args.dataset_name).resolve()
+        if folder.exists() and glob.has_magic(str(folder)):
+            raise TrainingError(f"--dataset_name: `datasets` takes *, ? and [ for patterns, rename {folder}.")
         builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
         streams = builder.as_streaming_dataset()
         split = getattr(args, split_flag) or (next(iter(streams)) if len(streams) == 1 else "train")
@@ -525,10 +525,18 @@ class PairSource:
     def record(self, shard, row):
         """One row as a dict, its images encoded."""
         if self.data is not None:
-            record = self.data[int(row)].to_pylist()[0]
+            table = self.data[int(row)]
+            try:
+                # Some data sets keep paths of image files, also in archives.
+                record = embed_table_storage(table).to_pylist()[0]
+            except Exception as error:  # file systems raise all kinds
+                raise UnusableRow(f"has an image that cannot be read ({one_line(error)})") from error
         else:
             record = {column: values[row] for column, values in self.shard(shard).items()}
-        return {**record, **{column: self.read_image(record[column]) for column in self.images}}
+        for column in self.images:
+            if isinstance(record[column], dict):  # of the Image feature
+                record[column] = record[column]["bytes"]
+        return record
 
     def shard(self, shard):
         """The columns of a row group as lists."""
@@ -539,35 +547,6 @@ class PairSource:
             with fsspec.open(self.files[file], cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
                 self.shards[shard] = parquet.read_row_group(group, self.columns).to_pydict()
         return self.shards[shard]
-
-    def read_image(self, value):
-        """Bytes of an image. Prepared pairs may hold a path instead, absolute or in the data set's folder."""
-        value = value["bytes"] or value["path"] if isinstance(value, dict) else value
-        if not value or not isinstance(value, str):
-            return value
-        if self.data is None:
-            raise UnusableRow("holds the path of an image, which is not streamed, in place of the image")
-        try:
-            if value.startswith("zip://"):
-                member, archive = value.removeprefix("zip://").split("::")
-                return open_zip(archive, os.getpid()).cat_file(member)
-            if "://" not in value:
-                return (self.folder / value).read_bytes()
-            with fsspec.open(value) as file:
-                return file.read()
-        except Exception as error:  # file systems raise all kinds
-            raise UnusableRow(f"has an image that cannot be read ({one_line(error)})") from error
-
-    def stamps(self):
-        """Size and time of the image files that prepared pairs name by their paths."""
-        files = []
-        for column in self.images if self.data is not None else ():
-            values = self.data.select_columns([column])[:][column]
-            if pa.types.is_struct(values.type):
-                values = pc.struct_field(values, "path").filter(pc.is_null(pc.struct_field(values, "bytes")))
-            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-                files += [self.folder / path for path in values.to_pylist() if path]
-        return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 
 def load_indexes(args):
@@ -1124,7 +1103,7 @@ def fill_caches(args, accelerator, pipeline, *data):
         settings += [tokenizer("", padding="max_length").input_ids, tokenizer.backend_tokenizer.to_str()]
     settings += [args.resolution, args.no_hflip, args.allow_tf32]
     for pairs in data:
-        key = Hasher.hash([settings, pairs.source.fingerprint, pairs.source.stamps(), pairs.index])
+        key = Hasher.hash([settings, pairs.source.fingerprint, pairs.index])
         # One folder and one list for all processes, made before any of them writes.
         key = gather_object([key])[0]
         pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)

@@ -220,7 +220,6 @@ PNG, JPEG = encode(Image.fromarray(NOISE)), encode(Image.fromarray(NOISE), "JPEG
 
 UNUSABLE = [
     ({"jpg_0": None}, "has no image"),
-    ({"jpg_1": {"bytes": None, "path": "/nowhere/at-all.png"}}, "cannot be decoded"),
     ({"jpg_0": b"<html>404</html>"}, "cannot be decoded"),
     *(({"jpg_0": encode(Image.new(mode, (8, 8)), "TIFF")}, f"mode {mode}") for mode in ("I", "F")),
     ({"jpg_0": PNG[:-600]}, "cannot be decoded"),

@@ -1,15 +1,12 @@
-"""Sources of pairs: formats, columns, paths, what is said of those that cannot serve, and the index of the labels."""
+"""Sources of pairs: formats, columns, image files, what is said of those that cannot serve, the index of labels."""
 
-import csv
 import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import tarfile
-import zipfile
 from types import SimpleNamespace
 
 import datasets
@@ -38,6 +35,7 @@ from test_pairs import (
     write_groups,
     write_parquet,
 )
+from test_training import assert_same
 
 
 # Sources ------------------------------------------------------------------------------------------------------------
@@ -61,42 +59,15 @@ def write_images(folder, rows):
         row[name] = f"{number}-{name}.png"
 
 
-def save_paths(folder, rows, parent=""):
+def save_absolute_paths(folder, rows):
     """The Image feature with paths alone, which `to_parquet` would replace by the bytes."""
+    folder.mkdir()
+    write_images(folder.parent / "images", rows)
     features = {"caption": datasets.Value("string"), **{name: datasets.Image() for name in IMAGES}}
     features = datasets.Features({**features, **{name: datasets.Value("int64") for name in LABELS}})
-    rows = [
-        {**row, **{name: {"bytes": None, "path": os.path.join(parent, row[name])} for name in IMAGES}} for row in rows
-    ]
-    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, folder / "train.parquet")
-
-
-def save_absolute_paths(folder, rows):
-    folder.mkdir()
-    write_images(folder.parent / "images", rows)
-    save_paths(folder, rows, folder.parent / "images")
-
-
-def save_relative_paths(folder, rows):
-    write_images(folder / "images", rows)
-    save_paths(folder, rows, "images")
-
-
-def save_csv(folder, rows):
-    write_images(folder, rows)
-    with open(folder / "train.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def save_json_lines(folder, rows):
-    """With absolute paths."""
-    folder.mkdir()
-    write_images(folder.parent / "images", rows)
     for row, name in itertools.product(rows, IMAGES):
-        row[name] = str(folder.parent / "images" / row[name])
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        row[name] = {"bytes": None, "path": str(folder.parent / "images" / row[name])}
+    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, folder / "train.parquet")
 
 
 def save_imagefolder(folder, rows):
@@ -105,9 +76,19 @@ def save_imagefolder(folder, rows):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def save_zipped_imagefolder(folder, rows):
-    save_imagefolder(folder.parent / "unzipped", rows)
+def save_imagefolder_with_parquet(folder, rows):
+    write_images(folder, rows)
+    rows = [{(f"{name}_file_name" if name in IMAGES else name): row[name] for name in row} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+
+
+def zipped(save, folder, rows):
+    save(folder.parent / "unzipped", rows)
     shutil.make_archive(folder / "train", "zip", folder.parent / "unzipped")
+
+
+def save_zipped_imagefolder(folder, rows):
+    zipped(save_imagefolder, folder, rows)
 
 
 WEBDATASET_COLUMNS = ("caption.txt", "jpg_0.png", "jpg_1.png", "label_0.cls", "label_1.cls")
@@ -125,19 +106,37 @@ def save_webdataset(folder, rows):
                 tar.addfile(member, io.BytesIO(content))
 
 
+def ordered(rows):
+    """(caption, chosen, rejected) of each row."""
+    for row in rows:
+        first, second = row["jpg_0"], row["jpg_1"]
+        yield (row["caption"], first, second) if row["label_0"] else (row["caption"], second, first)
+
+
 def save_ready_ordered(folder, rows):
-    order = [(row["jpg_0"], row["jpg_1"])[:: 1 if row["label_0"] else -1] for row in rows]
-    rows = [{"caption": row["caption"], "win": win, "lose": lose} for row, (win, lose) in zip(rows, order)]
-    save_bytes(folder, rows)
+    save_bytes(folder, [dict(zip(("caption", "win", "lose"), row)) for row in ordered(rows)])
 
 
+def save_chosen_files(folder, rows):
+    write_images(folder, rows)
+    lines = ["caption,chosen_file_name,rejected_file_name", *map(",".join, ordered(rows))]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+def save_zipped_chosen_files(folder, rows):
+    zipped(save_chosen_files, folder, rows)
+
+
+CHOSEN = {"chosen_column": "chosen", "rejected_column": "rejected"}
 LAYOUT_FLAGS = {
     save_webdataset: dict(zip(COLUMN_FLAGS, WEBDATASET_COLUMNS)),
     save_ready_ordered: {"chosen_column": "win", "rejected_column": "lose"},
+    save_chosen_files: CHOSEN,
+    save_zipped_chosen_files: CHOSEN,
 }
 STREAMED = [save_bytes, save_image_feature, save_ready_ordered]
-PREPARED = [save_absolute_paths, save_relative_paths, save_csv, save_json_lines, save_imagefolder]
-PREPARED += [save_zipped_imagefolder, save_webdataset, *STREAMED]
+PREPARED = [save_absolute_paths, save_imagefolder, save_imagefolder_with_parquet, save_zipped_imagefolder]
+PREPARED += [save_chosen_files, save_zipped_chosen_files, save_webdataset, *STREAMED]
 LAYOUTS = [*((save, None) for save in PREPARED), *((save, True) for save in STREAMED)]
 
 
@@ -148,27 +147,26 @@ def test_any_layout_gives_the_same_pairs(script, tmp_path, save, streaming):
     assert found == [expected_pair(number) for number in range(5)]
 
 
-def test_a_zip_is_opened_once(script, tmp_path, monkeypatch):
-    """By each process: its directory takes long to read when it has many images."""
-    opened, init = [], zipfile.ZipFile.__init__
-    save_zipped_imagefolder(tmp_path / "data", [make_row(number) for number in range(5)])
-    pairs = load_pairs(script, tmp_path / "data", dataloader_num_workers=2)
-    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda *args, **kwargs: opened.append(1) or init(*args, **kwargs))
-    assert [summary(tensors) for tensors in visits(pairs)] == [expected_pair(number) for number in range(5)]
-    assert len(opened) <= 1
-    for number, batch in enumerate(script.make_loader(pairs.args, pairs, [[(n, n)] for n in range(5)])):
-        assert summary({**batch, "caption": batch["caption"][0]}) == expected_pair(number)
+@pytest.mark.parametrize("save", [save_chosen_files, save_zipped_chosen_files])
+def test_image_files_train_as_their_bytes_in_parquet_do(script, flags, tmp_path, save):
+    """Read by workers, too."""
+    outs = []
+    for layout, workers in ((save, 2), (save_ready_ordered, None)):
+        layout(tmp_path / layout.__name__, [make_row(number) for number in range(9)])
+        flags.update(LAYOUT_FLAGS[layout], dataset_name=tmp_path / layout.__name__, dataloader_num_workers=workers)
+        flags.update(cache_dir=tmp_path / "cache", output_dir=tmp_path / f"out-{layout.__name__}", resolution=16)
+        outs.append(run(script, flags))
+    assert_same(*outs)
 
 
-@pytest.mark.parametrize("save", [save_absolute_paths, save_relative_paths])
-def test_rows_that_hold_a_path_alone_are_not_streamed(script, tmp_path, save):
-    save(tmp_path / "data", [make_row(number) for number in range(3)])
+def test_streamed_rows_need_the_bytes_of_their_images(script, tmp_path):
+    save_absolute_paths(tmp_path / "data", [make_row(number) for number in range(3)])
     pairs = load_pairs(script, tmp_path / "data", streaming=True)
-    with pytest.raises(script.UnusableRow, match="path"):
-        pairs.source.record(*pairs.index[0])
+    with pytest.raises(script.UnusableRow, match="has no image"):
+        pairs[0, 0]
 
 
-@pytest.mark.parametrize("save", [save_absolute_paths, save_csv, save_imagefolder])
+@pytest.mark.parametrize("save", [save_absolute_paths, save_imagefolder])
 def test_a_missing_image_file_is_an_unusable_row(script, tmp_path, save):
     save(tmp_path / "data", [make_row(number) for number in range(3)])
     pairs = load_pairs(script, tmp_path / "data")
@@ -197,8 +195,9 @@ def test_a_folder_with_a_pattern_for_a_name_is_to_be_renamed(script, tmp_path, n
 
 @pytest.mark.parametrize("captions", [True, False])
 def test_folders_of_chosen_and_rejected_images_can_be_listed_in_a_file(script, tmp_path, captions):
-    """As the sentence says; `datasets` would not find a file of another name among the images."""
-    rows, found = [make_row(number) for number in range(3)], re.compile(r"list its pairs in .*(train\.csv)")
+    """As the sentence says; `datasets` would read captions in .txt files in place of the images."""
+    rows = [make_row(number) for number in range(3)]
+    found = re.compile(r"list its pairs in .*(metadata\.csv) .* chosen_file_name and rejected_file_name, .*\.txt")
     for side, name in (("w", "jpg_0"), ("l", "jpg_1")):
         (tmp_path / "data" / side).mkdir(parents=True)
         for number, row in enumerate(rows):
@@ -207,11 +206,37 @@ def test_folders_of_chosen_and_rejected_images_can_be_listed_in_a_file(script, t
                 (tmp_path / "data" / side / f"{number}.txt").write_text(row["caption"])
     with pytest.raises(script.TrainingError, match=found) as error:
         load_pairs(script, tmp_path / "data")
-    lines = ["caption,chosen,rejected", *(f"pair {number},w/{number}.png,l/{number}.png" for number in range(3))]
+    for file in tmp_path.glob("data/*/*.txt"):
+        file.unlink()
+    lines = ["caption,chosen_file_name,rejected_file_name"]
+    lines += [f"pair {number},w/{number}.png,l/{number}.png" for number in range(3)]
     (tmp_path / "data" / found.search(str(error.value))[1]).write_text("\n".join(lines))
-    flags = {"chosen_column": "chosen", "rejected_column": "rejected"}
     expected = [(f"pair {number}", (number, 0, 1), (number, 1, 0)) for number in range(3)]
-    assert summaries(script, tmp_path / "data", **flags) == expected
+    assert summaries(script, tmp_path / "data", **CHOSEN) == expected
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_paths_in_a_table_of_another_name_are_refused_with_what_to_do(script, tmp_path, kind):
+    """What the sentence says makes them pairs."""
+    rows = [make_row(number) for number in range(3)]
+    write_images(tmp_path / "data", rows)
+
+    def save(name, rows):
+        table = datasets.Dataset.from_list(rows)
+        write = {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind]
+        write(tmp_path / "data" / f"{name}.{kind}")
+
+    save("train", rows)
+    with pytest.raises(script.TrainingError) as error:
+        load_pairs(script, tmp_path / "data")
+    assert str(error.value) == (
+        "--image_0_column jpg_0 holds strings, not images: name the table metadata.csv (or .jsonl, .parquet) and let "
+        "its image columns end in _file_name."
+    )
+
+    (tmp_path / "data" / f"train.{kind}").unlink()
+    save("metadata", [{(f"{name}_file_name" if name in IMAGES else name): row[name] for name in row} for row in rows])
+    assert summaries(script, tmp_path / "data") == [expected_pair(number) for number in range(3)]
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -240,7 +265,7 @@ def test_a_split_column_or_format_that_cannot_serve_is_named(script, tmp_path, s
         ("data", {"validation_split": "val"}, "--validation_split: .* no split 'val'"),
         ("data", {"caption_column": "text"}, "--caption_column text: .* no such column, but caption"),
         ("data", {"image_0_column": "label_0"}, "--.*_column label_0 holds .*int64"),
-        ("data", {"image_0_column": "caption", "streaming": True}, "--.*_column caption holds .*string"),
+        ("data", {"image_0_column": "caption"}, "--image_0_column caption holds strings"),
         ("data", {"label_1_column": "jpg_1"}, "--.*_column jpg_1 holds .*binary"),
         ("folder", {"streaming": True}, "--streaming reads parquet files"),
     ):
