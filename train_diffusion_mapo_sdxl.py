@@ -136,21 +136,21 @@ def mapo_v1_loss(chosen_errors, rejected_errors, beta, snr_value, num_train_time
     return chosen - beta * F.logsigmoid(num_train_timesteps * margin), margin
 
 
-METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy", "captions_cut")
+METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 
 
 def preference_step(run, batch):
     """The objective on a batch: the scalar loss with its gradient, and METRICS `(len(METRICS), pairs)` in float64."""
     args, config = run.args, run.noise_scheduler.config
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
-    *encoded, captions_cut = encode_pairs(run, batch)
+    encoded = encode_pairs(run, batch)
     with autocast(run):
         chosen, rejected = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
     if args.loss_type == "mapo":
         losses, margin = mapo_loss(chosen, rejected, args.beta_mapo)
     else:
         losses, margin = mapo_v1_loss(chosen, rejected, args.beta_mapo, args.snr_value, config.num_train_timesteps)
-    metrics = [losses, chosen, rejected, margin, chosen < rejected, captions_cut]
+    metrics = [losses, chosen, rejected, margin, chosen < rejected]
     metrics = torch.stack([metric.double() for metric in metrics])
     return losses.mean().to(chosen.dtype), metrics.detach()
 
@@ -537,6 +537,15 @@ class PairSource:
             if isinstance(record[column], dict):  # of the Image feature
                 record[column] = record[column]["bytes"]
         return record
+
+    def captions(self, index):
+        """Captions of the first 1,000 pairs of an index; those of a stream are of the row group read first."""
+        column = self.columns[0]
+        if self.data is not None:
+            captions = self.data.select_columns([column])[index[:1000, 1]][column].to_pylist()
+        else:
+            captions = next(iter(self.shards.values()))[column][:1000]
+        return [caption for caption in captions if isinstance(caption, str)]
 
     def shard(self, shard):
         """The columns of a row group as lists."""
@@ -1009,25 +1018,31 @@ def encode_images(args, vae, pixel_values):
     return torch.cat(moments)
 
 
+def warn_of_long_captions(captions, tokenizer):
+    """Say how many captions have more tokens than SDXL reads."""
+    long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
+    if long:
+        logger.warning(
+            f"{long} of the first {len(captions)} captions have more than {tokenizer.model_max_length} tokens; SDXL "
+            "ignores the rest."
+        )
+
+
 def encode_prompts(pipeline, prompts, text_encoders):
-    """
-    Each prompt by itself: prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`, and
-    whether the prompt had more tokens and was cut, `(prompts,)`.
-    """
-    prompt_embeds, pooled_prompt_embeds, cut = [], [], []
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt", "return_overflowing_tokens": True}
+    """Each prompt by itself: prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`."""
+    prompt_embeds, pooled_prompt_embeds = [], []
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     for prompt in prompts:
         hidden_states = []
         # `pipeline.encode_prompt` would wait for the device.
         for tokenizer, text_encoder in zip((pipeline.tokenizer, pipeline.tokenizer_2), text_encoders):
             input_ids = tokenizer(prompt, **options).input_ids
-            on_device = input_ids[:1].to(pipeline.text_encoder.device, non_blocking=True)
+            on_device = input_ids.to(pipeline.text_encoder.device, non_blocking=True)
             output = text_encoder(on_device, output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
         prompt_embeds.append(torch.cat(hidden_states, dim=-1))
         pooled_prompt_embeds.append(output.text_embeds)
-        cut.append(output.text_embeds.new_full((1,), len(input_ids) > 1))
-    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds), torch.cat(cut)
+    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
 
 
 def encode_pairs(run, batch):
@@ -1044,7 +1059,7 @@ def encode_pairs(run, batch):
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "captions_cut")
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 PAIRS_A_ROUND = 16  # that a process encodes before it meets the others
 
 
@@ -1145,7 +1160,6 @@ class Progress:
     skipped_steps: int = 0
     batches_summed: int = 0  # since the last log line
     sums: list = field(default_factory=lambda: [0.0] * len(METRICS))  # of METRICS over these batches
-    cut_reported: bool = False
     order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
     first_eval: dict = field(default_factory=dict)  # step and eval_ metrics of the run's first validation
 
@@ -1721,11 +1735,6 @@ def train(run, batches, stop):
                 accelerator.log({**logs, "peak_memory_gib": peak / 2**30}, step=progress.step)
             shown = [name for name in ("loss", "accuracy", "pairs_per_second") if name in logs]
             bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
-            if logs.get("captions_cut", 0) > 0 and not progress.cut_reported:
-                progress.cut_reported = True
-                logger.warning(
-                    f"{logs['captions_cut']:.2%} of the captions are cut, SDXL reads 77 tokens (captions_cut)."
-                )
             progress.sums, progress.batches_summed, steps, seconds = [0.0] * len(METRICS), 0, 0, 0
         too_many_bad = progress.rows_bad > args.max_bad_rows * max(progress.rows_read, 100)
         due = progress.step % args.checkpointing_steps == 0 and not last  # the last one follows the final weights
@@ -1786,6 +1795,8 @@ def main(args):
     pipeline = load_pipeline(args, accelerator, weight_dtype)
     with failing_together(f"The VAE cannot encode {first_pair['row']}"):
         check_vae(args, pipeline.vae, first_pair)
+    if accelerator.is_main_process:
+        warn_of_long_captions(source.captions(index), pipeline.tokenizer)
     if args.cache_latents:
         fill_caches(args, accelerator, pipeline, pairs, held_out)
     # add_noise would move it in the first step, and wait for that.

@@ -12,7 +12,7 @@ from conftest import SCRIPT, also, command_line, fork, run, scalars
 from cpu_cluster import FORKS, work
 from safetensors.torch import load_file
 from small_world import draw_pairs
-from test_pairs import BOTH_WAYS, make_row, write_groups, write_parquet
+from test_pairs import BOTH_WAYS, make_row, write_groups
 from test_sources import save_imagefolder, save_zipped_imagefolder
 
 
@@ -280,18 +280,6 @@ def test_a_pair_without_finite_latents_is_an_unusable_row(script, flags, tmp_pat
     assert len(logged["loss"]) == 3 and set(logged["skipped_steps"].values()) == {0}
     skipped = [record.getMessage() for record in caplog.records if "Skipped" in record.getMessage()]
     assert len(skipped) == 1 and skipped[0].startswith(f"Skipped row {number}")
-
-
-# Captions -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cached", [True, None], ids=["cached", "uncached"])
-def test_captions_that_are_cut_are_counted(script, flags, tmp_path, caplog, cached):
-    """75 tokens and two for begin and end fit. One epoch of eight pairs, of which three do not."""
-    rows = [make_row(n, caption=" ".join(["red"] * count)) for n, count in enumerate([3, 75, 76, 1, 5, 90, 200, 75])]
-    write_parquet(tmp_path / "data" / "train.parquet", [rows])
-    flags.update(dataset_name=tmp_path / "data", num_validation_pairs=None, max_train_steps=2, logging_steps=2)
-    out = run(script, {**flags, "cache_latents": cached, "resolution": 16})
-    assert scalars(out)["captions_cut"] == {2: 3 / 8}
-    assert sum("77 tokens" in record.getMessage() for record in caplog.records) == 1
 
 
 # Faults -------------------------------------------------------------------------------------------------------------

@@ -185,6 +185,33 @@ def test_pairs_are_tried_before_weights_are_loaded(script, flags, tmp_path, monk
         run(script, {**flags, "max_bad_rows": 1, "streaming": streaming})
 
 
+@BOTH_WAYS
+def test_captions_of_more_tokens_than_sdxl_reads_are_counted(script, flags, tmp_path, caplog, streaming):
+    """75 tokens and two for begin and end fit. Streamed, the row group of the first pair is judged."""
+    rows = [make_row(n, caption=" ".join(["red"] * count)) for n, count in enumerate([3, 76, 1, 75, 90, 5, 200, 75])]
+    write_parquet(tmp_path / "data" / "train.parquet", [rows[:5], rows[5:]])
+    flags.update(dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", streaming=streaming, resolution=16)
+    flags.update(max_train_steps=2, num_validation_pairs=None if streaming else 2)
+
+    run(script, flags)
+
+    expected = "2 of the first 6"  # without the held-out ones
+    if streaming:
+        index = load_pairs(script, tmp_path / "data", streaming=True).index
+        first = index[script.epoch_order(index, 0, 0, 4, 1, 4)[0], 0]
+        expected = ["2 of the first 5", "1 of the first 3"][first]
+    (warning,) = [record.getMessage() for record in caplog.records if "77 tokens" in record.getMessage()]
+    assert warning.endswith(f"] {expected} captions have more than 77 tokens; SDXL ignores the rest.")
+
+
+def test_short_captions_and_those_behind_the_first_1000_are_not_told_of(script, flags, tmp_path, caplog):
+    captions = ["red"] * 1000 + ["red " * 200]
+    write_parquet(tmp_path / "data" / "train.parquet", [[make_row(1, caption=caption) for caption in captions]])
+    flags.update(dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", max_train_steps=1, resolution=16)
+    run(script, flags)
+    assert "77 tokens" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pair?", "some*/pairs"])
 def test_a_folder_with_a_pattern_for_a_name_is_to_be_renamed(script, tmp_path, name):
     """Of datasets' loader: "pairs*" would be read with its neighbours."""

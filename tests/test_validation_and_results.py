@@ -27,7 +27,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 PROMPTS = ["a red circle", "an orange star, drawn by hand", "a green square"]
-METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy", "captions_cut")
+METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 EVAL_METRICS = [f"eval_{name}" for name in METRICS]
 TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
 DRAWN = {"run_validation": True, "validation_steps": 2, "validation_prompts": PROMPTS}
