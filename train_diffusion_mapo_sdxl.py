@@ -1303,19 +1303,6 @@ def resume(run, checkpoint, state):
         validate(run)
 
 
-def check_disk(args, parameters, step):
-    """Warn of checkpoints, each of the trained weights and Adam's two states, that will not fit on the disk."""
-    output_dir, states = Path(args.output_dir), 2 if args.use_8bit_adam else 8
-    size = sum(weight.numel() * (weight.element_size() + states) for weight in itertools.chain(*parameters))
-    # The oldest one is removed when the newest is complete.
-    room = (args.checkpoints_total_limit or sys.maxsize) + 1 - len(list_checkpoints(output_dir))
-    number = min(max(room, 1), math.ceil((args.max_train_steps - step) / args.checkpointing_steps))
-    free = shutil.disk_usage(output_dir).free
-    if number * size > free:
-        sizes = f"{number} checkpoints of {size / 1e9:.2g} GB do not fit in the {free / 1e9:.2g} GB that are free"
-        logger.warning(f"--output_dir {output_dir}: {sizes}, see --checkpoints_total_limit.")
-
-
 def save_checkpoint(run):
     """Write checkpoint-{step} by all processes; only when it is complete are the oldest ones removed."""
     args, accelerator, output_dir = run.args, run.accelerator, Path(run.args.output_dir)
@@ -1803,7 +1790,6 @@ def main(args):
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     torch.manual_seed(args.seed)  # for the start of a LoRA
     parameters = make_trainable(args, pipeline)
-    check_disk(args, parameters, progress.step)
     optimizer = build_optimizer(args, parameters, pairs_per_step)
     run = argparse.Namespace(args=args, accelerator=accelerator, pipeline=pipeline, noise_scheduler=noise_scheduler)
     prepare(run, optimizer)

@@ -470,27 +470,6 @@ def test_newest_checkpoints_are_kept(script, flags, limit, kept):
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith("checkpoint-")) == others
 
 
-# bitsandbytes keeps tensors of less than 4096 numbers in 32 bits, of which SDXL has next to none.
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("32bit", 0.1), also("8bit", 0.2)])
-def test_disk_that_will_not_do_is_warned_of(script, flags, monkeypatch, caplog, optimizer, tolerance):
-    """The size that is counted is that of the checkpoints."""
-    flags.update(rank=None, checkpointing_steps=1, checkpoints_total_limit=2, max_train_steps=3)
-    flags.update(use_8bit_adam=optimizer == "8bit" or None)
-    usage = shutil.disk_usage(flags["output_dir"].parent)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10**6))
-    out = run(script, flags)
-    sentence = r"(\d) checkpoints of (\S+) GB do not fit in the 0.001 GB that are free, see --checkpoints_total_limit"
-    (number, size), *others = re.findall(sentence, caplog.text)
-    written = sum(path.stat().st_size for path in (out / "checkpoint-3").rglob("*") if path.is_file())
-    assert not others and int(number) == 3
-    assert float(size) * 1e9 == pytest.approx(written, rel=tolerance)
-    caplog.clear()
-    # One of two is replaced, and a disk with room for it is enough.
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=int(1.2 * written)))
-    run(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 5})
-    assert "do not fit" not in caplog.text
-
-
 def test_failed_save_leaves_the_older_checkpoint_alone(script, flags, tmp_path, monkeypatch):
     """Then a folder without its state is passed over, and completed when the run comes by again."""
     flags.update(checkpointing_steps=2, checkpoints_total_limit=1, max_train_steps=5)
