@@ -222,15 +222,8 @@ def write_whole(path, save):
 # Arguments -----------------------------------------------------------------------------------------------------------
 VALIDATION_PROMPTS = ["a lighthouse at dusk", "an old sailor with a pipe", "a fox in the snow", "a bowl of ramen"]
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
-# Flags of the scripts that users come from, and what to write here.
-FOREIGN_FLAGS = {
-    "--sft_training": "write --beta_mapo inf",
-    "--train_unet": "leave it out, the whole UNet is trained unless --rank is given",
-    "--validation_prompt": "write --validation_prompts",
-    **dict.fromkeys(["True", "False"], "switches take no value: write --no-remove_ties, or leave the flag out"),
-}
-# Flags of theirs that ask for what is done anyway.
-HARMLESS_FLAGS = ("--center_crop", "--random_flip", "--mapo_training", "--enable_xformers_memory_efficient_attention")
+# Switches of other scripts that ask for what is done anyway. They are accepted and have no effect.
+HARMLESS_SWITCHES = ("center_crop", "random_flip", "mapo_training", "enable_xformers_memory_efficient_attention")
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -364,17 +357,16 @@ def parse_args(input_args=None):
     add_model_and_data_arguments(parser)
     add_training_arguments(parser)
     add_output_arguments(parser)
+    for name in HARMLESS_SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of old launchers
-    args, unknown = parser.parse_known_args(input_args)
-    del args.local_rank
-    asked_otherwise = ["--center_crop"] * args.random_crop + ["--random_flip"] * args.no_hflip
-    harmless = set(HARMLESS_FLAGS) - set(asked_otherwise)
-    unknown = [flag.partition("=")[0] for flag in unknown if flag not in harmless]
-    # Not the values of unknown flags.
-    unknown = [flag for flag in unknown if flag.startswith("-") or flag in FOREIGN_FLAGS] or unknown
-    if unknown:
-        advice = [f"{flag} ({FOREIGN_FLAGS.get(flag, 'see --help for the list')})" for flag in unknown]
-        parser.error(f"unknown arguments: {', '.join(advice)}")
+    args = parser.parse_args(input_args)
+    if args.center_crop and args.random_crop:
+        parser.error("--center_crop and --random_crop contradict each other")
+    if args.random_flip and args.no_hflip:
+        parser.error("--random_flip and --no_hflip contradict each other")
+    for name in (*HARMLESS_SWITCHES, "local_rank"):
+        delattr(args, name)
     base = args.pretrained_model_name_or_path
     if base.endswith(".safetensors"):
         parser.error(
