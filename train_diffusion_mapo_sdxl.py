@@ -605,8 +605,6 @@ def decode_image(encoded):
         image = Image.open(io.BytesIO(encoded))
         # Pillow's own conversions clip. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-        if image.mode[0] in "IF" and not is_16_bit:
-            raise ValueError(f"its pixels are of mode {image.mode}")
         image = ImageOps.exif_transpose(image)
         if is_16_bit:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -1150,8 +1148,6 @@ class Progress:
     rows_bad: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0
-    batches_summed: int = 0  # since the last log line
-    sums: list = field(default_factory=lambda: [0.0] * len(METRICS))  # of METRICS over these batches
     order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
     first_eval: dict = field(default_factory=dict)  # step and eval_ metrics of the run's first validation
 
@@ -1235,14 +1231,12 @@ def find_checkpoint(args, accelerator):
     if folder.resolve().parent != output_dir.resolve():
         state.pop("run_id", None)  # in another folder it is another run
     args.seed = state["settings"]["seed"] if args.seed is None else args.seed
-    settings = checkpoint_settings(args, accelerator)
-    for name, old in state["settings"].items():
-        if name not in FREE_ON_RESUME and settings.get(name) != old:
+    for name, value in checkpoint_settings(args, accelerator).items():
+        old = state["settings"].get(name)
+        if value != old:
             if name in FIXED_ON_RESUME:
-                raise TrainingError(
-                    f"--resume_from_checkpoint: {name} is {settings.get(name)}, but {old} in {folder}."
-                )
-            logger.warning(f"--resume_from_checkpoint: {name} is {settings.get(name)} from here on, it was {old}.")
+                raise TrainingError(f"--resume_from_checkpoint: {name} is {value}, but {old} in {folder}.")
+            logger.warning(f"--resume_from_checkpoint: {name} is {value} from here on, it was {old}.")
     return folder, state
 
 
@@ -1251,12 +1245,7 @@ def refuse_other_runs(output_dir, state):
     others, folders = [], list_checkpoints(output_dir)
     for folder in folders:
         other = read_state(folder)
-        # Checkpoints of earlier versions have no run_id.
-        if (
-            not state
-            or other.get("run_id", state.get("run_id")) != state.get("run_id")
-            or other["step"] > state["step"]
-        ):
+        if not state or other["run_id"] != state["run_id"] or other["step"] > state["step"]:
             others.append(folder)
     if others == folders:  # nothing here is of this run
         others = [output_dir / name for name in (LORA_FILE, "unet") if (output_dir / name).exists()] + others
@@ -1271,8 +1260,7 @@ def start_progress(args, accelerator, state, source):
     order, run_id = [args.shuffle_shards, lanes, args.train_batch_size], gather_object([os.urandom(4).hex()])[0]
     progress = Progress(run_id=run_id, order=order)
     if state is not None:
-        vars(progress).update({name: state.get(name, value) for name, value in vars(progress).items()})
-    progress.sums += [0.0] * (len(METRICS) - len(progress.sums))  # earlier versions had fewer
+        vars(progress).update({name: value for name, value in state.items() if name != "settings"})
     if progress.order != order:
         # A process may need the shards of all lanes of the run that it continues.
         source.shards_kept *= progress.order[1]
@@ -1642,7 +1630,8 @@ def train_step(run, micro_batches, batches, stop):
     One optimizer step; the next one's batches are read while the device computes. What the processes must agree on
     travels with the metrics in one reduction, behind which all is plain Python on equal numbers: neither a broken
     source nor a signal costs a half-done step. Returns the next batches (or the exception that reading them raised),
-    whether reading failed on any process, the signal that any process got (or 0), gradient norm and learning rate.
+    whether reading failed on any process, the signal that any process got (or 0), and what to log of the step, with
+    METRICS only if its gradient was finite.
     """
     args, accelerator, progress = run.args, run.accelerator, run.progress
     rows, skipped, sums = [], 0, 0
@@ -1678,8 +1667,8 @@ def train_step(run, micro_batches, batches, stop):
     progress.skipped_steps += not finite
     progress.bad_steps = 0 if finite else progress.bad_steps + 1
     if finite:
-        progress.sums = [total + value for total, value in zip(progress.sums, sums)]
-        progress.batches_summed += args.gradient_accumulation_steps * accelerator.num_processes
+        batches_summed = args.gradient_accumulation_steps * accelerator.num_processes
+        logs |= {name: total / batches_summed for name, total in zip(METRICS, sums)}
     else:
         steps = f"{progress.bad_steps} steps up to step {progress.step}"
         logger.warning(f"No finite gradient in {steps}, not applied.")
@@ -1697,16 +1686,17 @@ def train(run, batches, stop):
         upcoming = next(batches) if progress.step < args.max_train_steps else []
     bar = tqdm(None, "Steps", args.max_train_steps, disable=not accelerator.is_local_main_process)
     bar.update(progress.step)
-    steps = seconds = 0
+    window, steps, seconds = [], 0, 0  # since the last log line
     while progress.step < args.max_train_steps:
         started = time.perf_counter()
         upcoming, failed, signal_number, logs = train_step(run, upcoming, batches, stop)
         steps, seconds = steps + 1, seconds + time.perf_counter() - started
+        window += [[logs[name] for name in METRICS]] if "loss" in logs else []
         bar.update(1)
         last = progress.step == args.max_train_steps
         if last or progress.step % args.logging_steps == 0:
-            if progress.batches_summed:  # otherwise no step had a finite gradient
-                logs |= {name: total / progress.batches_summed for name, total in zip(METRICS, progress.sums)}
+            if window:  # otherwise no step had a finite gradient
+                logs |= dict(zip(METRICS, np.mean(window, axis=0).tolist()))
             logs |= {"skipped_steps": progress.skipped_steps, "pairs_per_second": steps * run.pairs_per_step / seconds}
             resident = psutil.Process().memory_info().rss
             peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resident
@@ -1714,7 +1704,7 @@ def train(run, batches, stop):
                 accelerator.log({**logs, "peak_memory_gib": peak / 2**30}, step=progress.step)
             shown = [name for name in ("loss", "accuracy", "pairs_per_second") if name in logs]
             bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
-            progress.sums, progress.batches_summed, steps, seconds = [0.0] * len(METRICS), 0, 0, 0
+            window, steps, seconds = [], 0, 0
         too_many_bad = progress.rows_bad > args.max_bad_rows * max(progress.rows_read, 100)
         due = progress.step % args.checkpointing_steps == 0 and not last  # the last one follows the final weights
         if due or failed or too_many_bad or signal_number:

@@ -117,9 +117,9 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     ],
 )
 def test_signal_saves_a_checkpoint_and_exits(script, flags, uninterrupted, monkeypatch, place, number, kind):
-    """Between two batches, in a log window, in or before a validation (put off, then made up for), in a checkpoint."""
+    """Between two batches, in or before a validation (put off, then made up for), in a checkpoint."""
     calls, action, expected = SIGNALS[place]
-    flags.update(max_train_steps=5, checkpointing_steps=3, validation_steps=2, logging_steps=3, **VALIDATION)
+    flags.update(max_train_steps=5, checkpointing_steps=3, validation_steps=2, **VALIDATION)
     flags.update({"train_batch_size": 2, "gradient_accumulation_steps": 2} if kind == "map" else STREAMED)
     fault = Fault(place.removesuffix("-behind"), (calls[kind],), partial(action, number))
     with monkeypatch.context() as patch:
@@ -222,7 +222,7 @@ def launch_and_signal(folder, launcher, target, flags, faults, events):
 def test_signal_to_a_launched_run(script, flags, uninterrupted, tmp_path, launcher, target, number):
     """Each rank that is to be signalled waits for it within step 3. Workers in its group get the signal, too."""
     size = 2 if launcher == "torchrun" else 1
-    flags.update(dataloader_num_workers=1, train_batch_size=2, max_train_steps=5, logging_steps=2)
+    flags.update(dataloader_num_workers=1, train_batch_size=2, max_train_steps=5)
     reached = {rank: tmp_path / f"reached-{rank}" for rank in ([size - 1] if target == "rank" else range(size))}
     faults = {n: [Fault("step", (3,), partial(cluster.waiting_for_a_signal, file))] for n, file in reached.items()}
     status, log = launch_and_signal(tmp_path, launcher, target, flags, faults, [(list(reached.values()), number)])
@@ -473,12 +473,12 @@ def damaged(how, folder, call=lambda: None):
 @pytest.mark.parametrize(
     ("how", "changes"),
     [
-        also("truncated", {"logging_steps": 4}),
+        also("truncated", {}),
         ("removed", {}),
         also("garbage", {"train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_steps": 5}),
         (ConnectionError("Couldn't reach the hub"), {"train_batch_size": 2, "gradient_accumulation_steps": 3}),
         also(httpx.ConnectError("[Errno 101] Network is unreachable"), {}),
-        also(httpx.ReadTimeout("timed out"), {"logging_steps": 4}),
+        also(httpx.ReadTimeout("timed out"), {}),
         also(EOFError("torn"), {}),
     ],
     ids=["truncated", "removed", "garbage-accumulation", "hub", "unreachable", "timeout", "torn"],
@@ -519,7 +519,7 @@ def test_source_that_breaks_in_mid_run_under_workers(flags, uninterrupted, own_p
 
 
 def test_source_that_fails_on_one_rank_stops_all(flags, uninterrupted, own_pairs):
-    flags.update(STREAMED, train_batch_size=2, max_train_steps=5, gradient_accumulation_steps=2, logging_steps=2)
+    flags.update(STREAMED, train_batch_size=2, max_train_steps=5, gradient_accumulation_steps=2)
     whole = uninterrupted(flags, size=2)
     fault = Fault("source", (4,), partial(raising, ConnectionError("Couldn't reach the hub")))
     statuses, outputs = run_ranks(flags, {1: [fault]})
