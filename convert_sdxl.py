@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+# Copyright 2026 The MaPO SDXL contributors. All rights reserved.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24"]
+# ///
+"""Convert SDXL models: a single-file checkpoint to a diffusers folder.
+
+A checkpoint for ComfyUI or A1111, to a folder that the scripts here and diffusers load:
+
+    python convert_sdxl.py single_file model.safetensors model
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from diffusers.utils import check_min_version
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+check_min_version("0.40.0")
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    path = os.path.expanduser  # leaves hub ids as they are
+
+    add = commands.add_parser("single_file", help="Convert a single file to a diffusers folder.").add_argument
+    add("file", type=path, help="SDXL checkpoint, a .safetensors file.")
+    add("folder", type=path, help="New folder for the model.")
+    add("--vae", type=path, help="VAE to use instead of the one in the file: hub id or folder.")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="Default: what the file says.")
+    add(
+        "--zero_terminal_snr",
+        action=argparse.BooleanOptionalAction,
+        help="Whether the model was trained with zero terminal SNR. Default: what the file says.",
+    )
+    add("--config", type=path, help=f"Local SDXL folder to take configs and tokenizers from, instead of {SDXL}.")
+
+    return parser.parse_args(input_args)
+
+
+# Errors and files ----------------------------------------------------------------------------------------------------
+class ConversionError(Exception):
+    """An error that one sentence explains; printed without a traceback."""
+
+
+def describe(error):
+    """An error's type and text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
+def explain_errors(message):
+    """Raise any error of the body as a ConversionError that starts with `message`."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(f"{message} ({describe(error)}).") from error
+
+
+def write_atomically(path, save):
+    """Let `save` write a file or folder that appears under its name only when it is complete."""
+    with explain_errors(f"{path} could not be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
+            save(Path(aside, path.name))
+            os.replace(Path(aside, path.name), path)
+
+
+# Single files --------------------------------------------------------------------------------------------------------
+# Tensors that every SDXL base model has. Other models lack the first one, SDXL's refiner the second one.
+SDXL_TENSORS = ["model.diffusion_model.label_emb.0.0.bias", "conditioner.embedders.1.model.ln_final.bias"]
+TEXT_ENCODER = "conditioner.embedders.0.transformer.text_model."
+TEXT_ENCODER_2 = "conditioner.embedders.1.model."
+
+
+def read_checkpoint(path):
+    """The tensors of a single file, {name: tensor}, and its metadata."""
+    with explain_errors(f"{path} cannot be read as a safetensors file"):
+        with safe_open(path, "pt") as file:
+            checkpoint = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+
+    for name in SDXL_TENSORS:
+        if name not in checkpoint:
+            raise ConversionError(f"{path} is not an SDXL base model: it has no tensor {name}.")
+    if "edm_mean" in checkpoint or "edm_vpred.sigma_max" in checkpoint:
+        raise ConversionError(f"{path} is an EDM model: its prediction type is neither epsilon nor v_prediction.")
+    return checkpoint, metadata
+
+
+def load_empty_pipeline(config):
+    """SDXL with its tokenizers and scheduler. Its models have shapes, but no weights yet."""
+    message = (
+        f"SDXL's configs and tokenizers are needed once, but cannot be loaded from {config or SDXL}; "
+        "--config takes a local SDXL folder"
+    )
+    with explain_errors(message):
+        folder = config or snapshot_download(SDXL, allow_patterns=["*.json", "*.txt"])
+        unet_config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+        vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
+        text_config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
+        text_config_2 = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(unet_config)
+            vae = AutoencoderKL.from_config(vae_config)
+            text_encoder = CLIPTextModel(text_config)
+            text_encoder_2 = CLIPTextModelWithProjection(text_config_2)
+        return StableDiffusionXLPipeline(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+            scheduler=EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
+        )
+
+
+def fill(model, weights, part):
+    """Give a model its weights, in the dtypes that they have in the file."""
+    for name, parameter in model.state_dict().items():
+        if name not in weights:
+            raise ValueError(f"{part}.{name} is missing")
+        shape = weights[name].shape
+        if shape != parameter.shape:
+            raise ValueError(f"{part}.{name} has the shape {list(shape)}, not {list(parameter.shape)}")
+    model.load_state_dict(weights, strict=False, assign=True)
+
+
+def load_vae(name, scaling_factor):
+    """The VAE of --vae, from a pipeline's folder or from one of its own."""
+    with explain_errors(f"--vae {name} cannot be loaded"):
+        try:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
+        except OSError:
+            vae = AutoencoderKL.from_pretrained(name, use_safetensors=True)
+
+    # Nothing else tells a VAE of SDXL from one of SD 1.5.
+    if vae.config.scaling_factor != scaling_factor:
+        raise ConversionError(
+            f"--vae {name} is not a VAE of SDXL: "
+            f"its scaling_factor is {vae.config.scaling_factor}, not {scaling_factor}."
+        )
+    return vae
+
+
+def fill_pipeline(pipeline, checkpoint, vae):
+    """Give the models of a pipeline the weights of a single file. `vae` names another VAE, or is None."""
+    unet_weights = convert_ldm_unet_checkpoint(checkpoint, pipeline.unet.config)
+    fill(pipeline.unet, unet_weights, "unet")
+
+    if vae is not None:
+        pipeline.vae = load_vae(vae, pipeline.vae.config.scaling_factor)
+    else:
+        vae_weights = convert_ldm_vae_checkpoint(checkpoint, pipeline.vae.config)
+        fill(pipeline.vae, vae_weights, "vae")
+
+    text_weights = {}
+    for name, tensor in checkpoint.items():
+        if name.startswith(TEXT_ENCODER):
+            text_weights[name.removeprefix(TEXT_ENCODER)] = tensor
+    fill(pipeline.text_encoder, text_weights, "text_encoder")
+
+    text_weights_2 = convert_open_clip_checkpoint(pipeline.text_encoder_2, checkpoint, TEXT_ENCODER_2)
+    fill(pipeline.text_encoder_2, text_weights_2, "text_encoder_2")
+
+
+def detect_prediction_type(checkpoint, metadata):
+    """What the UNet predicts, by the marker that ComfyUI looks for or by the metadata that sd-scripts write."""
+    if "v_pred" in checkpoint:
+        return "v_prediction"
+    if metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
+        return "v_prediction"
+    return "epsilon"
+
+
+def load_single_file(args):
+    """The pipeline of a single file."""
+    checkpoint, metadata = read_checkpoint(args.file)
+    has_vae = any(name.startswith("first_stage_model.") for name in checkpoint)
+    if args.vae is None and not has_vae:
+        raise ConversionError(f"{args.file} contains no VAE: name one with --vae, e.g. madebyollin/sdxl-vae-fp16-fix.")
+
+    pipeline = load_empty_pipeline(args.config)
+    with explain_errors(f"{args.file} is not a complete SDXL base model"):
+        fill_pipeline(pipeline, checkpoint, args.vae)
+
+    # Flags override what the file says. Only v-prediction can use zero terminal SNR.
+    prediction_type = args.prediction_type
+    if prediction_type is None:
+        prediction_type = detect_prediction_type(checkpoint, metadata)
+    zero_terminal_snr = args.zero_terminal_snr
+    if zero_terminal_snr is None:
+        zero_terminal_snr = "ztsnr" in checkpoint and prediction_type == "v_prediction"
+
+    scheduler = pipeline.scheduler
+    scheduler.register_to_config(
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+    )
+    if zero_terminal_snr:
+        scheduler.register_to_config(timestep_spacing="trailing")
+    print(f"{args.file}: prediction_type is {prediction_type}, zero_terminal_snr is {zero_terminal_snr}")
+    return pipeline
+
+
+def main(args):
+    folder = Path(args.folder)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ConversionError(f"{folder} exists already: choose a new folder.")
+
+    pipeline = load_single_file(args)
+    write_atomically(folder, pipeline.save_pretrained)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ConversionError as error:
+        sys.exit(f"error: {error}")

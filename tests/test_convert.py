@@ -1,0 +1,389 @@
+"""convert_sdxl.py: single files become folders."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, also, load_script, run
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from single_file import save_single_file
+from small_world import build_pipeline, build_vae
+
+
+CONVERT = ROOT / "convert_sdxl.py"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
+WEIGHTS = [UNET, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"]
+CONFIGS = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def converter():
+    """The script as a module."""
+    return load_script(CONVERT)
+
+
+def convert(converter, *words):
+    converter.main(converter.parse_args([str(word) for word in words]))
+
+
+def refusal(converter, *words):
+    """The single line with which a command line is refused."""
+    with pytest.raises(converter.ConversionError) as error:
+        convert(converter, *words)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def load_pipeline(folder, **options):
+    return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, **options)
+
+
+def assert_same_tensors(path, other):
+    tensors = load_file(path)
+    others = load_file(other)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype, name
+        assert torch.equal(tensor, others[name]), name
+
+
+def cache_repository(monkeypatch, cache, name, folder, ignored=None):
+    """Let the hub's cache contain a folder as a repository."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=ignored)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+# Single files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    """The small world's pipeline as a single file."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    save_single_file(load_pipeline(world / "pipeline"), path)
+    return path
+
+
+@pytest.fixture
+def change_checkpoint(checkpoint, tmp_path):
+    """Write the single file with other tensors (None removes one) and metadata."""
+
+    def change_checkpoint(changes, metadata=None):
+        tensors = {**load_file(checkpoint), **changes}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, tmp_path / "changed.safetensors", metadata)
+        return tmp_path / "changed.safetensors"
+
+    return change_checkpoint
+
+
+@pytest.fixture
+def without_vae(checkpoint, change_checkpoint):
+    """The single file without its VAE."""
+    with safe_open(checkpoint, "pt") as file:
+        names = [name for name in file.keys() if name.startswith("first_stage_model.")]
+    return change_checkpoint(dict.fromkeys(names))
+
+
+def test_folder_has_the_weights_dtypes_and_configs_of_the_pipeline(converter, world, tmp_path):
+    """Many files contain a VAE in float32 and everything else in float16."""
+    pipeline = load_pipeline(world / "pipeline", dtype={"vae": torch.float32, "default": torch.float16})
+    pipeline.save_pretrained(tmp_path / "original")
+    save_single_file(pipeline, tmp_path / "model.safetensors")
+
+    convert(
+        converter, "single_file", tmp_path / "model.safetensors", tmp_path / "model", "--config", world / "pipeline"
+    )
+
+    for file in WEIGHTS:
+        assert_same_tensors(tmp_path / "model" / file, tmp_path / "original" / file)
+    for file in CONFIGS:
+        expected = json.loads((world / "pipeline" / file).read_text())
+        assert json.loads((tmp_path / "model" / file).read_text()) == expected
+
+
+@pytest.mark.parametrize("rank", [4, also(None)])
+def test_training_on_the_folder_equals_training_on_the_original(converter, script, flags, checkpoint, tmp_path, rank):
+    original = flags["pretrained_model_name_or_path"]
+    flags.update(rank=rank, max_train_steps=2)
+    convert(converter, "single_file", checkpoint, tmp_path / "model", "--config", original)
+
+    on_original = run(script, flags)
+    flags.update(pretrained_model_name_or_path=tmp_path / "model", output_dir=tmp_path / "on folder")
+    on_folder = run(script, flags)
+
+    file = LORA if rank else UNET
+    assert_same_tensors(on_folder / file, on_original / file)
+
+
+@pytest.mark.parametrize(
+    ("markers", "metadata", "words", "prediction_type", "zero_terminal_snr"),
+    [
+        ([], None, "", "epsilon", False),
+        ([], "epsilon", "", "epsilon", False),
+        (["v_pred"], None, "", "v_prediction", False),
+        (["v_pred", "ztsnr"], None, "", "v_prediction", True),
+        ([], "v", "", "v_prediction", False),
+        ([], "v_prediction", "", "v_prediction", False),
+        (["v_pred", "ztsnr"], "v", "--prediction_type epsilon", "epsilon", False),
+        (["v_pred", "ztsnr"], None, "--no-zero_terminal_snr", "v_prediction", False),
+        ([], "epsilon", "--prediction_type v_prediction", "v_prediction", False),
+        ([], None, "--prediction_type v_prediction --zero_terminal_snr", "v_prediction", True),
+    ],
+)
+def test_noise_schedule_is_what_the_file_says_unless_flags_override_it(
+    converter, change_checkpoint, world, tmp_path, capsys, markers, metadata, words, prediction_type, zero_terminal_snr
+):
+    path = change_checkpoint(
+        {name: torch.zeros(0) for name in markers},
+        metadata and {"modelspec.prediction_type": metadata},
+    )
+
+    convert(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline", *words.split())
+
+    scheduler = json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == prediction_type
+    assert scheduler["rescale_betas_zero_snr"] is zero_terminal_snr
+    assert scheduler["timestep_spacing"] == ("trailing" if zero_terminal_snr else "leading")
+    printed = f"{path}: prediction_type is {prediction_type}, zero_terminal_snr is {zero_terminal_snr}\n"
+    assert capsys.readouterr().out == printed
+
+
+def test_file_without_a_vae_needs_one(converter, without_vae, world, tmp_path):
+    sentence = refusal(converter, "single_file", without_vae, tmp_path / "model", "--config", world / "pipeline")
+
+    assert sentence.startswith(f"{without_vae} contains no VAE")
+    assert "--vae" in sentence
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "folder", "hub"])
+@pytest.mark.parametrize("file", ["without_vae", also("checkpoint")])
+def test_given_vae_is_used_instead_of_the_one_in_the_file(
+    converter, request, monkeypatch, world, tmp_path, kind, file
+):
+    path = request.getfixturevalue(file)
+    build_pipeline(tmp_path / "other", seed=1)
+    vae = tmp_path / "other"
+    if kind == "folder":
+        vae = tmp_path / "other" / "vae"
+    elif kind == "hub":
+        vae = "someone/vae"
+        cache_repository(monkeypatch, tmp_path / "cache", vae, tmp_path / "other" / "vae")
+
+    convert(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline", "--vae", vae)
+
+    assert_same_tensors(tmp_path / "model" / VAE, tmp_path / "other" / VAE)
+    assert AutoencoderKL.load_config(tmp_path / "model" / "vae")["scaling_factor"] == 0.13025
+
+
+def test_vae_of_another_model_is_refused(converter, checkpoint, world, tmp_path):
+    vae = build_vae(force_upcast=False)
+    vae.register_to_config(scaling_factor=0.18215)
+    vae.save_pretrained(tmp_path / "other")
+    words = ("single_file", checkpoint, tmp_path / "model", "--config", world / "pipeline", "--vae")
+
+    of_another_model = refusal(converter, *words, tmp_path / "other")
+    nowhere = refusal(converter, *words, tmp_path / "nowhere")
+
+    assert of_another_model.endswith("is not a VAE of SDXL: its scaling_factor is 0.18215, not 0.13025.")
+    assert nowhere.startswith(f"--vae {tmp_path / 'nowhere'} cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "unet.down_blocks.0.resnets.0.conv1.weight"),
+        ("model.diffusion_model.label_emb.0.2.bias", "label_emb.0.2.bias"),
+        ("first_stage_model.decoder.conv_in.bias", "vae.decoder.conv_in.bias"),
+        (
+            "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+            "text_encoder.embeddings.position_embedding.weight",
+        ),
+        ("conditioner.embedders.1.model.text_projection", "text_encoder_2.text_projection.weight"),
+    ],
+)
+def test_missing_tensor_is_named(converter, change_checkpoint, world, tmp_path, tensor, named):
+    path = change_checkpoint({tensor: None})
+
+    sentence = refusal(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline")
+
+    assert sentence.startswith(f"{path} is not a complete SDXL base model")
+    assert named in sentence
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"conditioner.embedders.1.model.ln_final.bias": None}, "it has no tensor conditioner.embedders.1"),
+        ({"model.diffusion_model.label_emb.0.0.bias": None}, "it has no tensor model.diffusion_model.label_emb"),
+        (
+            {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)},
+            "unet.conv_in.weight has the shape [32, 9, 3, 3], not [32, 4, 3, 3]",
+        ),
+        ({"edm_mean": torch.zeros(4)}, "EDM"),
+        ({"edm_vpred.sigma_max": torch.zeros(1)}, "EDM"),
+    ],
+    ids=["refiner", "SD 1.5", "inpainting", "Playground 2.5", "CosXL"],
+)
+def test_model_of_another_kind_is_refused(converter, change_checkpoint, world, tmp_path, changes, reason):
+    path = change_checkpoint(changes)
+
+    sentence = refusal(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline")
+
+    assert sentence.startswith(f"{path} is ")
+    assert reason in sentence
+
+
+def test_what_is_not_a_safetensors_file_is_refused(converter, tmp_path):
+    (tmp_path / "text.safetensors").write_text("not tensors")
+
+    for name in ("text.safetensors", "nowhere.safetensors"):
+        sentence = refusal(converter, "single_file", tmp_path / name, tmp_path / "model")
+        assert sentence.startswith(f"{tmp_path / name} cannot be read as a safetensors file")
+
+
+def test_configs_come_from_the_hub(converter, monkeypatch, checkpoint, world, tmp_path):
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    cache_repository(monkeypatch, tmp_path / "cache", converter.SDXL, world / "pipeline", no_weights)
+
+    convert(converter, "single_file", checkpoint, tmp_path / "model")
+
+    for file in WEIGHTS:
+        assert_same_tensors(tmp_path / "model" / file, world / "pipeline" / file)
+    for path in (tmp_path / "model").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
+
+
+def test_offline_the_command_ends_with_one_sentence_about_config(checkpoint, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, CONVERT, "single_file", checkpoint, tmp_path / "model"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+    )
+
+    assert finished.returncode == 1
+    last_line = finished.stderr.splitlines()[-1]
+    assert last_line.startswith("error: SDXL's configs and tokenizers are needed once")
+    assert "--config takes a local SDXL folder" in last_line
+    assert "Traceback" not in finished.stderr
+
+
+def test_config_without_configs_is_refused(converter, checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    sentence = refusal(converter, "single_file", checkpoint, tmp_path / "model", "--config", tmp_path / "empty")
+
+    assert f"cannot be loaded from {tmp_path / 'empty'}" in sentence
+
+
+@pytest.fixture
+def downloaded(converter, monkeypatch):
+    """The patterns of the files that the script asks the hub for. It gets none."""
+    patterns = []
+
+    def snapshot_download(name, allow_patterns):
+        patterns.extend(allow_patterns)
+        raise OSError("not today")
+
+    monkeypatch.setattr(converter, "snapshot_download", snapshot_download)
+    return patterns
+
+
+def test_only_what_is_needed_is_downloaded(converter, downloaded, checkpoint, tmp_path):
+    files = [
+        "model_index.json",
+        "sd_xl_base_1.0.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer_2/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/model.onnx",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+    refusal(converter, "single_file", checkpoint, tmp_path / "model")
+    configs = set(filter_repo_objects(files, allow_patterns=downloaded))
+
+    assert configs == {"model_index.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json", "unet/config.json"}
+
+
+# Output folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_existing_output_is_refused_and_kept(converter, tmp_path, kind):
+    path = tmp_path / "out" / "notes.txt"
+    path.parent.mkdir()
+    path.write_text("mine")
+    folder = path.parent if kind == "folder" else path
+
+    sentence = refusal(converter, "single_file", "model.safetensors", folder)
+
+    assert sentence.startswith(f"{folder} exists already")
+    assert path.read_text() == "mine"
+
+
+def test_empty_folder_is_filled(converter, checkpoint, world, tmp_path):
+    (tmp_path / "model").mkdir()
+
+    convert(converter, "single_file", checkpoint, tmp_path / "model", "--config", world / "pipeline")
+
+    assert_same_tensors(tmp_path / "model" / UNET, world / "pipeline" / UNET)
+
+
+def test_interrupted_write_leaves_nothing(converter, monkeypatch, checkpoint, world, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    # The VAE and the text encoders are written before it.
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(converter, "single_file", checkpoint, tmp_path / "new" / "model", "--config", world / "pipeline")
+
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_folder_that_cannot_be_written_is_one_sentence(converter, checkpoint, world, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "model"
+
+    sentence = refusal(converter, "single_file", checkpoint, folder, "--config", world / "pipeline")
+
+    assert sentence.startswith(f"{folder} could not be written")
+
+
+# Arguments ----------------------------------------------------------------------------------------------------------
+
+
+def test_home_is_expanded_in_paths(converter, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+
+    words = "single_file ~/model.safetensors ~/model --vae ~/vae --config ~/sdxl"
+    single_file = converter.parse_args(words.split())
+
+    paths = [single_file.file, single_file.folder, single_file.vae, single_file.config]
+    names = ["model.safetensors", "model", "vae", "sdxl"]
+    assert paths == [f"/home/someone/{name}" for name in names]
