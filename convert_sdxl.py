@@ -4,23 +4,29 @@
 #
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24"]
+# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "peft>=0.18"]
 # ///
-"""Convert SDXL models: a single-file checkpoint to a diffusers folder.
+"""Convert SDXL models: a single-file checkpoint to a diffusers folder, or a fully fine-tuned UNet to a LoRA.
 
 A checkpoint for ComfyUI or A1111, to a folder that the scripts here and diffusers load:
 
     python convert_sdxl.py single_file model.safetensors model
+
+What full fine-tuning changed in the UNet of a base model, to a LoRA:
+
+    python convert_sdxl.py extract_lora stabilityai/stable-diffusion-xl-base-1.0 mapo-full --rank 64 mapo-full-lora
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
@@ -28,17 +34,29 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from diffusers.utils import check_min_version
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 check_min_version("0.40.0")
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
+def positive_int(text):
+    """Parse a whole number of at least 1 for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -59,6 +77,11 @@ def parse_args(input_args=None):
     )
     add("--config", type=path, help=f"Local SDXL folder to take configs and tokenizers from, instead of {SDXL}.")
 
+    add = commands.add_parser("extract_lora", help="Extract a LoRA from a fully fine-tuned UNet.").add_argument
+    add("base", type=path, help="SDXL base model that the UNet was trained from: hub id or folder.")
+    add("unet", type=path, help="Fine-tuned UNet: hub id or folder, e.g. the output_dir of a run.")
+    add("folder", type=path, help="New folder for the LoRA.")
+    add("--rank", type=positive_int, default=64, help="Rank of the LoRA.")
     return parser.parse_args(input_args)
 
 
@@ -230,13 +253,121 @@ def load_single_file(args):
     return pipeline
 
 
+# LoRA extraction -----------------------------------------------------------------------------------------------------
+# The layers that a LoRA can adapt. Norms, biases, and the first and last layers are left out.
+TRANSFORMER = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+LORA_LAYERS = TRANSFORMER + RESNET
+
+# A UNet may be sharded. The files of variants, like fp16, have other names.
+UNET_FILES = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors"]
+
+
+def open_unet(name):
+    """The files that contain the tensors of a UNet, {tensor name: open file}."""
+    files = {}
+    with explain_errors(f"{name} cannot be loaded"):
+        folder = Path(name)
+        if not folder.is_dir():
+            patterns = UNET_FILES + [f"unet/{pattern}" for pattern in UNET_FILES]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if (folder / "unet").is_dir():
+            folder = folder / "unet"
+
+        for pattern in UNET_FILES:
+            for path in folder.glob(pattern):
+                file = safe_open(path, "pt")
+                files.update(dict.fromkeys(file.keys(), file))
+    if not files:
+        raise ConversionError(f"{name} has no UNet: {folder} contains no {UNET_FILES[0]}.")
+    return files
+
+
+def shapes_of(files):
+    return {name: file.get_slice(name).get_shape() for name, file in files.items()}
+
+
+def factorize(change, rank):
+    """The LoRA that is closest to the change of a layer: down, up, and the squared norm of their product."""
+    u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    kept = s[:rank]
+    up = u[:, :rank] * kept.sqrt()
+    down = kept.sqrt()[:, None] * v[:rank]
+
+    # A layer may be narrower than the rank.
+    up = F.pad(up, (0, rank - up.shape[1]))
+    down = F.pad(down, (0, 0, 0, rank - down.shape[0]))
+
+    if change.ndim == 4:
+        up = up[:, :, None, None]
+        down = down.unflatten(1, change.shape[1:])
+    return down, up, kept.square().sum().item()
+
+
+def extract_lora(base_name, unet_name, rank):
+    """The LoRA that is closest to the change of the UNet, {name: weight}."""
+    base = open_unet(base_name)
+    trained = open_unet(unet_name)
+    if shapes_of(base) != shapes_of(trained):
+        raise ConversionError(
+            f"{unet_name} was not trained from {base_name}: the names or shapes of their weights differ."
+        )
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    suffixes = tuple(f".{layer}" for layer in LORA_LAYERS)
+    lora = {}
+    squared_change = 0.0
+    squared_kept = 0.0
+    for name in tqdm(trained, desc="Extracting a LoRA"):
+        # Rounding to the dtype of the trained UNet is not a change.
+        after = trained[name].get_tensor(name)
+        before = base[name].get_tensor(name).to(after.dtype)
+        change = after.to(device, torch.float32) - before.to(device, torch.float32)
+        squared_change += change.square().sum().item()
+
+        layer = name.removesuffix(".weight")
+        if layer.endswith(suffixes):
+            down, up, kept = factorize(change, rank)
+            lora[f"{layer}.lora_A.weight"] = down.cpu().contiguous()
+            lora[f"{layer}.lora_B.weight"] = up.cpu().contiguous()
+            squared_kept += kept
+
+    if squared_change == 0:
+        raise ConversionError(f"{unet_name} has the weights of {base_name}: nothing was changed.")
+    share = squared_kept / squared_change
+    print(f"The LoRA of rank {rank} keeps {share:.1%} of the squared change of the UNet's weights.")
+    return lora
+
+
+def write_kohya_lora(folder):
+    """Save the LoRA of a folder also in Kohya format (ComfyUI, A1111). Its alpha is its rank."""
+    weights = convert_state_dict_to_kohya(load_file(folder / LORA_FILE))
+    save_file(weights, folder / KOHYA_FILE)
+
+
+def save_lora(lora, rank, folder):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS)
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=lora,
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    write_kohya_lora(folder)
+
+
 def main(args):
     folder = Path(args.folder)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ConversionError(f"{folder} exists already: choose a new folder.")
 
-    pipeline = load_single_file(args)
-    write_atomically(folder, pipeline.save_pretrained)
+    if args.command == "single_file":
+        pipeline = load_single_file(args)
+        write_atomically(folder, pipeline.save_pretrained)
+    else:
+        lora = extract_lora(args.base, args.unet, args.rank)
+        write_atomically(folder, functools.partial(save_lora, lora, args.rank))
 
 
 if __name__ == "__main__":

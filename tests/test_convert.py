@@ -1,11 +1,13 @@
-"""convert_sdxl.py: single files become folders."""
+"""convert_sdxl.py: single files become folders, and fully fine-tuned UNets become LoRAs."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, also, load_script, run
@@ -15,13 +17,14 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
-from small_world import build_pipeline, build_vae
+from small_world import build_pipeline, build_unet, build_vae
 
 
 CONVERT = ROOT / "convert_sdxl.py"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
+KOHYA = "pytorch_lora_weights_kohya.safetensors"
 WEIGHTS = [UNET, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"]
 CONFIGS = [
     "model_index.json",
@@ -29,6 +32,9 @@ CONFIGS = [
     "unet/config.json",
     "vae/config.json",
 ]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
 
 @pytest.fixture(scope="module")
@@ -325,21 +331,27 @@ def test_only_what_is_needed_is_downloaded(converter, downloaded, checkpoint, tm
 
     refusal(converter, "single_file", checkpoint, tmp_path / "model")
     configs = set(filter_repo_objects(files, allow_patterns=downloaded))
+    downloaded.clear()
+    refusal(converter, "extract_lora", "some/base", "some/unet", tmp_path / "lora")
+    unet = set(filter_repo_objects(files, allow_patterns=downloaded))
 
     assert configs == {"model_index.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json", "unet/config.json"}
+    assert unet == {UNET, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"}
 
 
 # Output folders -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_existing_output_is_refused_and_kept(converter, tmp_path, kind):
+@pytest.mark.parametrize("command", ["single_file", "extract_lora"])
+def test_existing_output_is_refused_and_kept(converter, tmp_path, command, kind):
     path = tmp_path / "out" / "notes.txt"
     path.parent.mkdir()
     path.write_text("mine")
     folder = path.parent if kind == "folder" else path
+    inputs = ["model.safetensors"] if command == "single_file" else ["base", "unet"]
 
-    sentence = refusal(converter, "single_file", "model.safetensors", folder)
+    sentence = refusal(converter, command, *inputs, folder)
 
     assert sentence.startswith(f"{folder} exists already")
     assert path.read_text() == "mine"
@@ -375,6 +387,195 @@ def test_folder_that_cannot_be_written_is_one_sentence(converter, checkpoint, wo
     assert sentence.startswith(f"{folder} could not be written")
 
 
+# LoRA extraction ----------------------------------------------------------------------------------------------------
+
+
+def load_unet(folder):
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+
+
+def is_adapted(name):
+    """Whether a LoRA has a layer for a weight."""
+    layers = (*ATTENTION, *FEED_FORWARD, *RESNET)
+    return name.endswith(tuple(f".{layer}.weight" for layer in layers))
+
+
+def save_changed_unet(world, folder, dtype=torch.float32, only_adapted=False):
+    """Write to `folder / "unet"` the small world's UNet with random changes."""
+    unet = load_unet(world / "pipeline")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if is_adapted(name) or not only_adapted:
+                weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    unet.to(dtype).save_pretrained(folder / "unet")
+    return folder
+
+
+def generate(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        "a red circle",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="pt",
+        generator=generator,
+    ).images
+
+
+@pytest.fixture(params=["run", "bfloat16"])
+def trained_folder(request, world, tmp_path):
+    """A fully fine-tuned UNet: of a run, and in bfloat16."""
+    if request.param == "bfloat16":
+        return save_changed_unet(world, tmp_path / "trained", torch.bfloat16)
+    script = request.getfixturevalue("script")
+    flags = request.getfixturevalue("flags")
+    return run(script, {**flags, "rank": None, "max_train_steps": 2})
+
+
+def changes_of(world, trained_folder):
+    """{name: change of a weight} as matrices. Rounding the base model to bfloat16 is not a change."""
+    base = load_unet(world / "pipeline").state_dict()
+    changes = {}
+    for name, weight in load_file(trained_folder / UNET).items():
+        change = weight.double() - base[name].to(weight.dtype).double()
+        changes[name] = change.reshape(len(change), -1).numpy()
+    return changes
+
+
+def products_of(folder):
+    """{name: change of a weight} that a LoRA makes, as matrices."""
+    lora = load_file(folder / LORA)
+    products = {}
+    for name, up in lora.items():
+        if name.endswith(".lora_B.weight"):
+            layer = name.removesuffix(".lora_B.weight")
+            down = lora[f"{layer}.lora_A.weight"]
+            product = up.flatten(1).double() @ down.flatten(1).double()
+            products[f"{layer.removeprefix('unet.')}.weight"] = product.numpy()
+    return products
+
+
+@pytest.mark.parametrize("rank", [2, 288])
+def test_extracted_lora_is_the_best_of_its_rank(converter, world, tmp_path, trained_folder, rank):
+    """What it leaves out of a layer's change are the smaller singular values, and nothing at the largest rank."""
+    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", rank, tmp_path / "lora")
+
+    changes = changes_of(world, trained_folder)
+    products = products_of(tmp_path / "lora")
+    assert products.keys() == {name for name in changes if is_adapted(name)}
+    for name, product in products.items():
+        change = changes[name]
+        left_out = np.linalg.svd(change, compute_uv=False)[rank:]
+        error = np.linalg.norm(change - product)
+        bound = 1e-5 * np.linalg.norm(change)
+        assert error == pytest.approx(np.linalg.norm(left_out), rel=1e-3, abs=bound), name
+
+
+def test_share_of_the_squared_change_is_printed(converter, world, tmp_path, trained_folder, capsys):
+    """The whole change counts, also that of norms and biases."""
+    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", 2, tmp_path / "lora")
+
+    changes = changes_of(world, trained_folder)
+    products = products_of(tmp_path / "lora")
+    squared_change = sum((change**2).sum() for change in changes.values())
+    squared_error = sum(((changes[name] - products.get(name, 0)) ** 2).sum() for name in changes)
+    share = 1 - squared_error / squared_change
+    assert f"The LoRA of rank 2 keeps {share:.1%} of the squared change" in capsys.readouterr().out
+
+
+def test_full_rank_generates_what_the_trained_unet_generates(converter, world, tmp_path):
+    """Norms, biases, and the first and last layers are not part of a LoRA, and do not change here."""
+    trained_folder = save_changed_unet(world, tmp_path / "trained", only_adapted=True)
+
+    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", 288, tmp_path / "lora")
+
+    base = generate(load_pipeline(world / "pipeline"))
+    expected = generate(load_pipeline(world / "pipeline", unet=load_unet(trained_folder)))
+    pipeline = load_pipeline(world / "pipeline")
+    pipeline.load_lora_weights(tmp_path / "lora")
+    image = generate(pipeline)
+    assert (image - expected).abs().max() < 1e-4
+    assert (base - expected).abs().max() > 1e-2
+
+
+def test_kohya_file_generates_the_same_image(converter, world, tmp_path):
+    trained_folder = save_changed_unet(world, tmp_path / "trained")
+
+    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", 4, tmp_path / "lora")
+
+    images = [generate(load_pipeline(world / "pipeline"))]
+    for name in (LORA, KOHYA):
+        pipeline = load_pipeline(world / "pipeline")
+        pipeline.load_lora_weights(tmp_path / "lora", weight_name=name)
+        images.append(generate(pipeline))
+    assert torch.equal(images[1], images[2])
+    assert not torch.equal(images[0], images[1])
+
+
+def test_adapter_metadata_says_rank_and_alpha(converter, world, tmp_path):
+    trained_folder = save_changed_unet(world, tmp_path / "trained")
+
+    convert(converter, "extract_lora", world / "pipeline", trained_folder, tmp_path / "lora")
+
+    with safe_open(tmp_path / "lora" / LORA, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (64, 64)
+
+
+@pytest.mark.parametrize("source", ["folder of a UNet", "shards", "hub"])
+def test_unet_is_read_wherever_it_is(converter, monkeypatch, world, tmp_path, source):
+    trained_folder = save_changed_unet(world, tmp_path / "trained")
+    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", 4, tmp_path / "expected")
+    name = trained_folder
+    if source == "folder of a UNet":
+        name = trained_folder / "unet"
+    elif source == "shards":
+        name = tmp_path / "shards"
+        load_unet(trained_folder).save_pretrained(name / "unet", max_shard_size="200KB")
+        assert not (name / UNET).exists()
+    elif source == "hub":
+        name = "someone/trained"
+        cache_repository(monkeypatch, tmp_path / "cache", name, trained_folder)
+
+    convert(converter, "extract_lora", world / "pipeline", name, "--rank", 4, tmp_path / "lora")
+
+    assert_same_tensors(tmp_path / "lora" / LORA, tmp_path / "expected" / LORA)
+
+
+def test_unet_of_another_kind_is_refused(converter, world, tmp_path):
+    build_unet(cross_attention_dim=32, pooled_dim=64).save_pretrained(tmp_path / "other")
+    fewer = load_file(world / "pipeline" / UNET)
+    del fewer["conv_out.bias"]
+    (tmp_path / "fewer").mkdir()
+    save_file(fewer, tmp_path / "fewer" / Path(UNET).name)
+
+    for name in ("other", "fewer"):
+        sentence = refusal(converter, "extract_lora", world / "pipeline", tmp_path / name, tmp_path / "lora")
+        assert sentence.startswith(f"{tmp_path / name} was not trained from {world / 'pipeline'}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unchanged_unet_is_refused(converter, world, tmp_path, dtype):
+    load_unet(world / "pipeline").to(dtype).save_pretrained(tmp_path / "unet")
+
+    sentence = refusal(converter, "extract_lora", world / "pipeline", tmp_path / "unet", tmp_path / "lora")
+
+    assert sentence.endswith("nothing was changed.")
+
+
+def test_what_is_not_a_unet_is_refused(converter, world, tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    empty = refusal(converter, "extract_lora", tmp_path / "empty", world / "pipeline", tmp_path / "lora")
+    nowhere = refusal(converter, "extract_lora", world / "pipeline", tmp_path / "nowhere", tmp_path / "lora")
+
+    assert empty.startswith(f"{tmp_path / 'empty'} has no UNet")
+    assert nowhere.startswith(f"{tmp_path / 'nowhere'} cannot be loaded")
+
+
 # Arguments ----------------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +584,17 @@ def test_home_is_expanded_in_paths(converter, monkeypatch):
 
     words = "single_file ~/model.safetensors ~/model --vae ~/vae --config ~/sdxl"
     single_file = converter.parse_args(words.split())
+    extract_lora = converter.parse_args("extract_lora ~/base ~/unet ~/lora".split())
 
     paths = [single_file.file, single_file.folder, single_file.vae, single_file.config]
-    names = ["model.safetensors", "model", "vae", "sdxl"]
+    paths += [extract_lora.base, extract_lora.unet, extract_lora.folder]
+    names = ["model.safetensors", "model", "vae", "sdxl", "base", "unet", "lora"]
     assert paths == [f"/home/someone/{name}" for name in names]
+
+
+@pytest.mark.parametrize("rank", ["0", "-4", "1.5", "many"])
+def test_rank_is_a_positive_number(converter, capsys, rank):
+    with pytest.raises(SystemExit):
+        convert(converter, "extract_lora", "base", "unet", f"--rank={rank}", "lora")
+
+    assert f"'{rank}' is not a whole number of at least 1" in capsys.readouterr().err
