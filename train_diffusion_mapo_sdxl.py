@@ -1496,6 +1496,7 @@ def send(args, trackers, repo_id):
 
 
 # Training ------------------------------------------------------------------------------------------------------------
+STOPPED = 75  # the exit status after a stop request (EX_TEMPFAIL: run it again)
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -1504,25 +1505,19 @@ class StopRequest:
     """Remembers Ctrl-C, and SIGTERM and SIGUSR1 of SLURM and cloud preemption, until the end of a step."""
 
     def __init__(self):
-        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-        self.received, self.launcher = [], os.getppid() if launched else None
+        self.received = False
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # which shells give to jobs in the background
                 signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        self.received.append(number)
+        self.received = True
         if number == signal.SIGINT:
             # Python's own writing must not be entered again from here.
-            os.write(2, b"\nCtrl-C: the run ends after this step, with a checkpoint. A second one ends it at once.\n")
+            os.write(2, b"\nCtrl-C: finishing this step and saving a checkpoint. Press it again to quit at once.\n")
             # torchrun sends SIGINT for the first Ctrl-C, SIGTERM for the second one.
             for again in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(again, signal.SIG_DFL)
-
-    def asked(self):
-        """The signal that came, or 0. accelerate's launcher passes none on: SIGTERM stands for one that is gone."""
-        gone = [] if self.launcher in (None, os.getppid()) else [signal.SIGTERM]
-        return next(iter(self.received + gone), 0)
 
 
 def ignore_stop_signals(worker):
@@ -1630,7 +1625,7 @@ def train_step(run, micro_batches, batches, stop):
     One optimizer step; the next one's batches are read while the device computes. What the processes must agree on
     travels with the metrics in one reduction, behind which all is plain Python on equal numbers: neither a broken
     source nor a signal costs a half-done step. Returns the next batches (or the exception that reading them raised),
-    whether reading failed on any process, the signal that any process got (or 0), and what to log of the step, with
+    whether reading failed on any process, whether any process was asked to stop, and what to log of the step, with
     METRICS only if its gradient was finite.
     """
     args, accelerator, progress = run.args, run.accelerator, run.progress
@@ -1650,11 +1645,11 @@ def train_step(run, micro_batches, batches, stop):
         upcoming = next(batches) if progress.step < args.max_train_steps else []
     except Exception as error:  # sources fail in as many ways as there are file systems
         upcoming = error
-    counts = [skipped, isinstance(upcoming, Exception), *(stop.asked() == number for number in STOP_SIGNALS)]
+    counts = [skipped, isinstance(upcoming, Exception), stop.received]
     grad_norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=sums.device) / accelerator.num_processes
     # The one wait of a step for the device and for the other processes.
     totals = accelerator.reduce(torch.cat([sums, grad_norm[None], sums.new_tensor(counts)])).tolist()
-    sums, (grad_norm, bad, failed, *signals) = totals[: len(METRICS)], totals[len(METRICS) :]
+    sums, (grad_norm, bad, failed, stopped) = totals[: len(METRICS)], totals[len(METRICS) :]
     logs, finite = {"grad_norm": grad_norm, "lr": run.lr_scheduler.get_last_lr()[0]}, math.isfinite(grad_norm)
     # The scaler of fp16 leaves non-finite steps out by itself, and learns its scale from them.
     if finite or accelerator.scaler is not None:
@@ -1675,11 +1670,11 @@ def train_step(run, micro_batches, batches, stop):
     if progress.bad_steps >= args.max_bad_steps:
         rows = ", ".join(sorted(gather_object(rows)))
         raise TrainingError(f"--max_bad_steps: no finite gradient in {steps} (its pairs: {rows}).")
-    return upcoming, failed > 0, next((n for n, got in zip(STOP_SIGNALS, signals) if got), 0), logs
+    return upcoming, failed > 0, stopped > 0, logs
 
 
 def train(run, batches, stop):
-    """The training loop, to --max_train_steps; returns the signal that stopped it early, or 0."""
+    """The training loop, to --max_train_steps; returns whether a signal stopped it before its end."""
     args, accelerator, progress = run.args, run.accelerator, run.progress
     unreadable = f"--dataset_name {args.dataset_name} cannot be read any further"
     with failing_together(unreadable):
@@ -1689,7 +1684,7 @@ def train(run, batches, stop):
     window, steps, seconds = [], 0, 0  # since the last log line
     while progress.step < args.max_train_steps:
         started = time.perf_counter()
-        upcoming, failed, signal_number, logs = train_step(run, upcoming, batches, stop)
+        upcoming, failed, stopped, logs = train_step(run, upcoming, batches, stop)
         steps, seconds = steps + 1, seconds + time.perf_counter() - started
         window += [[logs[name] for name in METRICS]] if "loss" in logs else []
         bar.update(1)
@@ -1707,7 +1702,7 @@ def train(run, batches, stop):
             window, steps, seconds = [], 0, 0
         too_many_bad = progress.rows_bad > args.max_bad_rows * max(progress.rows_read, 100)
         due = progress.step % args.checkpointing_steps == 0 and not last  # the last one follows the final weights
-        if due or failed or too_many_bad or signal_number:
+        if due or failed or too_many_bad or stopped:
             save_checkpoint(run)
         saved = f"the checkpoint of step {progress.step} is saved"
         with failing_together(f"{unreadable} ({saved})") if failed else contextlib.nullcontext():
@@ -1716,11 +1711,11 @@ def train(run, batches, stop):
         if too_many_bad:
             bad_rows = f"{progress.rows_bad} of {progress.rows_read} rows could not be used"
             raise TrainingError(f"--max_bad_rows {args.max_bad_rows}: {bad_rows} ({saved}).")
-        if signal_number:
-            return signal_number
+        if stopped:
+            return True
         if progress.step % args.validation_steps == 0 and not last:
             validate(run)
-    return 0
+    return False
 
 
 def prepare(run, optimizer):
@@ -1789,14 +1784,17 @@ def main(args):
     run.lr_scheduler = build_schedule(args, run.optimizer, progress.step)
     batches_of_run = iter(make_loader(args, pairs, itertools.chain([first_batch], batches)))
     step_batches = iter(lambda: list(itertools.islice(batches_of_run, args.gradient_accumulation_steps)), [])
-    signal_number = train(run, step_batches, StopRequest())
-    if signal_number:
-        logger.warning(f"Stopped by {signal.Signals(signal_number).name} at step {run.progress.step}, to be resumed.")
+    stopped = train(run, step_batches, StopRequest())
+    if stopped:
+        logger.warning(
+            f"Stopped by a signal (the checkpoint of step {run.progress.step} is saved). Resume with "
+            "--resume_from_checkpoint latest."
+        )
     else:
         finish(run)
     accelerator.wait_for_everyone()
-    unsent = functools.partial(send, args, accelerator.trackers, None if signal_number else repo_id)
-    return 128 + signal_number if signal_number else 0, unsent
+    unsent = functools.partial(send, args, accelerator.trackers, None if stopped else repo_id)
+    return STOPPED if stopped else 0, unsent
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ SIGNALS = {
 }
 SIGNALS_BY_DEFAULT = [("evaluation", signal.SIGINT, "map")]
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+STOPPED = 75
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_signal_saves_a_checkpoint_and_exits(script, flags, uninterrupted, monke
     fault = Fault(place.removesuffix("-behind"), (calls[kind],), partial(action, number))
     with monkeypatch.context() as patch:
         install(fault, patch.setattr)
-        assert run_to_status(script, flags) == 128 + number
+        assert run_to_status(script, flags) == STOPPED
     out = flags["output_dir"]
     assert checkpoints(out) == expected and not (out / LORA_WEIGHTS).exists()
     run(script, {**flags, "resume_from_checkpoint": "latest"})
@@ -137,7 +138,7 @@ def test_signal_in_the_last_step_or_later_costs_no_weights(script, flags, monkey
     flags.update(max_train_steps=2)
     with monkeypatch.context() as patch:
         install(Fault("step", (2,), partial(signalled, signal.SIGTERM)), patch.setattr)
-        assert run_to_status(script, flags) == 128 + signal.SIGTERM
+        assert run_to_status(script, flags) == STOPPED
     flags.update(resume_from_checkpoint="latest")
     install(Fault("weights", (1,), partial(signalled, signal.SIGTERM)), monkeypatch.setattr)
     assert run_to_status(script, flags) == 0
@@ -157,7 +158,7 @@ def test_signal_in_the_last_step_or_later_costs_no_weights(script, flags, monkey
 def test_signal_to_one_rank_stops_all(flags, uninterrupted, rank, place, call, number, step):
     flags.update(train_batch_size=2, max_train_steps=5, checkpointing_steps=3, validation_steps=2, **VALIDATION)
     statuses, outputs = run_ranks(flags, {rank: [Fault(place, (call,), partial(signalled, number))]})
-    assert statuses == 2 * [128 + number], outputs
+    assert statuses == 2 * [STOPPED], outputs
     assert checkpoints(flags["output_dir"])[-1] == step
     out = run_ranks_well({**flags, "resume_from_checkpoint": "latest"})
     assert_exact(uninterrupted(flags, size=2), out)
@@ -208,14 +209,12 @@ def launch_and_signal(folder, launcher, target, flags, faults, events):
 @pytest.mark.parametrize(
     ("launcher", "target", "number"),
     [
-        ("accelerate", "launcher", signal.SIGTERM),
+        ("accelerate", "rank", signal.SIGTERM),
         also("torchrun", "launcher", signal.SIGTERM),
         also("accelerate", "group", signal.SIGINT),
         also("torchrun", "group", signal.SIGINT),
-        also("torchrun", "launcher", signal.SIGUSR1),
         also("torchrun", "rank", signal.SIGUSR1),
         also("python", "rank", signal.SIGTERM),
-        also("accelerate", "launcher", signal.SIGUSR1),
         also("accelerate", "rank", signal.SIGUSR1),
     ],
 )
@@ -227,10 +226,9 @@ def test_signal_to_a_launched_run(script, flags, uninterrupted, tmp_path, launch
     faults = {n: [Fault("step", (3,), partial(cluster.waiting_for_a_signal, file))] for n, file in reached.items()}
     status, log = launch_and_signal(tmp_path, launcher, target, flags, faults, [(list(reached.values()), number)])
     if launcher == "python":
-        assert status == 128 + number
-    # A launcher that handles no SIGUSR1 is gone by it, and that is answered like SIGTERM.
-    heard = signal.SIGTERM if target == "launcher" else number
-    assert f"Stopped by {signal.Signals(heard).name} at step 3" in log, log
+        assert status == STOPPED
+    sentence = "Stopped by a signal (the checkpoint of step 3 is saved). Resume with --resume_from_checkpoint latest."
+    assert sentence in log, log
     assert checkpoints(flags["output_dir"]) == [3]
     resumed = {**flags, "resume_from_checkpoint": "latest"}
     run(script, resumed) if size == 1 else run_ranks_well(resumed)
@@ -282,7 +280,7 @@ def test_unexpected_error_ends_a_run_with_workers(flags):
 ENDS = {
     "finished": ({}, None, set()),
     "error": ({}, Fault("step", (2,), partial(raising, RuntimeError("out of memory"))), {1, -signal.SIGTERM}),
-    "signal": ({}, Fault("step", (1,), partial(signalled, signal.SIGTERM)), {128 + signal.SIGTERM}),
+    "signal": ({}, Fault("step", (1,), partial(signalled, signal.SIGTERM)), {STOPPED}),
     "refusal": ({"resume_from_checkpoint": "checkpoint-9"}, None, {1}),
     "Ctrl-C": ({"run_validation": True}, Fault("drawing", (1,), partial(signalled, signal.SIGINT)), {1, 130}),
 }
