@@ -3,13 +3,23 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 #
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "accelerate>=1.12", "datasets>=4.4.1",
-#   "peft>=0.18", "bitsandbytes>=0.50", "tensorboard>=2.21", "wandb>=0.20"]
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.8",
+#     "diffusers>=0.40",
+#     "transformers>=5.24",
+#     "accelerate>=1.12",
+#     "datasets>=4.4.1",
+#     "peft>=0.18",
+#     "bitsandbytes>=0.50",
+#     "tensorboard>=2.21",
+#     "wandb>=0.20",
+# ]
 # ///
-"""Align Stable Diffusion XL with MaPO, preference optimization without a reference model (arXiv 2406.06424).
+"""
+Fine-tune Stable Diffusion XL on preference pairs with MaPO, which needs no reference model (arXiv 2406.06424).
 
-LoRA, on one 24 GB GPU:
+A LoRA, on one 24 GB GPU:
 
     accelerate launch train_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -17,7 +27,7 @@ LoRA, on one 24 GB GPU:
         --gradient_accumulation_steps 16 --max_train_steps 1000 --gradient_checkpointing --use_8bit_adam \
         --mixed_precision bf16 --num_validation_pairs 64 --run_validation --output_dir mapo-lora
 
-The whole UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation = 128 pairs a step):
+The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pairs per step):
 
     accelerate launch --config_file launch_configs/multi_gpu.yaml --num_processes 4 train_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -26,14 +36,27 @@ The whole UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation = 128 pairs a
         --use_8bit_adam --mixed_precision bf16 --output_dir mapo-full
 """
 
+# Sections:
+#
+#   Objective        the loss of a pair, as pure functions
+#   SDXL             what is specific to the model: loading, encoding, denoising errors, sampling
+#   Training         one step, and the loop around it
+#   Errors           exceptions, and how several processes fail together
+#   Arguments        the command line
+#   Pairs            from rows of a dataset to batches, in an order that can be resumed
+#   Trained weights  full UNet or LoRA: creating, loading and saving; optimizer and learning rate
+#   Cache            pairs encoded once, before training
+#   Checkpoints      saving, finding and loading them
+#   Validation       held-out metrics and sample images
+#   Results          model card, files for other programs, upload
+#   Main             everything is put together
+
 import argparse
 import contextlib
-import functools
 import gc
 import glob
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -45,31 +68,36 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import diffusers
 import fsspec
 import numpy as np
+import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
+from accelerate.state import PartialState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     DistributedType,
+    broadcast_object_list,
     gather_object,
     send_to_device,
 )
 from datasets.fingerprint import Hasher
-from datasets.table import embed_table_storage
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import check_min_version
@@ -80,11 +108,12 @@ from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 
@@ -95,12 +124,12 @@ logger = get_logger(__name__)
 
 # Objective -----------------------------------------------------------------------------------------------------------
 def log_phi(errors):
-    """Logarithm of the score phi(l) = l / (exp(l) - 1) (eq. 11 at beta = 1) of float64 errors, exact from 0 on."""
+    """Logarithm of the score phi(l) = l / (exp(l) - 1) (eq. 11 at beta = 1) of float64 errors, accurate down to 0."""
     small = errors < 1e-2
     series = -errors / 2 - errors**2 / 24 + errors**4 / 2880
-    # torch.where propagates the gradient of both branches, so the unused one must not see 0.
-    away = torch.where(small, 1.0, errors)
-    return torch.where(small, series, away.log() - away - (-torch.expm1(-away)).log())
+    # torch.where backpropagates through both branches, so the one that is not selected must not see 0 either.
+    safe = torch.where(small, 1.0, errors)
+    return torch.where(small, series, safe.log() - safe - (-torch.expm1(-safe)).log())
 
 
 def mapo_loss(chosen_errors, rejected_errors, beta):
@@ -114,11 +143,13 @@ def mapo_loss(chosen_errors, rejected_errors, beta):
         beta: temperature of the score; `inf` is supervised fine-tuning on the chosen images.
 
     Returns:
-        Loss and margin of each pair, both `(pairs,)` in float64: beta multiplies the rounding errors of log phi.
+        Loss and margin of each pair, both `(pairs,)`, in float64 because beta amplifies rounding errors of log phi.
     """
-    chosen, rejected = chosen_errors.double(), rejected_errors.double()
+    chosen = chosen_errors.double()
+    rejected = rejected_errors.double()
     if math.isinf(beta):
-        return chosen + 0 * rejected, torch.zeros_like(chosen)  # a non-finite rejected error stays visible
+        # 0 * inf is NaN, so that a non-finite rejected error still shows in the loss.
+        return chosen + 0 * rejected, torch.zeros_like(chosen)
     margin = (beta * log_phi(chosen)).exp() - (beta * log_phi(rejected)).exp()
     return chosen - F.logsigmoid(margin) / beta, margin
 
@@ -129,186 +160,857 @@ def mapo_v1_loss(chosen_errors, rejected_errors, beta, snr_value, num_train_time
 
         L = l_w - beta * log sigmoid(T * (phi(s * l_w) - phi(s * l_l))),   phi(l) = l / (exp(l) - 1)
 
-    Args and returns as in `mapo_loss`; `snr_value` is s, `num_train_timesteps` is T, which the margin is without.
+    Args and returns as in `mapo_loss`; `snr_value` is s and `num_train_timesteps` is T. The returned margin is not
+    multiplied by T.
     """
-    chosen, rejected = chosen_errors.double(), rejected_errors.double()
+    chosen = chosen_errors.double()
+    rejected = rejected_errors.double()
     margin = log_phi(snr_value * chosen).exp() - log_phi(snr_value * rejected).exp()
     return chosen - beta * F.logsigmoid(num_train_timesteps * margin), margin
 
 
+# What is logged about the objective, in this order. `mse` are the errors, `accuracy` is l_w < l_l.
 METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 
 
-def preference_step(run, batch):
-    """The objective on a batch: the scalar loss with its gradient, and METRICS `(len(METRICS), pairs)` in float64."""
-    args, config = run.args, run.noise_scheduler.config
-    batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
-    encoded = encode_pairs(run, batch)
-    with autocast(run):
-        chosen, rejected = denoising_errors(run.unet, run.noise_scheduler, *encoded, batch)
-    if args.loss_type == "mapo":
-        losses, margin = mapo_loss(chosen, rejected, args.beta_mapo)
-    else:
-        losses, margin = mapo_v1_loss(chosen, rejected, args.beta_mapo, args.snr_value, config.num_train_timesteps)
-    metrics = [losses, chosen, rejected, margin, chosen < rejected]
-    metrics = torch.stack([metric.double() for metric in metrics])
-    return losses.mean().to(chosen.dtype), metrics.detach()
+# SDXL ----------------------------------------------------------------------------------------------------------------
+#
+# What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
+# belong to them. To train another model, change this section, and the calls of StableDiffusionXLPipeline and
+# UNet2DConditionModel under "Trained weights". The pairs themselves only know SDXL's `add_time_ids`.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+LORA_LAYERS = {"attention": ATTENTION, "transformer": TRANSFORMER, "all": TRANSFORMER + RESNET}
+TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def denoising_errors(unet, noise_scheduler, latents, prompt_embeds, pooled_prompt_embeds, batch):
+def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, noise, timesteps):
     """
-    Mean squared errors of the chosen and of the rejected images, two `(pairs,)` float32 tensors. The images of a pair
-    share one noise and one timestep; `latents` holds the chosen ones first.
+    Mean squared errors of the chosen and of the rejected images, two `(pairs,)` float32 tensors.
+
+    Args:
+        model: the UNet, or `UNetWithTextEncoders`.
+        latents: `(2 * pairs, channels, height, width)` in float32, the chosen images first.
+        text, added_cond_kwargs: what the model is conditioned on, as returned by `encode_pairs`.
+        noise, timesteps: `(pairs, channels, height, width)` and `(pairs,)`, shared by the two images of a pair.
     """
-    noise, timesteps = batch["noise"].repeat(2, 1, 1, 1), batch["timesteps"].repeat(2)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps).to(prompt_embeds.dtype)
+    noise = noise.repeat(2, 1, 1, 1)
+    timesteps = timesteps.repeat(2)
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    time_ids = batch["add_time_ids"].repeat(2, 1).to(prompt_embeds.dtype)
-    conditions = {"text_embeds": pooled_prompt_embeds.repeat(2, 1), "time_ids": time_ids}
-    prompt_embeds = prompt_embeds.repeat(2, 1, 1)
-    prediction = unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
-    return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3)).chunk(2)
+
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction = model(noisy_latents, timesteps, text, added_cond_kwargs=added_cond_kwargs, return_dict=False)[0]
+    errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return errors.chunk(2)
 
 
-def autocast(run):
-    """accelerate's own does nothing under DeepSpeed. Casts that checkpointing recomputes need not be kept."""
-    dtype, kept = run.pipeline.text_encoder.dtype, not run.args.gradient_checkpointing
-    enabled = dtype != torch.float32
-    return torch.autocast(run.accelerator.device.type, dtype=dtype, enabled=enabled, cache_enabled=kept)
+def encode_pairs(run, batch):
+    """
+    Encode a batch for `denoising_errors`.
+
+    Returns:
+        Latents `(2 * pairs, channels, height, width)`, the chosen images first; the prompt embeddings of both images
+        (with --train_text_encoder token ids instead, for the model to encode); and SDXL's added conditions.
+    """
+    # Sample the latents from the VAE's posterior, with the noise of the pair.
+    if "moments" in batch:
+        moments = batch["moments"]
+    else:
+        with torch.no_grad():
+            moments = encode_images(run.pipeline.vae, batch["pixel_values"], run.args.vae_encode_batch_size)
+    mean, std = moments.float().unbind(dim=1)
+    latents = (mean + std * batch["posterior_noise"]) * run.pipeline.vae.config.scaling_factor
+
+    # Both images of a pair have the same conditions. The dtype of the sizes is that of inference.
+    time_ids = batch["add_time_ids"].repeat(2, 1).to(weight_dtype(run.accelerator))
+    if "prompt_embeds" in batch:
+        prompt_embeds = batch["prompt_embeds"]
+        pooled_prompt_embeds = batch["pooled_prompt_embeds"]
+    else:
+        input_ids = tokenize(run.pipeline, batch["caption"]).to(time_ids.device, non_blocking=True)
+        if run.args.train_text_encoder:
+            return latents, input_ids, {"time_ids": time_ids}
+        with torch.no_grad():
+            prompt_embeds, pooled_prompt_embeds = encode_prompts(run.pipeline, input_ids)
+    text_embeds = pooled_prompt_embeds.repeat(2, 1)
+    return latents, prompt_embeds.repeat(2, 1, 1), {"text_embeds": text_embeds, "time_ids": time_ids}
+
+
+def encode_images(vae, pixel_values, batch_size):
+    """Mean and standard deviation of the posterior of `(images, 3, h, w)` uint8: `(images, 2, channels, h/8, w/8)`."""
+    moments = []
+    for pixels in pixel_values.split(batch_size):
+        distribution = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype)).latent_dist
+        moments.append(torch.stack([distribution.mean, distribution.std], dim=1))
+    return torch.cat(moments)
+
+
+def tokenize(pipeline, prompts):
+    """Token ids of prompts for both text encoders, `(prompts, 2, 77)` on the CPU. Longer prompts are truncated."""
+    options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    first = pipeline.tokenizer(prompts, **options).input_ids
+    second = pipeline.tokenizer_2(prompts, **options).input_ids
+    return torch.stack([first, second], dim=1)
+
+
+def encode_prompts(encoders, input_ids):
+    """
+    `prompt_embeds` `(prompts, 77, dim)` and `pooled_prompt_embeds` `(prompts, pooled_dim)` of token ids.
+
+    `encoders` has both text encoders as attributes: the pipeline, or `UNetWithTextEncoders`.
+    """
+    prompt_embeds = []
+    pooled_prompt_embeds = []
+    # One prompt at a time, so that an embedding does not depend on the batch, and equals a cached one.
+    for ids in input_ids:
+        first = encoders.text_encoder(ids[:1], output_hidden_states=True)
+        second = encoders.text_encoder_2(ids[1:], output_hidden_states=True)
+        prompt_embeds.append(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1))
+        pooled_prompt_embeds.append(second.text_embeds)
+    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
+
+
+class UNetWithTextEncoders(torch.nn.Module):
+    """
+    The UNet and both text encoders as one module, for --train_text_encoder.
+
+    It is called like the UNet, but with the token ids of the captions instead of their embeddings.
+    """
+
+    def __init__(self, pipeline):
+        super().__init__()
+        self.unet = pipeline.unet
+        self.text_encoder = pipeline.text_encoder
+        self.text_encoder_2 = pipeline.text_encoder_2
+
+    def forward(self, noisy_latents, timesteps, input_ids, added_cond_kwargs, return_dict=False):
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(self, input_ids)
+        # In float32, because each layer of the UNet adds to the gradient of the embeddings.
+        text_embeds = pooled_prompt_embeds.float().repeat(2, 1)
+        return self.unet(
+            noisy_latents,
+            timesteps,
+            prompt_embeds.float().repeat(2, 1, 1),
+            added_cond_kwargs={**added_cond_kwargs, "text_embeds": text_embeds},
+            return_dict=return_dict,
+        )
+
+
+@torch.no_grad()
+def generate_images(args, accelerator, pipeline):
+    """One image for each validation prompt, at a fixed seed. The prompts are split between the processes."""
+    # With --cache_latents the encoders are on the CPU.
+    encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    home = pipeline.vae.device
+    pipeline.to(accelerator.device)
+
+    images = []
+    prompts = list(enumerate(args.validation_prompts))
+    with accelerator.split_between_processes(prompts, apply_padding=True) as own_prompts:
+        for number, prompt in own_prompts:
+            with autocast(args, accelerator):
+                latents = pipeline(
+                    prompt,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    generator=torch.Generator().manual_seed(number),
+                    output_type="latent",
+                ).images
+            # Decode outside of the pipeline and of autocast, because the VAE may need another precision than the UNet.
+            latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+            pixels = pipeline.vae.decode(latents, return_dict=False)[0]
+            images.append((number, pipeline.image_processor.postprocess(pixels.float())[0]))
+
+    for encoder in encoders:
+        encoder.to(home)
+    by_prompt = dict(gather_object(images))  # padding repeats a prompt
+    return [by_prompt[number] for number, _ in prompts]
+
+
+def load_configs(args):
+    """
+    Shape of the latents `(channels, height, width)`, and the noise scheduler.
+
+    Reads configs and tokenizers only, so that an unsupported model is refused before its weights are downloaded.
+    """
+    name = args.pretrained_model_name_or_path
+    hub = {"cache_dir": args.cache_dir, "revision": args.revision}
+    with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
+        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **hub)
+        text_width = check_text_encoders(name, hub)
+
+    not_sdxl = f"--pretrained_model_name_or_path {name} is not an SDXL base model"
+    if "beta_start" not in scheduler or scheduler.get("use_flow_sigmas"):
+        raise TrainingError(f"{not_sdxl}: schedulers for EDM and flow matching are not supported.")
+    if scheduler.get("timestep_type") == "continuous":
+        raise TrainingError(f"{not_sdxl}: schedulers for EDM are not supported.")
+    if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise TrainingError(f"{not_sdxl}: its prediction type is neither epsilon nor v_prediction.")
+    channels = vae.get("latent_channels", 4)
+    check_unet(unet, channels, text_width, not_sdxl)
+
+    # Check the parts that replace those of the base model.
+    if args.pretrained_unet_name_or_path is not None:
+        flag = f"--pretrained_unet_name_or_path {args.pretrained_unet_name_or_path}"
+        with explain(f"{flag} cannot be loaded"):
+            unet, _ = find_part(UNet2DConditionModel, args.pretrained_unet_name_or_path, "unet", args.cache_dir)
+        check_unet(unet, channels, text_width, f"{flag} is not an SDXL UNet for this base model")
+    if args.pretrained_vae_model_name_or_path is not None:
+        flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
+        with explain(f"{flag} cannot be loaded"):
+            other, _ = find_part(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
+        if other.get("scaling_factor") != vae.get("scaling_factor"):
+            raise TrainingError(f"{flag}: its scaling_factor is not that of {name}, so its latents differ.")
+        vae = other
+    if args.init_lora is not None:
+        check_lora(args, unet)
+
+    vae_scale_factor = 2 ** (len(vae.get("block_out_channels", [64])) - 1)
+    side = args.resolution // vae_scale_factor
+    return (channels, side, side), DDPMScheduler.from_config(scheduler)
+
+
+def check_text_encoders(name, hub):
+    """Check that tokenizers and text encoders belong together. Returns the width of the prompt embeddings."""
+    width = 0
+    for suffix in ("", "_2"):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=f"tokenizer{suffix}", **hub)
+        config = transformers.CLIPTextConfig.from_pretrained(name, subfolder=f"text_encoder{suffix}", **hub)
+        # Without its vocabulary file, transformers builds a tokenizer that knows no words, without an error.
+        if len(tokenizer) != config.vocab_size:
+            raise TrainingError(
+                f"--pretrained_model_name_or_path {name}: tokenizer{suffix} has {len(tokenizer)} tokens, but "
+                f"text_encoder{suffix} has embeddings of {config.vocab_size}."
+            )
+        width += config.hidden_size
+    return width
+
+
+def check_unet(config, channels, text_width, refusal):
+    """Raise an error that begins with `refusal` if this is not the config of an SDXL UNet."""
+    if config.get("addition_embed_type") != "text_time":
+        raise TrainingError(f"{refusal}: its UNet does not take SDXL's image sizes and crops.")
+    if config.get("in_channels", 4) != channels or config.get("out_channels", 4) != channels:
+        raise TrainingError(f"{refusal}: its UNet has extra input channels.")
+    if config.get("cross_attention_dim", 1280) != text_width:
+        raise TrainingError(f"{refusal}: its UNet does not take the embeddings of these text encoders.")
+
+
+def find_part(model_class, name, subfolder, cache_dir):
+    """Config of a UNet or VAE, and the arguments that locate it: it may also be stored without a subfolder."""
+    if os.path.isdir(name):
+        # Name the exact folder, or diffusers would report a missing file as missing in the folder above.
+        folder = os.path.join(name, subfolder)
+        name = folder if os.path.isdir(folder) else name
+        return model_class.load_config(name), {"pretrained_model_name_or_path": name}
+    location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir}
+    with contextlib.suppress(OSError):
+        return model_class.load_config(subfolder=subfolder, **location), {"subfolder": subfolder, **location}
+    return model_class.load_config(**location), location
+
+
+def load_part(model_class, name, subfolder, args, dtype, revision=None):
+    """A UNet or VAE, in the base model's variant if it has it."""
+    _, location = find_part(model_class, name, subfolder, args.cache_dir)
+    options = {"revision": revision, "use_safetensors": True, "dtype": dtype}
+    if args.variant is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return model_class.from_pretrained(**location, variant=args.variant, **options)
+    return model_class.from_pretrained(**location, **options)
+
+
+def load_pipeline(args, accelerator):
+    """The SDXL pipeline on the device: frozen parts in `weight_dtype`, a fully trained UNet in `full_unet_dtype`."""
+    name = args.pretrained_model_name_or_path
+    message = f"--pretrained_model_name_or_path {name} cannot be loaded"
+    if args.variant is None and any(Path(name).glob("unet/*.fp16.*")):
+        message += " (try --variant fp16)"
+    frozen_dtype = weight_dtype(accelerator)
+    unet_dtype = full_unet_dtype(args) if args.rank is None else frozen_dtype
+
+    # Under ZeRO-3, transformers would shard the frozen text encoders while it loads them.
+    transformers.integrations.unset_hf_deepspeed_config()
+
+    # Load the UNet first: while it is cast, its file is in memory as well, and other parts would add to that peak.
+    parts = {}
+    if args.pretrained_unet_name_or_path is not None:
+        unet_name = args.pretrained_unet_name_or_path
+        with explain(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
+            parts["unet"] = load_part(UNet2DConditionModel, unet_name, "unet", args, unet_dtype)
+    else:
+        with explain(message):
+            parts["unet"] = load_part(UNet2DConditionModel, name, "unet", args, unet_dtype, args.revision)
+    if args.pretrained_vae_model_name_or_path is not None:
+        vae_name = args.pretrained_vae_model_name_or_path
+        with explain(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
+            parts["vae"] = load_part(AutoencoderKL, vae_name, "vae", args, torch.float32)
+    with explain(message):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            name,
+            **parts,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            use_safetensors=True,
+            add_watermarker=False,
+            dtype={"vae": torch.float32, "default": frozen_dtype},
+        )
+
+    # Freeze everything for now. force_upcast marks VAEs that overflow in half precision.
+    vae_dtype = torch.float32 if pipeline.vae.config.force_upcast else frozen_dtype
+    pipeline.unet.requires_grad_(False).to(accelerator.device, unet_dtype)
+    pipeline.vae.requires_grad_(False).to(accelerator.device, vae_dtype)
+    pipeline.text_encoder.requires_grad_(False).to(accelerator.device, frozen_dtype)
+    pipeline.text_encoder_2.requires_grad_(False).to(accelerator.device, frozen_dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def check_vae(vae, pair, batch_size):
+    """Fail early if the VAE overflows, instead of at the first NaN loss."""
+    with explain(f"The VAE cannot encode {pair['row']}"):
+        moments = encode_images(vae, pair["pixel_values"].to(vae.device), batch_size)
+    if not moments.isfinite().all():
+        raise TrainingError(
+            f"--pretrained_vae_model_name_or_path: the VAE encodes the images of {pair['row']} to NaN in {vae.dtype}; "
+            "madebyollin/sdxl-vae-fp16-fix does not overflow."
+        )
+
+
+def warn_about_long_captions(tokenizer, captions):
+    """SDXL reads 77 tokens of a caption, including those that mark its beginning and end."""
+    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
+    too_long = sum(length > 77 for length in lengths)
+    if too_long > 0:
+        logger.warning(
+            f"{too_long} of the first {len(captions)} captions have more than 77 tokens; SDXL ignores the rest."
+        )
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Windows has no SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOPPED = 75  # exit status of a run that a signal stopped (EX_TEMPFAIL: run it again)
+MIN_BAD_ROWS = 10  # fewer say little about their share
+
+
+@dataclass
+class Run:
+    """What training, validation and checkpoints share. Built once, when everything is loaded."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipeline: StableDiffusionXLPipeline  # frozen VAE and text encoders, and the UNet without its wrapper
+    noise_scheduler: DDPMScheduler
+    model: torch.nn.Module  # the UNet or UNetWithTextEncoders, wrapped for DDP, FSDP or DeepSpeed
+    parts: dict  # the trained modules by name: `unet` and, if they are trained, the text encoders
+    parameters: list  # those that are trained
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    held_out: Dataset  # a PairDataset
+    base_images: list  # of the validation prompts, before training
+    pairs_per_step: int
+    progress: object  # a Progress
+
+
+@dataclass
+class StepResult:
+    """What the processes agreed on at the end of a step. It is equal on all of them."""
+
+    metrics: dict  # gradient norm and learning rate and, if the gradient was finite, means of METRICS over the pairs
+    source_failed: bool  # the next batches could not be read
+    stop_requested: bool
+
+
+class StepBatches:
+    """The batches of each optimizer step. Those of the next step are read while the GPU computes this one."""
+
+    def __init__(self, batches, accumulation_steps):
+        self.batches = batches
+        self.accumulation_steps = accumulation_steps
+        self.current = []
+        self.error = None
+
+    def advance(self):
+        """Read the next step's batches. An error is kept for later, because the step in progress is still good."""
+        self.current = []
+        try:
+            for _ in range(self.accumulation_steps):
+                self.current.append(next(self.batches))
+        except Exception as error:  # file systems raise all kinds
+            self.error = error
+
+    def check(self, message):
+        """Raise on all processes if one of them could not read its batches."""
+        with raise_on_all_ranks(message):
+            if self.error is not None:
+                raise self.error
+
+
+class StopSignal:
+    """Notes Ctrl-C, and the SIGTERM or SIGUSR1 of SLURM and cloud preemption, so that the step can be completed."""
+
+    def __init__(self):
+        self.requested = False
+        for stop_signal in STOP_SIGNALS:
+            if signal.getsignal(stop_signal) != signal.SIG_IGN:  # shells let background jobs ignore Ctrl-C
+                signal.signal(stop_signal, self.note)
+
+    def note(self, number, frame):
+        self.requested = True
+        if number == signal.SIGINT:
+            # `print` could be interrupted in the middle of its own work, so write directly.
+            os.write(2, b"\nFinishing this step and saving a checkpoint. Press Ctrl-C again to quit immediately.\n")
+            # torchrun passes the second Ctrl-C on as SIGTERM.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class LogWindow:
+    """Means and speed of the steps since the last log line."""
+
+    def __init__(self, pairs_per_step):
+        self.pairs_per_step = pairs_per_step
+        self.clear()
+
+    def clear(self):
+        self.seconds = 0.0
+        self.metrics = []
+
+    def add(self, metrics, seconds):
+        self.seconds += seconds
+        self.metrics.append(metrics)
+
+    def summarize(self):
+        """Return what to log, and start over."""
+        logs = {
+            "pairs_per_second": len(self.metrics) * self.pairs_per_step / self.seconds,
+            "grad_norm": self.metrics[-1]["grad_norm"],
+            "lr": self.metrics[-1]["lr"],
+        }
+        for name in METRICS:
+            values = [metrics[name] for metrics in self.metrics if name in metrics]
+            if values:
+                logs[name] = sum(values) / len(values)
+        self.clear()
+        return logs
+
+
+def weight_dtype(accelerator):
+    """Dtype of frozen weights and of autocast."""
+    return DTYPES[accelerator.mixed_precision]
+
+
+def autocast(args, accelerator):
+    """Autocast as accelerate does it in the model's forward pass, but everywhere, and under DeepSpeed as well."""
+    return torch.autocast(
+        accelerator.device.type,
+        dtype=weight_dtype(accelerator),
+        enabled=weight_dtype(accelerator) != torch.float32,
+        cache_enabled=not args.gradient_checkpointing,  # casts that are recomputed need not be kept
+    )
+
+
+def preference_loss(run, batch):
+    """The objective on a batch: the scalar loss with its gradient, and METRICS `(len(METRICS), pairs)` in float64."""
+    args = run.args
+    batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
+    latents, text, added_cond_kwargs = encode_pairs(run, batch)
+    with autocast(args, run.accelerator):
+        chosen_errors, rejected_errors = denoising_errors(
+            run.model,
+            run.noise_scheduler,
+            latents,
+            text,
+            added_cond_kwargs,
+            batch["noise"],
+            batch["timesteps"],
+        )
+
+    if args.loss_type == "mapo":
+        losses, margin = mapo_loss(chosen_errors, rejected_errors, args.beta_mapo)
+    else:
+        num_train_timesteps = run.noise_scheduler.config.num_train_timesteps
+        losses, margin = mapo_v1_loss(
+            chosen_errors, rejected_errors, args.beta_mapo, args.snr_value, num_train_timesteps
+        )
+    metrics = [losses, chosen_errors, rejected_errors, margin, chosen_errors < rejected_errors]
+    metrics = torch.stack([metric.double() for metric in metrics])
+    return losses.mean().float(), metrics.detach()
+
+
+def clip_gradients(accelerator, parameters, max_grad_norm):
+    """Clip the gradients to a norm, 0 meaning not at all. Returns their norm before as a float64 tensor."""
+    grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    return torch.as_tensor(grad_norm, dtype=torch.float64, device=accelerator.device)
+
+
+def train_step(run, batches, stop):
+    """
+    One optimizer step.
+
+    Whatever the processes must agree on is summed in a single reduction. After it, every decision is plain Python on
+    numbers that are the same everywhere, so all processes take the same branches.
+    """
+    args = run.args
+    accelerator = run.accelerator
+    progress = run.progress
+
+    # Forward and backward over the accumulated batches. accelerate counts them to know when to reduce the gradients,
+    # and keeps its count in checkpoints, where it is wrong for a run that resumes with another accumulation.
+    accelerator.step = 0
+    metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=accelerator.device)
+    rows = []
+    bad_rows = 0
+    for batch in batches.current:
+        with accelerator.accumulate(run.model):
+            loss, pair_metrics = preference_loss(run, batch)
+            accelerator.backward(loss)
+        metrics += pair_metrics.mean(dim=1) / args.gradient_accumulation_steps
+        rows += batch["row"]
+        bad_rows += int(batch["skipped"].sum())
+    grad_norm = clip_gradients(accelerator, run.parameters, args.max_grad_norm)
+
+    # Read the next step's batches while the GPU is still busy with this one.
+    if progress.step + 1 < args.max_train_steps:
+        batches.advance()
+
+    # Agree. Apart from the gradients this is the step's only communication, and the only time it waits for the GPU.
+    counts = metrics.new_tensor([bad_rows, batches.error is not None, stop.requested])
+    totals = accelerator.reduce(torch.cat([metrics, grad_norm.reshape(1), counts])).tolist()
+    means = [total / accelerator.num_processes for total in totals]
+    step_metrics = dict(zip([*METRICS, "grad_norm"], means))
+    step_metrics["lr"] = run.lr_scheduler.get_last_lr()[0]
+    total_bad_rows, failed, stopped = totals[-3:]
+
+    # Update the weights, or skip the step. fp16's scaler skips it by itself, and learns its scale from such steps.
+    # Under DeepSpeed, `backward` has already done this.
+    finite = math.isfinite(step_metrics["grad_norm"])
+    if finite or accelerator.scaler is not None:
+        run.optimizer.step()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad()
+
+    progress.count_step(run.pairs_per_step, int(total_bad_rows), finite)
+    if not finite:
+        step_metrics = {name: step_metrics[name] for name in ("grad_norm", "lr")}
+        logger.warning(
+            f"Step {progress.step}: non-finite gradient, update skipped ({progress.bad_steps} in a row). "
+            f"The pairs of process {accelerator.process_index}: {', '.join(rows)}.",
+            main_process_only=False,
+        )
+    return StepResult(step_metrics, source_failed=failed > 0, stop_requested=stopped > 0)
+
+
+def find_fault(progress, max_bad_steps, max_bad_rows):
+    """Why training should not continue, or None."""
+    if progress.bad_steps >= max_bad_steps:
+        return f"--max_bad_steps {max_bad_steps}: no finite gradient in the last {progress.bad_steps} steps"
+
+    # Few bad rows say little about their share, unless none is allowed.
+    enough = progress.rows_bad >= MIN_BAD_ROWS or max_bad_rows == 0
+    if enough and progress.rows_bad > max_bad_rows * progress.rows_read:
+        return f"--max_bad_rows {max_bad_rows}: {progress.rows_bad} of {progress.rows_read} rows could not be used"
+    return None
+
+
+def peak_memory(device):
+    """Peak of GPU memory, or resident memory on the CPU, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def train(run, batches, stop):
+    """Train to --max_train_steps. Returns False if a signal stopped the run early."""
+    args = run.args
+    accelerator = run.accelerator
+    progress = run.progress
+
+    # Read the first batches. All others are read during the step before theirs.
+    unreadable = f"--dataset_name {args.dataset_name} cannot be read any further"
+    if progress.step < args.max_train_steps:
+        batches.advance()
+    batches.check(unreadable)
+
+    window = LogWindow(run.pairs_per_step)
+    bar = tqdm(
+        initial=progress.step,
+        total=args.max_train_steps,
+        desc="Steps",
+        disable=not accelerator.is_local_main_process,
+    )
+    while progress.step < args.max_train_steps:
+        started = time.perf_counter()
+        result = train_step(run, batches, stop)
+        window.add(result.metrics, time.perf_counter() - started)
+        bar.update()
+        last = progress.step == args.max_train_steps
+
+        # Log.
+        if last or progress.step % args.logging_steps == 0:
+            logs = window.summarize()
+            logs["skipped_steps"] = progress.skipped_steps
+            logs["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
+            shown = ("loss", "accuracy", "pairs_per_second")
+            bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown if name in logs})
+            with ignoring_tracker_errors(accelerator):
+                accelerator.log(logs, step=progress.step)
+
+        # Save, also when something ends the run early. The checkpoint of the last step follows the final weights.
+        fault = find_fault(progress, args.max_bad_steps, args.max_bad_rows)
+        ends_early = fault is not None or result.source_failed or result.stop_requested
+        if ends_early or (progress.step % args.checkpointing_steps == 0 and not last):
+            save_checkpoint(run)
+        saved = f"the checkpoint of step {progress.step} is saved"
+        if fault is not None:
+            raise TrainingError(f"{fault} ({saved}).")
+        if result.source_failed:
+            batches.check(f"{unreadable} ({saved})")
+        if result.stop_requested:
+            logger.warning(f"Stopped by a signal ({saved}). Resume with --resume_from_checkpoint latest.")
+            return False
+
+        # Validate.
+        if progress.step % args.validation_steps == 0 and not last:
+            validate(run)
+    return True
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
 class TrainingError(Exception):
-    """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
+    """An error that one sentence explains; printed without a traceback."""
 
 
 class UnusableRow(Exception):
     """Why a row cannot be trained on."""
 
 
-def one_line(error):
-    """An error's type and text; of one that a loader's worker raised, the last line of its traceback."""
+def describe(error):
+    """An error's type and text in one line. PyTorch wraps errors of loader workers: take the last line of those."""
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager
-def failing_together(sentence, together=True):
-    """Turn an error on one process or more into the same TrainingError on all of them."""
-    failure = None
+def explain(message):
+    """Turn any error of the body into a TrainingError that begins with `message`."""
     try:
         yield
-    except (Exception, CheckpointException) as error:  # FSDP's is no Exception
-        failure = str(error) if isinstance(error, TrainingError) else f"{sentence}: {one_line(error)}"
-    failure = next(filter(None, gather_object([failure])), None) if together else failure
-    if failure is not None:
-        raise TrainingError(failure)
+    except TrainingError:
+        raise
+    except (Exception, CheckpointException) as error:  # FSDP's CheckpointException is not an Exception
+        raise TrainingError(f"{message}: {describe(error)}") from error
 
 
-def write_whole(path, save):
-    """Let `save` write a file that appears under its name only when it is complete."""
+@contextlib.contextmanager
+def raise_on_all_ranks(message):
+    """
+    If the body fails on any process, raise the same TrainingError on all of them, so that none hangs.
+
+    The body must not contain another use of this: a process that fails before the inner one would meet the others
+    in the wrong place.
+    """
+    failure = None
+    try:
+        with explain(message):
+            yield
+    except TrainingError as error:
+        failure = str(error)
+
+    for sentence in gather_object([failure]):
+        if sentence is not None:
+            raise TrainingError(sentence)
+
+
+def from_main_process(function, *args):
+    """Call `function` on the main process; return its result, or raise its error, on all processes."""
+    result = None
+    with raise_on_all_ranks("The main process failed"):
+        if PartialState().is_main_process:
+            result = function(*args)
+    return broadcast_object_list([result])[0]
+
+
+def sync_to_disk(path):
+    """Flush a file, or the list of files in a folder, to the disk (fsync). Windows cannot do this for folders."""
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path, save):
+    """Let `save` write a file that appears under its name only when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         save(aside)
+        sync_to_disk(aside)
         os.replace(aside, path)
+        sync_to_disk(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def ignoring_tracker_errors(accelerator):
+    """A tracker that fails does not stop training."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"--report_to: training continues without trackers ({describe(error)}).")
+        accelerator.trackers = []
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
 VALIDATION_PROMPTS = ["a lighthouse at dusk", "an old sailor with a pipe", "a fox in the snow", "a bowl of ramen"]
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
-# Switches of other scripts that ask for what is done anyway. They are accepted and have no effect.
-HARMLESS_SWITCHES = ("center_crop", "random_flip", "mapo_training", "enable_xformers_memory_efficient_attention")
+# Accepted for compatibility with other scripts, and ignored.
+WITHOUT_EFFECT = ["center_crop", "random_flip", "mapo_training", "enable_xformers_memory_efficient_attention"]
 
 
-def bounded(text, kind, low, high=sys.float_info.max):
-    """Parse a number in [low, high] for argparse."""
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from error
-    if not low <= value <= high:
-        wanted = "positive" if 0 < low < 1e-300 else f"from {low:.3g} to {high:.3g}"
-        raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
-    return value
+def bounded(kind, low, high, wanted):
+    """A type for argparse: a number from `low` to `high`; `wanted` describes it in messages."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
 
 
-COUNT = functools.partial(bounded, kind=int, low=1)
-COUNT_OR_ZERO = functools.partial(bounded, kind=int, low=0, high=2**32 - 1)
-FRACTION = functools.partial(bounded, kind=float, low=0, high=1)
-BELOW_ONE = functools.partial(bounded, kind=float, low=0, high=math.nextafter(1, 0))
-NOT_NEGATIVE = functools.partial(bounded, kind=float, low=0)
-POSITIVE = functools.partial(bounded, kind=float, low=sys.float_info.min)
-POSITIVE_OR_INF = functools.partial(POSITIVE, high=math.inf)
+SMALLEST = sys.float_info.min
+LARGEST = sys.float_info.max
+COUNT = bounded(int, 1, sys.maxsize, "a positive whole number")
+COUNT_OR_ZERO = bounded(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+FRACTION = bounded(float, 0, 1, "a number from 0 to 1")
+BELOW_ONE = bounded(float, 0, math.nextafter(1, 0), "a number from 0 to less than 1")
+NOT_NEGATIVE = bounded(float, 0, LARGEST, "zero or a positive number")
+NOT_NEGATIVE_OR_INF = bounded(float, 0, math.inf, "zero, a positive number or inf")
+POSITIVE = bounded(float, SMALLEST, LARGEST, "a positive number")
+POSITIVE_OR_INF = bounded(float, SMALLEST, math.inf, "a positive number or inf")
+PATH = os.path.expanduser  # leaves hub ids as they are
 
 
-def add_model_and_data_arguments(parser):
+def add_model_arguments(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
-    add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    add("--pretrained_unet_name_or_path", help="Another UNet to start from, e.g. the output_dir of an earlier run.")
-    add("--init_lora", help="LoRA to continue, e.g. the output_dir of an earlier run; it brings its layers.")
-    add("--revision", help="Revision of the pretrained model on the hub.")
+    add("--pretrained_model_name_or_path", type=PATH, required=True, help="SDXL base model: hub id or folder.")
+    add("--pretrained_vae_model_name_or_path", type=PATH, help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--pretrained_unet_name_or_path", type=PATH, help="Another UNet to start from, e.g. an earlier output_dir.")
+    add(
+        "--init_lora",
+        type=PATH,
+        help="LoRA to continue training, e.g. an earlier output_dir. Its target layers are reused.",
+    )
+    add("--revision", help="Revision of the base model on the hub.")
     add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
-    add("--cache_dir", help="Folder for downloaded models, data sets, indexes and cached latents.")
-    add("--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank, not the whole UNet.")
-    add("--lora_alpha", type=POSITIVE, help="LoRA's alpha. Without it, the rank, as in diffusers (sd-scripts: 1).")
-    layers = "`attention` (diffusers' choice), `transformer` (sd-scripts'), `all` (convolutions, too), or names."
-    add("--lora_layers", nargs="+", help=f"Layers with LoRA (all): {layers}")
-    add("--train_text_encoder", action="store_true", help="Train a LoRA on both text encoders, too.")
+    add("--cache_dir", type=PATH, help="Folder for downloaded models, datasets, indexes and cached latents.")
+    add("--rank", "--lora_rank", type=COUNT, help="Train a LoRA of this rank instead of the full UNet.")
+    add("--lora_alpha", type=POSITIVE, help="LoRA alpha. Defaults to the rank, as in diffusers (sd-scripts: 1).")
+    add(
+        "--lora_layers",
+        nargs="+",
+        help="Layers that get a LoRA: `attention` (as in diffusers' scripts), `transformer` (as in sd-scripts), `all` "
+        "(the default: resnets as well), or names of layers.",
+    )
+    add("--train_text_encoder", action="store_true", help="Also train a LoRA of both text encoders.")
+
+
+def add_pair_arguments(parser):
     add = parser.add_argument_group("pairs").add_argument
-    add("--dataset_name", required=True, help="Pairs: hub id or local folder that `datasets` can load.")
-    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    add("--dataset_split_name", help="Split to train on, or several: a+b. Without it, the only one, or `train`.")
-    add("--streaming", action="store_true", help="Read parquet row groups when they are needed; download nothing.")
-    add("--shuffle_shards", type=COUNT, default=4, help="Row groups that a stream keeps in memory and mixes.")
-    add("--max_train_samples", type=COUNT, help="Train on a random subset of so many pairs.")
-    add("--caption_column", default="caption", help="Column of the prompts.")
-    add("--image_0_column", default="jpg_0", help="Column of the first images.")
-    add("--image_1_column", default="jpg_1", help="Column of the second images.")
-    add("--label_0_column", default="label_0", help="Column of the first images' labels.")
-    add("--label_1_column", default="label_1", help="Column of the second images' labels.")
-    add("--chosen_column", help="Column of the chosen images, for pairs without labels.")
-    add("--rejected_column", help="Column of the rejected images, for pairs without labels.")
-    ties = {"action": argparse.BooleanOptionalAction, "default": True}
-    add("--remove_ties", **ties, help="Drop pairs with equal labels; otherwise they are ordered at random.")
-    add("--label_noise_prob", type=FRACTION, default=0.0, help="Probability of swapping chosen and rejected.")
-    add("--max_bad_rows", type=FRACTION, default=0.01, help="Stop when more than this share of the rows is unusable.")
+    add("--dataset_name", type=PATH, required=True, help="Preference pairs: hub id or folder for `datasets`.")
+    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
+    add("--dataset_split_name", help="Split to train on, or several: a+b. Defaults to the only split, or to `train`.")
+    add(
+        "--streaming",
+        action="store_true",
+        help="Read parquet row groups when they are needed, without downloading the files.",
+    )
+    add(
+        "--shuffle_shards",
+        type=COUNT,
+        default=4,
+        help="Row groups that each reading process keeps in memory and shuffles.",
+    )
+    add("--max_train_samples", type=COUNT, help="Train on a random subset of this many pairs.")
+    add("--caption_column", default="caption", help="Column with the prompts.")
+    add("--image_0_column", default="jpg_0", help="Column with the first images.")
+    add("--image_1_column", default="jpg_1", help="Column with the second images.")
+    add("--label_0_column", default="label_0", help="Column with the labels of the first images.")
+    add("--label_1_column", default="label_1", help="Column with the labels of the second images.")
+    add("--chosen_column", help="Column with the chosen images, for pairs without labels.")
+    add("--rejected_column", help="Column with the rejected images, for pairs without labels.")
+    add(
+        "--remove_ties",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Drop pairs with equal labels. Otherwise their chosen image is picked at random.",
+    )
+    add(
+        "--label_noise_prob",
+        type=FRACTION,
+        default=0.0,
+        help="Probability of swapping chosen and rejected (label noise).",
+    )
+    add("--max_bad_rows", type=FRACTION, default=0.01, help="Stop if more than this share of the rows is unusable.")
     add("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
     add("--random_crop", action="store_true", help="Crop at random instead of at the center.")
-    add("--no_hflip", action="store_true", help="Never flip the images.")
-    add("--cache_latents", action="store_true", help="Encode all pairs before training, to files that are kept.")
+    add("--no_hflip", action="store_true", help="Do not flip images at random.")
+    add("--cache_latents", action="store_true", help="Encode all pairs before training. Later runs reuse them.")
     add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that read and decode images.")
     add("--vae_encode_batch_size", type=COUNT, default=8, help="Images per forward pass of the VAE.")
 
 
 def add_training_arguments(parser):
     add = parser.add_argument_group("objective").add_argument
-    add("--loss_type", choices=["mapo", "mapo_v1"], default="mapo", help="Published objective or first release's.")
-    add("--beta_mapo", type=POSITIVE_OR_INF, help="Temperature; `inf` is SFT. Without it, 8 (mapo_v1: 0.1).")
+    add(
+        "--loss_type",
+        choices=["mapo", "mapo_v1"],
+        default="mapo",
+        help="Published objective, or that of the first release.",
+    )
+    add("--beta_mapo", type=POSITIVE_OR_INF, help="Temperature; `inf` is SFT. Defaults to 8 (mapo_v1: 0.1).")
     add("--snr_value", type=POSITIVE, default=0.5, help="Scale of the errors in mapo_v1.")
+
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=COUNT_OR_ZERO, help="Seed of every random choice. Without it, one is drawn and reported.")
+    add("--seed", type=COUNT_OR_ZERO, help="Seed of every random choice. Without it, one is chosen and logged.")
     add("--train_batch_size", type=COUNT, default=4, help="Pairs per process and forward pass.")
-    add("--num_train_epochs", type=COUNT, default=1, help="Passes over the data set.")
+    add("--num_train_epochs", type=COUNT, default=1, help="Passes over the dataset.")
     add("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Forward passes per optimizer step.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
-    add("--full_bf16", action="store_true", help="Train the whole UNet in bfloat16 with stochastic rounding.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Defaults to the setting of accelerate.")
+    add("--full_bf16", action="store_true", help="Train the full UNet in bfloat16 with stochastic rounding.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products and convolutions.")
     add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
+
     add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=POSITIVE, default=1e-5, help="The usual 5e-4 destroys a fully trained SDXL.")
+    add("--learning_rate", type=POSITIVE, default=1e-5, help="diffusers' usual 5e-4 destroys a fully fine-tuned SDXL.")
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="Learning rate of the text encoders.")
     add("--scale_lr", action="store_true", help="Multiply the learning rates by the pairs per optimizer step.")
-    schedulers = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
-    add("--lr_scheduler", choices=schedulers, default="constant", help="Learning rate schedule.")
+    schedules = [schedule.value for schedule in SchedulerType if schedule.value != "piecewise_constant"]
+    add("--lr_scheduler", choices=schedules, default="constant", help="Learning rate schedule.")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial schedule.")
@@ -317,1277 +1019,1565 @@ def add_training_arguments(parser):
     add("--adam_beta2", type=BELOW_ONE, default=0.999, help="Adam's beta2.")
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay.")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="Adam's epsilon.")
-    add("--max_grad_norm", type=POSITIVE, default=1.0, help="Gradients are clipped to this norm.")
-    add("--max_bad_steps", type=COUNT, default=10, help="Stop after so many non-finite gradients in a row.")
+    add(
+        "--max_grad_norm",
+        type=NOT_NEGATIVE_OR_INF,
+        default=1.0,
+        help="Clip gradients to this norm. 0 disables clipping.",
+    )
+    add("--max_bad_steps", type=COUNT, default=10, help="Stop after this many non-finite gradients in a row.")
 
 
 def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="mapo", help="Folder for everything that the run writes.")
+    add("--output_dir", type=PATH, default="mapo", help="Folder for everything that the run writes.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Optimizer steps between checkpoints.")
     add("--checkpoints_total_limit", type=COUNT, help="Number of checkpoints to keep.")
-    add("--resume_from_checkpoint", help="`latest`, a checkpoint's path, or its name in output_dir.")
+    add("--resume_from_checkpoint", type=PATH, help="`latest`, a checkpoint's path, or its name in output_dir.")
     add("--logging_dir", default="logs", help="Folder of the trackers' files, in output_dir.")
     add("--logging_steps", type=COUNT, default=10, help="Optimizer steps between log lines.")
     add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Tracker.")
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
-    add("--no_kohya_format", action="store_true", help="Write no second file of the LoRA for ComfyUI and others.")
+    add("--no_kohya_format", action="store_true", help="Do not also save the LoRA in Kohya format (ComfyUI, A1111).")
     add("--push_to_hub", action="store_true", help="Upload output_dir at the end.")
-    add("--hub_model_id", help="Repository to upload to. Without it, the name of output_dir.")
-    add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
-    add("--hub_token", help="Token for the upload. Without it, that of `hf auth login`.")
+    add("--hub_model_id", help="Repository to upload to. Defaults to the name of output_dir.")
+    add("--hub_private_repo", action="store_true", help="Create a private repository.")
+    add("--hub_token", help="Token for the upload. Defaults to that of `hf auth login`.")
+
     add = parser.add_argument_group("validation").add_argument
-    add("--run_validation", action="store_true", help="Draw images with the base and the aligned model.")
+    add("--run_validation", action="store_true", help="Generate images with the base model and the trained one.")
     add("--validation_steps", type=COUNT, default=200, help="Optimizer steps between validations.")
-    add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts to draw.")
-    add("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of the drawn images.")
-    add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance of the drawn images.")
-    add("--validation_split", help="Split of the held-out pairs. Without it, the first training pairs are held out.")
-    add("--num_validation_pairs", type=COUNT, help="Number of pairs held out for the eval_ metrics.")
+    add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts of the generated images.")
+    add("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of the generated images.")
+    add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance scale of the generated images.")
+    add("--validation_split", help="Split of the held-out pairs. Without it, the first pairs are held out.")
+    add("--num_validation_pairs", type=COUNT, help="Number of held-out pairs, for the eval_ metrics.")
 
 
 def parse_args(input_args=None):
-    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
+    """Parse the command line, or `input_args`. Contradictory flags are refused."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=__doc__.strip().splitlines()[0],
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --dataset_name PAIRS [...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add_model_and_data_arguments(parser)
+    add_model_arguments(parser)
+    add_pair_arguments(parser)
     add_training_arguments(parser)
     add_output_arguments(parser)
-    for name in HARMLESS_SWITCHES:
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by old launchers
+    for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of old launchers
+
     args = parser.parse_args(input_args)
-    if args.center_crop and args.random_crop:
-        parser.error("--center_crop and --random_crop contradict each other")
-    if args.random_flip and args.no_hflip:
-        parser.error("--random_flip and --no_hflip contradict each other")
-    for name in (*HARMLESS_SWITCHES, "local_rank"):
+    check_arguments(parser, args)
+    for name in ("local_rank", *WITHOUT_EFFECT):
         delattr(args, name)
-    base = args.pretrained_model_name_or_path
-    if base.endswith(".safetensors"):
-        parser.error(
-            "--pretrained_model_name_or_path is a single file, convert it first: "
-            f"python convert_sdxl.py single_file {base} FOLDER"
-        )
     if args.beta_mapo is None:
         args.beta_mapo = 8.0 if args.loss_type == "mapo" else 0.1
-    trackers = TRACKERS[args.report_to]
-    too_slow = args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr
-    rounds = args.rank is None and args.use_8bit_adam and args.mixed_precision == "bf16"
-    needed = [(f"--report_to {args.report_to}", tracker) for tracker in trackers]
-    needed += [("--use_8bit_adam", "bitsandbytes")] * args.use_8bit_adam + [("--rank", "peft")] * bool(args.rank)
-    lora = ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder")
-    rules = [(getattr(args, name) and not args.rank, f"--{name} needs --rank") for name in lora]
-    cached_text = args.train_text_encoder and args.cache_latents
-    rules += [
-        (args.init_lora and args.lora_layers, "--init_lora brings its own layers, leave --lora_layers out"),
-        (cached_text, "--train_text_encoder cannot be used with --cache_latents, which keeps their output"),
-        (args.cache_latents and args.random_crop, "--random_crop cannot be used with --cache_latents"),
-        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
-        (bool(args.chosen_column) != bool(args.rejected_column), "--chosen_column and --rejected_column go together"),
-        (args.loss_type == "mapo_v1" and math.isinf(args.beta_mapo), "--beta_mapo inf needs --loss_type mapo"),
-        (too_slow, "--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger"),
-        (args.hub_token and "wandb" in trackers, "--report_to wandb would be sent --hub_token; use `hf auth login`"),
-        (args.full_bf16 and not rounds, "--full_bf16 needs --use_8bit_adam --mixed_precision bf16, without --rank"),
-    ]
-    rules += [(not importlib.util.find_spec(n), f"{flag} needs {n}: pip install {n}") for flag, n in needed]
-    for sentence in [sentence for broken, sentence in rules if broken]:
-        parser.error(sentence)
-    if args.rank and not args.init_lora:
-        args.lora_layers = args.lora_layers or ["all"]
+    if args.rank is not None:
+        args.lora_alpha = args.lora_alpha or args.rank
+        if args.init_lora is None:
+            args.lora_layers = args.lora_layers or ["all"]
     return args
+
+
+def check_arguments(parser, args):  # noqa: C901
+    """Refuse flags that contradict each other, and packages that are missing."""
+    base_model = args.pretrained_model_name_or_path
+    if base_model.endswith(".safetensors"):
+        parser.error(
+            f"--pretrained_model_name_or_path {base_model} is a single file. Convert it first: "
+            f"python convert_sdxl.py single_file {base_model} FOLDER"
+        )
+    if args.output_dir == "":
+        parser.error("--output_dir is empty")
+    if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
+        parser.error(f"--logging_dir {args.logging_dir} must be a folder inside --output_dir")
+
+    # LoRA.
+    for name in ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder"):
+        if getattr(args, name) and args.rank is None:
+            parser.error(f"--{name} requires --rank")
+    if args.init_lora and args.lora_layers:
+        parser.error("--init_lora reuses the layers of that LoRA; leave out --lora_layers")
+    if args.train_text_encoder and args.cache_latents:
+        parser.error("--train_text_encoder cannot be combined with --cache_latents, which stores embeddings")
+
+    # Images and pairs.
+    if args.cache_latents and args.random_crop:
+        parser.error("--cache_latents stores one crop per image; it cannot be combined with --random_crop")
+    if args.center_crop and args.random_crop:
+        parser.error("--center_crop contradicts --random_crop")
+    if args.random_flip and args.no_hflip:
+        parser.error("--random_flip contradicts --no_hflip")
+    if args.resolution % 8 != 0:
+        parser.error("--resolution must be a multiple of 8")
+    if (args.chosen_column is None) != (args.rejected_column is None):
+        parser.error("--chosen_column and --rejected_column require each other")
+
+    # Objective and optimizer.
+    if args.loss_type == "mapo_v1" and args.beta_mapo == math.inf:
+        parser.error("--beta_mapo inf requires --loss_type mapo")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr:
+        parser.error("--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger")
+    if args.full_bf16 and (args.rank is not None or not args.use_8bit_adam or args.mixed_precision != "bf16"):
+        parser.error("--full_bf16 requires --use_8bit_adam and --mixed_precision bf16, and no --rank")
+
+    # Trackers and packages.
+    trackers = TRACKERS[args.report_to]
+    if args.hub_token and "wandb" in trackers:
+        parser.error(
+            "--report_to wandb records the command line, so --hub_token would be sent; use `hf auth login` instead"
+        )
+    for tracker in trackers:
+        require_package(parser, tracker, f"--report_to {args.report_to}")
+    if args.use_8bit_adam:
+        require_package(parser, "bitsandbytes", "--use_8bit_adam")
+    if args.rank is not None:
+        require_package(parser, "peft", "--rank")
+
+
+def require_package(parser, package, flag):
+    if importlib.util.find_spec(package) is None:
+        parser.error(f"{flag} requires {package}: pip install {package}")
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 #
-# A pair is a number in an index of (shard, row). A prepared data set is one shard; a streamed one has a shard for each
-# parquet row group. The order of a run is a function of (seed, epoch, index), and what is drawn for a pair depends on
-# the seed and its position in that order alone. So a run resumes, on any number of processes, from the pairs seen.
-CAPTION_TYPES = ("string", "large_string")
-IMAGE_TYPES = ("binary", "large_binary", "PIL.Image.Image")
-LABEL_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
+# A pair is a row of an index: (shard, row in the shard, hash of the caption). The order of the pairs depends only on
+# seed and epoch, and every random choice about a pair only on seed and position in that order. So the number of pairs
+# seen is all that a checkpoint needs to know about the data, on any number of processes.
 
 
-def pair_columns(args):
-    """Names of the caption column, of the two image columns, and of the two label columns (if any)."""
-    if args.chosen_column is not None:
-        return args.caption_column, (args.chosen_column, args.rejected_column), ()
-    return args.caption_column, (args.image_0_column, args.image_1_column), (args.label_0_column, args.label_1_column)
+MAX_SKIPPED = 100  # unusable rows in a row, before a dataset is given up
 
 
-def check_columns(args, features):
-    """Every column must be there and have a type that pairs are made of."""
-    folder = Path(args.dataset_name)
-    images = ("chosen_column", "rejected_column") if args.chosen_column else ("image_0_column", "image_1_column")
-    labels = () if args.chosen_column else ("label_0_column", "label_1_column")
-    wanted = dict.fromkeys(images, IMAGE_TYPES) | dict.fromkeys(labels, LABEL_TYPES)
-    for flag, types in {"caption_column": CAPTION_TYPES, **wanted}.items():
+class Columns(NamedTuple):
+    """Names of the columns that pairs are read from."""
+
+    caption: str
+    images: tuple
+    labels: tuple  # empty if the images are already split into chosen and rejected
+
+    def all(self):
+        return list(dict.fromkeys([self.caption, *self.images, *self.labels]))
+
+
+class Visit(NamedTuple):
+    """A pair, its position in the order of the run, and the lane that provides it."""
+
+    position: int
+    pair: int
+    lane: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How the pairs of an epoch are ordered: chosen when a run first starts, and kept in its checkpoints.
+
+    A shard is a row group of a stream; a prepared dataset is a single shard. The positions of a run are dealt to
+    lanes, `turn` pairs at a time. Each lane gets its own stretch of the shards, and shuffles the pairs of
+    `shards_mixed` shards at a time. A new run has one lane per reading process, so that each of them streams other
+    row groups. After a restart on fewer processes, a process may read several lanes.
+    """
+
+    shards_mixed: int = 1
+    lanes: int = 1
+    turn: int = 1
+
+    def lane(self, position):
+        """Which lane provides the pair at a position, or at each of several positions."""
+        return position // self.turn % self.lanes
+
+
+def find_columns(args, features):
+    """The columns that the flags name. Their rows are checked when they are read."""
+    image_flags = ("chosen_column", "rejected_column")
+    label_flags = ()
+    if args.chosen_column is None:
+        image_flags = ("image_0_column", "image_1_column")
+        label_flags = ("label_0_column", "label_1_column")
+
+    for flag in ("caption_column", *image_flags, *label_flags):
         column = getattr(args, flag)
         if column not in features:
-            there = f"--{flag} {column}: {folder} has no such column, but {', '.join(features)}"
-            if (folder / "w").is_dir() and (folder / "l").is_dir():
-                there += "; list its pairs in a metadata.csv there, with columns caption, chosen_file_name and "
-                there += "rejected_file_name, and remove its .txt files"
-            if "_data_files" in features:  # datasets before 5.2 does not know its own format
-                there += "; `datasets.load_from_disk` reads it, write it again with `to_parquet`"
-            raise TrainingError(f"{there}.")
-        kind = getattr(features[column], "dtype", None)
-        if types == IMAGE_TYPES and kind in CAPTION_TYPES:
+            raise TrainingError(f"--{flag}: {args.dataset_name} has no column {column!r} (columns: {list(features)}).")
+        if flag in image_flags and getattr(features[column], "dtype", None) in ("string", "large_string"):
             raise TrainingError(
-                f"--{flag} {column} holds strings, not images: name the table metadata.csv (or .jsonl, .parquet) and "
-                "let its image columns end in _file_name."
+                f"--{flag}: column {column!r} contains strings. If they are paths of images, name the table "
+                "metadata.csv (or .jsonl, .parquet), and let the names of its image columns end in _file_name."
             )
-        if kind not in types:
-            raise TrainingError(f"--{flag} {column} holds {features[column]}, not one of: {', '.join(types)}.")
+
+    return Columns(
+        caption=args.caption_column,
+        images=tuple(getattr(args, flag) for flag in image_flags),
+        labels=tuple(getattr(args, flag) for flag in label_flags),
+    )
 
 
 class PairSource:
-    """Rows of a split by (shard, row). Of streamed parquet, the `shards_kept` row groups read last stay in memory."""
+    """
+    The rows of a split, by shard and row, their images still encoded.
 
-    def __init__(self, args, split_flag):
-        folder = Path(args.dataset_name).resolve()
-        if folder.exists() and glob.has_magic(str(folder)):
-            raise TrainingError(f"--dataset_name: `datasets` takes *, ? and [ for patterns, rename {folder}.")
-        builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-        streams = builder.as_streaming_dataset()
-        split = getattr(args, split_flag) or (next(iter(streams)) if len(streams) == 1 else "train")
-        self.splits = split.split("+")
-        for name in self.splits:
-            if name not in streams:
-                there = ", ".join(streams)
-                raise TrainingError(f"--{split_flag}: {args.dataset_name} has no split {name!r}, but {there}.")
-            # JSON lines and the like have features only after they are prepared.
-            if streams[name].features is not None:
-                check_columns(args, streams[name].features)
-        caption, images, self.labels = pair_columns(args)
-        self.columns, self.images, self.data = [caption, *images, *self.labels], images, None
-        self.files = [file for name in self.splits for file in builder.config.data_files[name]]
-        self.shards, self.shards_kept = {}, args.shuffle_shards
-        self.fingerprint = [builder.cache_dir, split, args.streaming, self.columns]
-        if not args.streaming:
-            builder.download_and_prepare()
-            check_columns(args, builder.as_dataset(split).features)
-            # As Arrow tables, so that images stay encoded.
-            self.data = builder.as_dataset(split).select_columns(self.columns).with_format("arrow")
-        elif not all(file.endswith(".parquet") for file in self.files):
-            raise TrainingError(f"--streaming reads parquet files, but {args.dataset_name} has others; leave it out.")
+    A prepared dataset is a single shard, memory-mapped. A streamed one has a shard for each parquet row group; the
+    latest `shards_kept` row groups of each lane stay in memory.
+    """
+
+    def __init__(self, columns, fingerprint=(), prepared=None, files=(), shards_kept=1):
+        self.columns = columns
+        self.fingerprint = [*fingerprint, columns.all()]  # of the data that is read
+        self.prepared = None
+        if prepared is not None:
+            self.prepared = prepared.select_columns(columns.all()).with_format("arrow")  # leaves images encoded
+        self.files = files
+        self.shards_kept = shards_kept
+        self.row_groups = []  # (file, row group) of each shard of a stream
+        self.kept = {}  # {lane: {shard: table}}, oldest shard first
+
+    def record(self, shard, row, lane=0):
+        """One row as a dict."""
+        if self.prepared is not None:
+            return self.prepared[int(row)].to_pylist()[0]
+
+        # A process with several lanes keeps the row groups of each, and none of the lanes that it never reads.
+        kept = self.kept.setdefault(lane, {})
+        if shard not in kept:
+            if len(kept) == self.shards_kept:
+                oldest = next(iter(kept))
+                del kept[oldest]
+            kept[shard] = self.read_row_group(shard, self.columns.all())
+        return kept[shard].slice(int(row), 1).to_pylist()[0]
+
+    def read_row_group(self, shard, names):
+        file, row_group = self.row_groups[shard]
+        with fsspec.open(self.files[file], cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
+            return parquet.read_row_group(row_group, names)
+
+    def row_name(self, shard, row):
+        """How messages name a row."""
+        return f"row {row}" if self.prepared is not None else f"row {row} of shard {shard}"
+
+    def first_captions(self):
+        """Up to 1,000 captions, in a stream those of its first row group."""
+        if self.prepared is not None:
+            table = self.prepared.select_columns([self.columns.caption])[:1000]
+        else:
+            table = self.read_row_group(0, [self.columns.caption])[:1000]
+        return [caption for caption in table[self.columns.caption].to_pylist() if isinstance(caption, str)]
 
     def read_labels(self, file):
-        """Labels `(rows, 2)` of each shard of one file, or 1 and 0 where pairs have none. No image is read."""
-        columns = list(self.labels) or self.columns[:1]
-        if self.data is not None:
-            frames = [self.data.select_columns(columns)[:].to_pandas()]
+        """[(labels `(rows, 2)`, hashes of the captions `(rows,)`)] for each shard of a file. No image is read."""
+        names = [self.columns.caption, *self.columns.labels]
+        if self.prepared is not None:
+            frames = [self.prepared.select_columns(names)[:].to_pandas()]
         else:
             with fsspec.open(file, cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
-                frames = [parquet.read_row_group(n, columns).to_pandas() for n in range(parquet.num_row_groups)]
-        if not self.labels:
-            return [np.tile((1.0, 0.0), (len(frame), 1)) for frame in frames]
-        return [frame.astype("float64").to_numpy() for frame in frames]
+                frames = [parquet.read_row_group(n, names).to_pandas() for n in range(parquet.num_row_groups)]
 
-    def build_index(self, args):
-        """The index, and (file, row group) of each shard. Labels are read from 16 files at a time."""
-        files = self.files if self.data is None else [None]
+        shards = []
+        for frame in frames:
+            labels = np.tile((1.0, 0.0), (len(frame), 1))
+            if self.columns.labels:
+                with explain(f"The label columns {self.columns.labels} must contain numbers"):
+                    labels = frame[list(self.columns.labels)].astype("float64").to_numpy()
+            with explain(f"Column {self.columns.caption} must contain text"):
+                captions = frame[self.columns.caption].astype(str)
+            shards.append((labels, pd.util.hash_array(captions.to_numpy(object), categorize=False).view("int64")))
+        return shards
+
+    def build_index(self, remove_ties):
+        """Index of all pairs, and (file, row group) of each shard. Files are read in 16 threads."""
+        files = self.files if self.prepared is None else [None]
+        index = []
+        row_groups = []
         with multiprocessing.pool.ThreadPool(16) as pool:
-            tables = pool.imap(self.read_labels, files)
-            labels = list(tqdm(tables, "Reading labels", len(files), disable=len(files) == 1))
-        groups = [(file, group) for file, shards in enumerate(labels) for group in range(len(shards))]
-        labels = [shard for shards in labels for shard in shards]
-        shard = np.repeat(np.arange(len(labels)), [len(rows) for rows in labels])
-        index = np.stack([shard, np.arange(len(shard)) - np.searchsorted(shard, shard)], axis=1)
-        labels = np.concatenate(labels)
-        index = index[labels[:, 0] != labels[:, 1]] if args.remove_ties else index
-        return {"index": torch.from_numpy(index), "groups": torch.tensor(groups)}
+            labels_of_files = pool.imap(self.read_labels, files)
+            bar = tqdm(labels_of_files, desc="Reading labels", total=len(files), disable=len(files) == 1)
+            for file, shards in enumerate(bar):
+                for row_group, (labels, captions) in enumerate(shards):
+                    shard = np.full(len(labels), len(row_groups))
+                    pairs = np.stack([shard, np.arange(len(labels)), captions], axis=1)
+                    index.append(pairs[labels[:, 0] != labels[:, 1]] if remove_ties else pairs)
+                    row_groups.append((file, row_group))
+        return {"index": torch.from_numpy(np.concatenate(index)), "row_groups": torch.tensor(row_groups)}
 
-    def index(self, args):
-        """`(pairs, 2)` shard and row of all pairs but the ties, built once and kept on disk."""
-        key = Hasher.hash([self.fingerprint, args.remove_ties])
-        path = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
+    def load_index(self, remove_ties, cache_dir):
+        """`(pairs, 3)` shard, row and caption hash of all pairs, built once and kept on disk."""
+        key = Hasher.hash([self.fingerprint, remove_ties, "with caption hashes"])
+        path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
+        # One process builds the index. The others wait for the lock, which unlike a barrier has no time limit.
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                write_whole(path, functools.partial(safetensors.torch.save_file, self.build_index(args)))
+                tensors = self.build_index(remove_ties)
+                write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside))
         tensors = safetensors.torch.load_file(path)
-        self.groups = tensors["groups"].numpy()
+        self.row_groups = tensors["row_groups"].tolist()
         return tensors["index"].numpy()
 
-    def record(self, shard, row):
-        """One row as a dict, its images encoded."""
-        if self.data is not None:
-            table = self.data[int(row)]
-            try:
-                # Some data sets keep paths of image files, also in archives.
-                record = embed_table_storage(table).to_pylist()[0]
-            except Exception as error:  # file systems raise all kinds
-                raise UnusableRow(f"has an image that cannot be read ({one_line(error)})") from error
-        else:
-            record = {column: values[row] for column, values in self.shard(shard).items()}
-        for column in self.images:
-            if isinstance(record[column], dict):  # of the Image feature
-                record[column] = record[column]["bytes"]
-        return record
 
-    def captions(self, index):
-        """Captions of the first 1,000 pairs of an index; those of a stream are of the row group read first."""
-        column = self.columns[0]
-        if self.data is not None:
-            captions = self.data.select_columns([column])[index[:1000, 1]][column].to_pylist()
-        else:
-            captions = next(iter(self.shards.values()))[column][:1000]
-        return [caption for caption in captions if isinstance(caption, str)]
+def open_pairs(args, split, split_flag):
+    """Open a split, or several: a+b. Returns its PairSource, its index, and the names of its splits."""
+    name = args.dataset_name
+    if os.path.exists(name):
+        name = os.path.abspath(name)
+        if glob.has_magic(name):
+            raise TrainingError(f"--dataset_name: `datasets` reads *, ? and [ as patterns; rename {name}.")
+    builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    streams = builder.as_streaming_dataset()
+    if split is None:
+        split = next(iter(streams)) if len(streams) == 1 else "train"
+    splits = split.split("+")
+    for part in splits:
+        if part not in streams:
+            raise TrainingError(f"--{split_flag}: {name} has no split {part!r} (splits: {list(streams)}).")
 
-    def shard(self, shard):
-        """The columns of a row group as lists."""
-        if shard not in self.shards:
-            while len(self.shards) >= self.shards_kept:
-                self.shards.pop(next(iter(self.shards)))
-            file, group = self.groups[shard]
-            with fsspec.open(self.files[file], cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
-                self.shards[shard] = parquet.read_row_group(group, self.columns).to_pydict()
-        return self.shards[shard]
-
-
-def load_indexes(args):
-    """(source, index) of the training pairs and (source, index) of the held-out ones."""
-    source = held_out_source = PairSource(args, "dataset_split_name")
-    index, number = source.index(args), args.num_validation_pairs
-    if args.validation_split is None:
-        held_out, index = index[: number or 0], index[number or 0 :]
+    fingerprint = [builder.cache_dir, split, args.streaming]
+    if args.streaming:
+        files = [file for part in splits for file in builder.config.data_files[part]]
+        if not all(file.endswith(".parquet") for file in files):
+            raise TrainingError(f"--streaming reads parquet files only, but {name} has others.")
+        columns = find_columns(args, streams[splits[0]].features)
+        source = PairSource(columns, fingerprint, files=files, shards_kept=args.shuffle_shards)
     else:
-        held_out_source = PairSource(args, "validation_split")
-        if set(source.splits) & set(held_out_source.splits):
-            raise TrainingError(f"--validation_split {args.validation_split} is trained on, too.")
-        held_out = held_out_source.index(args)[:number]
+        # Some formats, like JSON lines, have features only after they are prepared.
+        features = streams[splits[0]].features
+        if features is not None:
+            find_columns(args, features)
+        builder.download_and_prepare()
+        prepared = builder.as_dataset(split)
+        source = PairSource(find_columns(args, prepared.features), fingerprint, prepared=prepared)
+    return source, source.load_index(args.remove_ties, args.cache_dir), splits
+
+
+def load_pairs(args, latent_shape, num_train_timesteps):
+    """The PairDatasets of the training pairs and of the held-out ones."""
+    source, index, splits = open_pairs(args, args.dataset_split_name, "dataset_split_name")
+
+    # Hold out the first pairs, or those of another split.
+    held_out_source = source
+    if args.validation_split is None:
+        number = args.num_validation_pairs or 0
+        held_out = index[:number]
+        index = index[number:]
+    else:
+        held_out_source, held_out, held_out_splits = open_pairs(args, args.validation_split, "validation_split")
+        held_out = held_out[: args.num_validation_pairs]
+        if set(splits) & set(held_out_splits):
+            raise TrainingError(f"--validation_split {args.validation_split} is also trained on.")
+
     if args.max_train_samples is not None:
         subset = np.random.default_rng(args.seed).permutation(len(index))[: args.max_train_samples]
         index = index[np.sort(subset)]
-    if len(index) == 0 or (args.validation_split and len(held_out) == 0):
-        raise TrainingError(f"--dataset_name: {len(index)} pairs are left to train on, and {len(held_out)} held out.")
-    return (source, index), (held_out_source, held_out)
+    if len(index) == 0 or (args.validation_split is not None and len(held_out) == 0):
+        raise TrainingError(
+            f"--dataset_name {args.dataset_name}: {len(index)} pairs are left to train on, {len(held_out)} held out."
+        )
+    return (
+        PairDataset(args, source, index, latent_shape, num_train_timesteps),
+        PairDataset(args, held_out_source, held_out, latent_shape, num_train_timesteps, held_out=True),
+    )
 
 
-def epoch_order(index, seed, epoch, shards_mixed, lanes, turn):
-    """
-    `(pairs,)` numbers of the pairs of `index` in the order of one epoch. The shards stand one behind the other in a
-    random order, and each lane takes a stretch of them, in which the pairs of `shards_mixed` shards at a time are
-    mixed. The lanes take turns of `turn` pairs, all through the run: a process whose batches are the turns of one
-    lane reads the shards of that lane only.
-    """
+def epoch_order(index, seed, epoch, layout):
+    """`(pairs,)` numbers of the pairs of `index`, in the order of one epoch."""
+    num_pairs = len(index)
     rng = np.random.default_rng([seed, epoch])
-    place = rng.permutation(int(index[-1, 0]) + 1)[index[:, 0]]
-    pairs = np.argsort(place, kind="stable")
-    lane = (epoch * len(index) + np.arange(len(index))) // turn % lanes
-    turns = np.argsort(lane, kind="stable")
-    lane, place = lane[turns], place[pairs]
-    shard = np.cumsum(np.r_[0, (np.diff(lane) != 0) | (np.diff(place) != 0)])
-    block = (shard - shard[np.searchsorted(lane, lane)]) // shards_mixed
-    order = np.empty_like(pairs)
-    order[turns] = pairs[np.lexsort((rng.random(len(index)), block, lane))]
+
+    # 1. Put the shards in a random order; the pairs of a shard stay together.
+    shard_place = rng.permutation(int(index[-1, 0]) + 1)[index[:, 0]]
+    pairs = np.argsort(shard_place, kind="stable")
+
+    # 2. Decide which lane fills which slot. Turns continue across epochs, hence the offset.
+    slot_lane = layout.lane(epoch * num_pairs + np.arange(num_pairs))
+    slots = np.argsort(slot_lane, kind="stable")  # the slots of lane 0, then those of lane 1, ...
+
+    # 3. Give each lane its stretch of the pairs, shuffled inside blocks of `shards_mixed` shards.
+    order = np.empty(num_pairs, dtype=np.int64)
+    start = 0
+    for size in np.bincount(slot_lane, minlength=layout.lanes):
+        stretch = pairs[start : start + size]
+        new_shard = np.diff(shard_place[stretch], prepend=shard_place[stretch[:1]]) != 0
+        block = np.cumsum(new_shard) // layout.shards_mixed
+        order[slots[start : start + size]] = stretch[np.lexsort((rng.random(size), block))]
+        start += size
     return order
 
 
-def training_batches(args, index, order, position, rank, num_processes):
-    """This process' batches of (position, pair), from `position` in the run on, without end."""
-    size = args.train_batch_size
-    epoch_pairs = functools.lru_cache(1)(lambda epoch: epoch_order(index, args.seed, epoch, *order))
-    for start in itertools.count(position + rank * size, size * num_processes):
-        yield [(n, int(epoch_pairs(n // len(index))[n % len(index)])) for n in range(start, start + size)]
+def training_batches(index, seed, layout, batch_size, pairs_seen, process_index, num_processes):
+    """Yield the batches of a process, lists of visits, without end, starting after `pairs_seen` pairs."""
+    num_pairs = len(index)
+    epoch = None
+    order = None
+    for start in itertools.count(pairs_seen + process_index * batch_size, num_processes * batch_size):
+        batch = []
+        for position in range(start, start + batch_size):
+            if position // num_pairs != epoch:
+                epoch = position // num_pairs
+                order = epoch_order(index, seed, epoch, layout)
+            batch.append(Visit(position, int(order[position % num_pairs]), layout.lane(position)))
+        yield batch
 
 
-def decode_image(encoded):
-    """Decode an image's bytes to RGB: upright, and on white where transparent."""
-    if not encoded:
+def decode_image(value):
+    """Decode an image to RGB: upright, and composited over white where it is transparent."""
+    if not isinstance(value, dict):
+        value = {"bytes": value, "path": None}
+    if not value.get("bytes") and not value.get("path"):
         raise UnusableRow("has no image")
     try:
-        image = Image.open(io.BytesIO(encoded))
-        # Pillow's own conversions clip. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
-        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-        image = ImageOps.exif_transpose(image)
-        if is_16_bit:
+        # Images may also be files of their own, on disk, in an archive or on the hub; `datasets` reads them all.
+        image = datasets.Image().decode_example(value)  # applies the EXIF orientation
+        # Pillow's own conversion clips 16-bit grey, whose mode is "I;16", or "I" in older versions.
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow raises most of the built-in ones
-        raise UnusableRow(f"has an image that cannot be decoded ({one_line(error)})") from error
+    except Exception as error:  # Pillow and file systems raise all kinds
+        raise UnusableRow(f"has an image that cannot be read ({describe(error)})") from error
 
 
 def crop_image(image, resolution, crop_fractions, flip):
-    """Resize the shorter side, flip, crop a square: `(3, side, side)` uint8, and the crop's (top, left) beforehand."""
+    """Resize the shorter side, flip if asked to, and crop: `(3, resolution, resolution)` uint8, and (top, left)."""
     scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if max(image.width * image.height, width * height) > Image.MAX_IMAGE_PIXELS:
+    width = max(resolution, round(image.width * scale))
+    height = max(resolution, round(image.height * scale))
+    if width * height > Image.MAX_IMAGE_PIXELS:
         raise UnusableRow(f"has an image of {image.width} x {image.height} pixels, too large or too narrow")
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image = ImageOps.mirror(image) if flip else image
-    top, left = round((height - resolution) * crop_fractions[0]), round((width - resolution) * crop_fractions[1])
+    if flip:
+        image = ImageOps.mirror(image)
+
+    top = round((height - resolution) * crop_fractions[0])
+    left = round((width - resolution) * crop_fractions[1])
     image = image.crop((left, top, left + resolution, top + resolution))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), (top, left)
 
 
-def load_pair(args, record, crop_fractions, flips):
+def load_pair(record, columns, resolution, crop_fractions, flip):
     """
-    One row's caption, labels, images `(2, len(flips), 3, resolution, resolution)` uint8, each flipped as `flips` says,
-    and micro-conditioning `(2, 6)`, in the order of its columns. Raises UnusableRow where one is missing or broken.
+    One row as caption, labels, images and micro-conditioning, in the order of its columns.
+
+    Returns:
+        `caption`, `labels` (two numbers), `pixel_values` `(2, 3, resolution, resolution)` uint8, and `add_time_ids`
+        `(2, 6)`. Raises UnusableRow if one of them is missing or broken.
     """
-    caption, images, labels = pair_columns(args)
-    if not isinstance(record[caption], str):
-        raise UnusableRow(f"has {record[caption]!r} for a caption")
-    for label in labels:
-        if record[label] is None or math.isnan(record[label]):
-            raise UnusableRow(f"has no {label}")
-    pixel_values, add_time_ids = [], []
-    for image in [decode_image(record[column]) for column in images]:
-        crops = [crop_image(image, args.resolution, crop_fractions, flip) for flip in flips]
-        pixel_values.append(torch.stack([pixels for pixels, _ in crops]))
-        add_time_ids.append([image.height, image.width, *crops[-1][1], args.resolution, args.resolution])
-    labels = [float(record[label]) for label in labels] or [1.0, 0.0]
-    tensors = {"pixel_values": torch.stack(pixel_values), "add_time_ids": torch.tensor(add_time_ids)}
-    return {"caption": record[caption], "labels": labels, **tensors}
+    caption = record[columns.caption]
+    if not isinstance(caption, str):
+        raise UnusableRow(f"has no text in column {columns.caption}, but {str(caption)[:80]!r}")
+
+    labels = [1.0, 0.0]
+    if columns.labels:
+        labels = [record[name] for name in columns.labels]
+        for name, label in zip(columns.labels, labels):
+            if label is None or math.isnan(label):
+                raise UnusableRow(f"has no {name}")
+
+    pixel_values = []
+    add_time_ids = []
+    for name in columns.images:
+        image = decode_image(record[name])
+        pixels, top_left = crop_image(image, resolution, crop_fractions, flip)
+        pixel_values.append(pixels)
+        add_time_ids.append([image.height, image.width, *top_left, resolution, resolution])
+    return {
+        "caption": caption,
+        "labels": [float(label) for label in labels],
+        "pixel_values": torch.stack(pixel_values),
+        "add_time_ids": torch.tensor(add_time_ids),
+    }
 
 
-class PairDataset(torch.utils.data.Dataset):
-    """
-    Turns (position, pair) into tensors, in the loader's workers. Every random choice comes from a generator seeded by
-    (seed, position). A row that cannot be used is replaced by the next one that can, and reported.
-    """
+class PairDataset(Dataset):
+    """Turns visits into tensors. Unusable rows are reported, and replaced by the next one."""
 
     def __init__(self, args, source, index, latent_shape, num_train_timesteps, held_out=False):
-        self.args, self.source, self.index, self.held_out = args, source, index, held_out
-        self.latent_shape, self.num_train_timesteps, self.cache = latent_shape, num_train_timesteps, None
+        self.source = source
+        self.index = index
+        self.latent_shape = latent_shape
+        self.num_train_timesteps = num_train_timesteps
+        self.held_out = held_out
+        self.cache = None  # folder of the encoded pairs, with --cache_latents
 
-    def row(self, pair):
-        """How messages name a pair."""
-        shard, row = self.index[pair]
-        place = f" of shard {shard}" if self.source.data is None else ""
-        return f"{'held-out ' if self.held_out else ''}row {row}{place}"
+        # Held-out pairs look the same whenever they are evaluated.
+        self.seed = args.seed
+        self.resolution = args.resolution
+        self.flip_at_random = not args.no_hflip and not held_out
+        self.crop_at_random = args.random_crop and not held_out
+        self.label_noise_prob = 0.0 if held_out else args.label_noise_prob
 
-    def cached(self, pair):
+    def row_name(self, pair):
+        shard, row = self.index[pair, :2]
+        name = self.source.row_name(shard, row)
+        return f"held-out {name}" if self.held_out else name
+
+    def cached_file(self, pair):
         return self.cache / f"{pair // 1000:04d}" / f"{pair % 1000:03d}.safetensors"
 
     def __getitem__(self, visit):
-        position, pair = visit
-        for skipped in range(min(len(self.index), 100)):
-            number = (pair + skipped) % len(self.index)
+        for skipped in range(min(len(self.index), MAX_SKIPPED)):
+            pair = (visit.pair + skipped) % len(self.index)
             try:
-                return {**self.prepare(position, number), "row": self.row(number), "skipped": skipped}
+                tensors = self.load(visit._replace(pair=pair))
             except UnusableRow as error:
-                reason = error
-                logging.getLogger(__name__).warning(f"Skipped {self.row(number)}: it {reason}.")
-        raise UnusableRow(f"no row from {self.row(pair)} to {self.row(number)} can be used, the last one {reason}")
+                reason = str(error)
+                # Workers have no accelerate state, which `logger` needs.
+                logging.getLogger(__name__).warning(f"Skipped {self.row_name(pair)}: it {reason}.")
+            else:
+                return {**tensors, "row": self.row_name(pair), "skipped": skipped}
+        raise UnusableRow(f"no row from {self.row_name(visit.pair)} to {self.row_name(pair)} can be used: it {reason}")
 
-    def prepare(self, position, pair):
-        args = self.args
-        # Held-out pairs get the same noise in every run, whatever its seed.
-        seed = np.random.SeedSequence((0, position) if self.held_out else (1, args.seed, position))
-        seed = seed.generate_state(1, np.uint64)
+    def load(self, visit):
+        """The tensors of a visit. Raises UnusableRow."""
+        # Sample everything whatever the flags are, so that no flag changes what the others get. Held-out pairs get the
+        # same numbers under any seed.
+        entropy = (0, visit.position) if self.held_out else (1, self.seed, visit.position)
+        seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+        label_noise, tie, flip, *crop_fractions = np.random.default_rng(seed).random(5)
         generator = torch.Generator().manual_seed(int(seed[0]))
-        # All numbers are drawn whatever the flags, so that no flag shifts another's draws.
-        noisy, tie, flip, *crop_fractions = np.random.default_rng(seed).random(5)
-        flip = bool(flip < 0.5 and not args.no_hflip and not self.held_out)
-        if not args.random_crop or self.held_out:
-            crop_fractions = (0.5, 0.5)
-        if self.cache is None:
-            tensors = load_pair(args, self.source.record(*self.index[pair]), crop_fractions, [flip])
-            tensors["pixel_values"] = tensors["pixel_values"][:, 0]
+        timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
+        latent_noise = torch.randn(self.latent_shape, generator=generator)
+        posterior_noise = torch.randn((2, *self.latent_shape), generator=generator)
+
+        # Load the images, or what they were encoded to.
+        flipped = bool(flip < 0.5 and self.flip_at_random)
+        if self.cache is not None:
+            tensors = read_cached(self.cached_file(visit.pair), flipped)
         else:
-            tensors = read_cached(self.cached(pair), flip)
+            shard, row = self.index[visit.pair, :2]
+            record = self.source.record(shard, row, visit.lane)
+            if not self.crop_at_random:
+                crop_fractions = (0.5, 0.5)
+            tensors = load_pair(record, self.source.columns, self.resolution, crop_fractions, flipped)
+
+        # Decide which image is the chosen one.
         first, second = tensors.pop("labels")
         chosen = 0 if first > second or (first == second and tie < 0.5) else 1
-        if noisy < args.label_noise_prob and not self.held_out:
+        if label_noise < self.label_noise_prob:
             chosen = 1 - chosen
-        for name in {"pixel_values", "moments"} & tensors.keys():
-            tensors[name] = tensors[name][[chosen, 1 - chosen]]
-        # Both images get the chosen one's micro-conditioning: only the images may differ in a pair.
-        tensors["add_time_ids"] = tensors["add_time_ids"][chosen]
-        tensors["timesteps"] = torch.randint(self.num_train_timesteps, (), generator=generator)
-        tensors["noise"] = torch.randn(self.latent_shape, generator=generator)
-        return {**tensors, "posterior_noise": torch.randn((2, *self.latent_shape), generator=generator)}
+        for name in ("pixel_values", "moments"):
+            if name in tensors:
+                tensors[name] = tensors[name][[chosen, 1 - chosen]]
+
+        return {
+            **tensors,
+            # Both images get the chosen one's micro-conditioning: only the images may differ in a pair.
+            "add_time_ids": tensors["add_time_ids"][chosen],
+            "timesteps": timestep,
+            "noise": latent_noise,
+            "posterior_noise": posterior_noise,
+        }
 
 
 def collate_pairs(items):
     """Stack the items: the chosen images come first, then the rejected ones in the same order."""
-    batch = torch.utils.data.default_collate(items)
-    for name in {"pixel_values", "moments", "posterior_noise"} & batch.keys():
-        batch[name] = batch[name].transpose(0, 1).flatten(0, 1)
+    batch = default_collate(items)
+    for name in ("pixel_values", "moments", "posterior_noise"):
+        if name in batch:
+            batch[name] = batch[name].transpose(0, 1).flatten(0, 1)
     return batch
 
 
-def make_loader(args, data, batches, collate=collate_pairs):
-    options = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
-    # Without a generator of its own, every loader would draw from the global one.
-    options |= {"collate_fn": collate, "worker_init_fn": ignore_stop_signals, "generator": torch.Generator()}
-    return torch.utils.data.DataLoader(data, batch_sampler=batches, **options)
+def data_iterator(data, num_workers, **batching):
+    """Iterate over `data` with `num_workers` processes; `batching` are arguments of the DataLoader."""
+    loader = DataLoader(
+        data,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # otherwise every loader would use, and advance, the global one
+        **batching,
+    )
+    iterator = iter(loader)
+    # If a worker is killed, PyTorch's signal handler raises an error in the middle of whatever this process does.
+    # Without the handler, the error is raised where the worker's batch is due.
+    if num_workers > 0 and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator
 
 
-# Models --------------------------------------------------------------------------------------------------------------
-# What a VAE's config says of its latents, and AutoencoderKL's defaults.
-LATENTS = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
-LATENTS |= {"shift_factor": None, "latents_mean": None}
-NO_SDXL = "--pretrained_model_name_or_path {name} is no SDXL base model: {reason}."
-# What a UNet's config says of what it takes and gives, and the defaults.
-UNET_KIND = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280, "time_cond_proj_dim": None}
-UNET_KIND |= {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
-LORA_LAYERS = {"attention": ATTENTION, "transformer": TRANSFORMER, "all": TRANSFORMER + RESNET}
-TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+def ignore_stop_signals(worker):
+    """Launchers also signal the loader's workers. The process that reads from them shuts them down."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
 
 
-def check_lora(args, unet_config):
-    """A LoRA to continue must be of the rank and alpha asked for; other layers must be names of the UNet's layers."""
-    layers = [layer for layer in args.lora_layers or [] if layer not in LORA_LAYERS]
-    with torch.device("meta"):
-        modules = UNet2DConditionModel.from_config(unet_config).named_modules() if layers else []
-    names = [f".{name}" for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    for layer in layers:
-        if not any(name.endswith(f".{layer}") for name in names):
-            presets = ", ".join(LORA_LAYERS)
-            raise TrainingError(f"--lora_layers {layer} is neither a layer of the UNet nor one of: {presets}.")
-    if args.init_lora:
-        with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
-            weights, alphas = read_lora(args.init_lora, unet_config)
-        ranks = {len(weight) for name, weight in weights.items() if name.startswith("unet.") and ".lora_A." in name}
-        checks = [("rank", ranks, args.rank), ("lora_alpha", alphas or ranks, args.lora_alpha or args.rank)]
-        for flag, there, asked in checks:
-            if there != {asked}:
-                there = ", ".join(f"{value:g}" for value in sorted(there)) or "none for the UNet"
-                raise TrainingError(f"--{flag} {asked:g}: --init_lora {args.init_lora} has {there}.")
-        if any(name.startswith("text_encoder") for name in weights) and not args.train_text_encoder:
-            raise TrainingError(f"--init_lora {args.init_lora} adapts the text encoders: add --train_text_encoder.")
-
-
-def load_configs(args):
-    """Shape of the latents and noise scheduler, by configs alone; refuses a base of another kind than SDXL's."""
-    name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    options = {"cache_dir": args.cache_dir, "revision": args.revision}
-    with failing_together(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        parts = StableDiffusionXLPipeline.load_config(name, **options)
-        needed = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2")
-        missing = [part for part in needed if not (parts.get(part) or [None])[0]]
-        if missing:
-            raise TrainingError(NO_SDXL.format(name=name, reason=f"it has no {missing[0]}"))
-        unet, vae = (UNet2DConditionModel.load_config(name, subfolder=part, **options) for part in needed[:2])
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **options)
-    unet_name = args.pretrained_unet_name_or_path
-    with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
-        start = load_part(UNet2DConditionModel.load_config, unet_name, args, "unet") if unet_name else unet
-        if any(start.get(key, default) != unet.get(key, default) for key, default in UNET_KIND.items()):
-            raise TrainingError(f"--pretrained_unet_name_or_path {unet_name}: it is of another kind than {name}'s.")
-    with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-        other = AutoencoderKL.load_config(vae_name, cache_dir=args.cache_dir) if vae_name else vae
-        if any(other.get(key, default) != vae.get(key, default) for key, default in LATENTS.items()):
-            sentence = f"--pretrained_vae_model_name_or_path {vae_name}: its latents are not those of {name}."
-            raise TrainingError(sentence)
-    channels = vae.get("latent_channels", LATENTS["latent_channels"])
-    no_betas = scheduler.get("use_flow_sigmas") or scheduler.get("timestep_type") == "continuous"
-    prediction_type = scheduler.get("prediction_type", "epsilon")
-    rules = [
-        (unet.get("addition_embed_type") != "text_time", "its UNet does not take SDXL's sizes and crops"),
-        ({unet.get("in_channels", 4), unet.get("out_channels", 4)} != {channels}, "its UNet takes more than latents"),
-        (unet.get("time_cond_proj_dim"), "its UNet was distilled to take the guidance scale"),
-        (no_betas or "beta_start" not in scheduler, "its scheduler is of EDM or flow matching"),
-        (prediction_type not in ("epsilon", "v_prediction"), "it predicts no epsilon or v"),
-        (vae.get("latents_mean") or vae.get("shift_factor"), "its VAE shifts its latents"),
-    ]
-    for reason in [reason for broken, reason in rules if broken]:
-        raise TrainingError(NO_SDXL.format(name=name, reason=reason))
-    if args.rank is not None:
-        check_lora(args, start)
-    side = args.resolution // 2 ** (len(other.get("block_out_channels", [64])) - 1)
-    return (channels, side, side), DDPMScheduler.from_config(scheduler)
-
-
-def load_part(load, name, args, subfolder=None, **options):
-    """A part that a flag names, in its folder there or alone, and in the variant asked for if it has it."""
-    for folder, variant in itertools.product(*(dict.fromkeys([x, None]) for x in (subfolder, args.variant))):
-        try:
-            return load(name, subfolder=folder, variant=variant, cache_dir=args.cache_dir, **options)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def load_unet(args, dtype):
-    """The UNet that training starts from."""
-    options, name = {"use_safetensors": True, "dtype": dtype}, args.pretrained_unet_name_or_path
-    if name is not None:
-        return load_part(UNet2DConditionModel.from_pretrained, name, args, "unet", **options)
-    options |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    base = args.pretrained_model_name_or_path
-    # Given the base, diffusers would say that its folder lacks a file that the UNet's lacks.
-    folder, subfolder = (Path(base, "unet"), None) if os.path.isdir(base) else (base, "unet")
-    return UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder, **options)
-
-
-def load_pipeline(args, accelerator, weight_dtype):
-    """The SDXL pipeline on the device: frozen parts in `weight_dtype`, a wholly trained UNet in its own dtype."""
-    unet_name, vae_name = args.pretrained_unet_name_or_path, args.pretrained_vae_model_name_or_path
-    name, parts = args.pretrained_model_name_or_path, {}
-    # Under ZeRO-3 transformers would shard the frozen text encoders as it loads them.
-    transformers.integrations.unset_hf_deepspeed_config()
-    whole_unet_dtype = torch.bfloat16 if args.full_bf16 else torch.float32
-    unet_dtype = whole_unet_dtype if args.rank is None else weight_dtype
-    advice = " (try --variant fp16)" if not args.variant and any(Path(name).glob("unet/*.fp16.*")) else ""
-    sentence = f"--pretrained_model_name_or_path {name} cannot be loaded{advice}"
-    # The UNet comes first: as it is cast, its files are mapped into memory beside it, and nothing else should be.
-    with failing_together(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded" if unet_name else sentence):
-        parts["unet"] = load_unet(args, unet_dtype)
-    if vae_name:
-        with failing_together(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-            parts["vae"] = load_part(AutoencoderKL.from_pretrained, vae_name, args, use_safetensors=True)
-    options = {"cache_dir": args.cache_dir, "use_safetensors": True, "add_watermarker": False}
-    options |= {"revision": args.revision, "variant": args.variant}
-    # Each part is loaded in the dtype that it keeps.
-    options["dtype"] = {"vae": torch.float32, "default": weight_dtype}
-    with failing_together(sentence):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **parts, **options)
-    dtypes = {"unet": unet_dtype, "text_encoder": weight_dtype, "text_encoder_2": weight_dtype}
-    # What half precision overflows in is upcast.
-    dtypes["vae"] = torch.float32 if pipeline.vae.config.force_upcast else weight_dtype
-    for name, dtype in dtypes.items():
-        getattr(pipeline, name).requires_grad_(False).to(accelerator.device, dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+# Trained weights -----------------------------------------------------------------------------------------------------
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 
 def trained_parts(args, pipeline):
-    """The modules that are trained, wholly or with a LoRA, by their names in the pipeline."""
-    names = ["unet", "text_encoder", "text_encoder_2"] if args.train_text_encoder else ["unet"]
-    return {name: getattr(pipeline, name) for name in names}
+    """The modules that are trained, fully or with a LoRA, by their names in the pipeline."""
+    parts = {"unet": pipeline.unet}
+    if args.train_text_encoder:
+        parts["text_encoder"] = pipeline.text_encoder
+        parts["text_encoder_2"] = pipeline.text_encoder_2
+    return parts
 
 
-def read_lora(folder, unet_config=None):
-    """A LoRA of any format that diffusers knows, {name in peft's way: weight}, and its alphas if it says some."""
-    options = {"unet_config": unet_config, "use_safetensors": True, "return_lora_metadata": True}
-    weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(folder, **options)
-    unet = {name: weight for name, weight in weights.items() if name.startswith("unet.")}
-    text = {name: weight for name, weight in weights.items() if name not in unet}
-    text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text)) if text else {}
-    weights = convert_unet_state_dict_to_peft(unet) | text
-    alphas = set((alphas or {}).values()) or {(metadata or {}).get("unet.lora_alpha")}
-    return weights, alphas - {None}
+def full_unet_dtype(args):
+    """Dtype of the UNet in full fine-tuning."""
+    return torch.bfloat16 if args.full_bf16 else torch.float32
 
 
-def names_in_files(part, own_names):
-    """Names in a file of what has `own_names` in a part of the pipeline."""
-    # transformers 5 has a flat CLIPTextModel; other readers know the names of before.
-    flat = isinstance(part, transformers.CLIPTextModel) and not hasattr(part, "text_model")
-    return [f"text_model.{own}" if flat else own for own in own_names]
-
-
-def set_lora(parts, weights):
-    """Copy a LoRA of a file into those that the parts have; all of its weights must be theirs."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    weights = dict(weights)
-    for name, part in parts.items():
-        own = list(get_peft_model_state_dict(part))
-        own = {key: weights.pop(f"{name}.{in_file}") for key, in_file in zip(own, names_in_files(part, own))}
-        set_peft_model_state_dict(part, own)
-        cast_training_params(part, torch.float32)
-    if weights:
-        raise ValueError(f"{len(weights)} of its weights are of no layer, as {next(iter(weights))}")
-
-
-def add_lora(args, parts):
-    """Give the parts that are trained a new LoRA, or the one to continue."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    with failing_together(f"--init_lora {args.init_lora} cannot be loaded"):
-        weights = read_lora(args.init_lora, parts["unet"].config)[0] if args.init_lora else {}
-        adapted = {}  # by the LoRA to continue
-        for name, part in parts.items():
-            modules = [module for module, _ in part.named_modules()]
-            in_files = zip(modules, names_in_files(part, modules))
-            layers = [module for module, in_file in in_files if f"{name}.{in_file}.lora_A.weight" in weights]
-            if layers:
-                adapted[name] = part
-            elif name == "unet":
-                layers = [layer for choice in args.lora_layers for layer in LORA_LAYERS.get(choice, [choice])]
-            else:
-                # The output of the first encoder's last layer is not used, it would get no gradient.
-                layers = range(part.config.num_hidden_layers - (name == "text_encoder"))
-                layers = [f"layers.{number}.self_attn.{layer}" for number in layers for layer in TEXT_LORA_LAYERS]
-            options = {"lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
-            inject_adapter_in_model(LoraConfig(r=args.rank, target_modules=layers, **options), part)
-            for module in part.modules():
-                if isinstance(module, BaseTunerLayer):
-                    module.cast_input_dtype_enabled = False  # autocast would round its float32 copies again
-            cast_training_params(part, torch.float32)
-        set_lora(adapted, weights)
-
-
-def make_trainable(args, pipeline):
-    """Choose what is trained, the whole UNet or LoRA adapters; return the parameters of each trained part."""
+def build_model(args, pipeline):
+    """Choose what is trained: the full UNet or LoRA adapters. Returns the module for accelerate to prepare."""
     unet = pipeline.unet
     if args.rank is None:
         unet.requires_grad_(True)
     else:
         add_lora(args, trained_parts(args, pipeline))
+
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
-        # A block is compiled for each width and length, to train and to draw. Past the limit it would run uncompiled.
+        # Blocks are recompiled for each shape, to train and to sample. Past the limit, they would run eagerly.
         torch._dynamo.config.recompile_limit = 64
         torch._logging.set_logs(graph_breaks=True)
         unet.compile_repeated_blocks(dynamic=False)  # in place, so that the weights keep their names
-    unet.train()
-    parts = trained_parts(args, pipeline).values()
-    return [[parameter for parameter in part.parameters() if parameter.requires_grad] for part in parts]
+
+    return UNetWithTextEncoders(pipeline) if args.train_text_encoder else unet
+
+
+def read_lora(name, unet_config=None):
+    """Read a LoRA in any format that diffusers knows: {name as in peft: weight}, and the set of its alphas."""
+    weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+        name,
+        unet_config=unet_config,
+        use_safetensors=True,
+        return_lora_metadata=True,
+    )
+    unet = {}
+    text = {}
+    for key, weight in weights.items():
+        if key.startswith("unet."):
+            unet[key] = weight
+        else:
+            text[key] = weight
+    if text:
+        text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
+
+    # Kohya files have an alpha per layer, diffusers' files have one in their metadata, or none.
+    found = set((alphas or {}).values())
+    if not found and metadata and "unet.lora_alpha" in metadata:
+        found = {metadata["unet.lora_alpha"]}
+    return {**convert_unet_state_dict_to_peft(unet), **text}, found
+
+
+def check_lora(args, unet_config):
+    """Refuse a LoRA to continue whose rank or alpha differs from the flags."""
+    lora = f"--init_lora {args.init_lora}"
+    with explain(f"{lora} cannot be loaded"):
+        weights, alphas = read_lora(args.init_lora, FrozenDict(unet_config))
+    ranks = {len(weight) for name, weight in weights.items() if name.startswith("unet.") and ".lora_A." in name}
+    alphas = alphas or ranks
+    if ranks != {args.rank} or alphas != {args.lora_alpha}:
+        raise TrainingError(
+            f"{lora} has rank {sorted(ranks)} and alpha {sorted(alphas)}, but --rank is {args.rank} and "
+            f"--lora_alpha {args.lora_alpha:g}."
+        )
+    if not args.train_text_encoder and any(name.startswith("text_encoder") for name in weights):
+        raise TrainingError(f"{lora} adapts the text encoders: add --train_text_encoder.")
+
+
+def name_in_file(part, name):
+    """Name in a file of a weight or layer of a part."""
+    # transformers 5 has a flat CLIPTextModel; other programs expect the prefix of earlier versions.
+    if isinstance(part, transformers.CLIPTextModel) and not hasattr(part, "text_model"):
+        return f"text_model.{name}"
+    return name
+
+
+def choose_lora_layers(args, name, part, weights):
+    """Names of the layers of a part that get a LoRA: those of --init_lora, or else those that the flags name."""
+    modules = [module for module, _ in part.named_modules()]
+    continued = [m for m in modules if f"{name}.{name_in_file(part, m)}.lora_A.weight" in weights]
+    if continued:
+        return continued
+
+    layers = []
+    if name == "unet":
+        for choice in args.lora_layers or ["all"]:
+            if choice not in LORA_LAYERS and not any(f".{module}".endswith(f".{choice}") for module in modules):
+                raise TrainingError(f"--lora_layers {choice} is neither a layer nor one of {list(LORA_LAYERS)}.")
+            layers += LORA_LAYERS.get(choice, [choice])
+    else:
+        # The last layer of the first text encoder is not used, so it would get no gradient.
+        number = part.config.num_hidden_layers - (1 if name == "text_encoder" else 0)
+        for n in range(number):
+            layers += [f"layers.{n}.self_attn.{layer}" for layer in TEXT_LORA_LAYERS]
+    return layers
+
+
+def add_lora(args, parts):
+    """Add LoRA adapters to the parts: new ones, or those of --init_lora."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    weights = {}
+    if args.init_lora is not None:
+        weights, _ = read_lora(args.init_lora, parts["unet"].config)
+    for name, part in parts.items():
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            target_modules=choose_lora_layers(args, name, part, weights),
+            init_lora_weights="gaussian",
+        )
+        inject_adapter_in_model(config, part)
+        for module in part.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # peft would copy activations to float32, autocast back
+        cast_training_params(part, torch.float32)
+
+    if weights:
+        adapted = {name: part for name, part in parts.items() if any(key.startswith(f"{name}.") for key in weights)}
+        with explain(f"--init_lora {args.init_lora} cannot be loaded"):
+            set_lora_weights(adapted, weights)
+
+
+def set_lora_weights(parts, weights):
+    """Copy LoRA weights, named as in files, into the adapters of the parts. None may be left over."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    left = dict(weights)
+    for name, part in parts.items():
+        own = {}
+        for key in get_peft_model_state_dict(part):
+            own[key] = left.pop(f"{name}.{name_in_file(part, key)}")
+        set_peft_model_state_dict(part, own)
+    if left:
+        raise ValueError(f"{len(left)} of its weights match no layer, e.g. {next(iter(left))}")
+
+
+def gather_trained_weights(accelerator, model, parts):
+    """{part: {name: weight}} of the trained parts, gathered by all processes. Only complete on the main process."""
+    # Unwrapping here would strip DDP from a model that the launcher compiles. The prefixes are those of wrappers.
+    state_dict = {}
+    for name, weight in accelerator.get_state_dict(model, unwrap=False).items():
+        state_dict[name.replace("_orig_mod.", "").removeprefix("module.")] = weight
+    if len(parts) == 1:
+        return {"unet": state_dict}
+
+    weights = {}
+    for part in parts:
+        prefix = f"{part}."
+        weights[part] = {n.removeprefix(prefix): weight for n, weight in state_dict.items() if n.startswith(prefix)}
+    return weights
+
+
+def save_trained_weights(run, folder):
+    """Write `pytorch_lora_weights.safetensors` or `unet/` to a folder. All processes call this."""
+    weights = gather_trained_weights(run.accelerator, run.model, run.parts)
+    if not run.accelerator.is_main_process:
+        return
+    if run.args.rank is None:
+        save_unet(run.parts["unet"], weights["unet"], folder)
+    else:
+        save_lora(run.parts, weights, folder)
+
+
+def save_unet(unet, weights, folder):
+    """Write `unet/`. Whatever the UNet is wrapped in, the names must be those that pipelines load."""
+    # `_name_or_path` may be a local path.
+    config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}
+    with torch.device("meta"):
+        copy = UNet2DConditionModel.from_config(config)
+    copy.load_state_dict(weights, assign=True)
+    copy.save_pretrained(folder / "unet")
+
+
+def save_lora(parts, weights, folder):
+    """Write `pytorch_lora_weights.safetensors`. Names must be those that pipelines load, as in `save_unet`."""
+    from peft import get_peft_model_state_dict
+
+    layers = {}
+    for name, part in parts.items():
+        own = get_peft_model_state_dict(part, state_dict=weights[name])
+        if own.keys() != get_peft_model_state_dict(part).keys():
+            raise TrainingError(f"The names of the LoRA weights of the {name} do not match its layers.")
+        layers[f"{name}_lora_layers"] = {name_in_file(part, key): weight for key, weight in own.items()}
+        layers[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(folder, **layers)
+
+
+def load_trained_weights(parts, folder):
+    """Load what `save_trained_weights` wrote into the same parameters, which the optimizer already refers to."""
+    if (folder / "unet").exists():
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+        parts["unet"].load_state_dict(unet.state_dict())
+    else:
+        weights, _ = read_lora(folder)
+        set_lora_weights(parts, weights)
 
 
 def round_stochastically(weights, generator):
-    """float32 weights rounded up or down to bfloat16, the upper half of their bits, such that the mean is kept."""
+    """Round float32 weights up or down to bfloat16, the upper half of their bits, so that their mean is kept."""
     bits = torch.empty_like(weights, dtype=torch.int32).random_(2**16, generator=generator)
     return bits.add_(weights.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 class StochasticRounding:
-    """Lets a bitsandbytes optimizer update bfloat16 weights in float32, one tensor at a time, and round them."""
+    """Makes a bitsandbytes optimizer update bfloat16 weights in float32, one tensor at a time, and round them."""
 
     @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
-        # The step is made on a copy, because DDP's buckets hold on to the parameter and its gradient.
+        # Update a copy, because DDP's buckets refer to the parameter and its gradient.
         shadow = torch.nn.Parameter(p.float())
         shadow.grad = p.grad.float()
         self.state[shadow] = self.state[p]
         super().update_step(group, shadow, gindex, pindex)
         del self.state[shadow]
-        # Seeded the same on all processes and after a restart; generators on CPU have 32 bits of seed.
+        # The seed is the same on all processes and after a resume. Generators on the CPU take 32 bits of it.
         generator = torch.Generator(p.device).manual_seed(2**12 * self.state[p]["step"] + pindex)
         p.copy_(round_stochastically(shadow.data, generator))
 
 
-def build_optimizer(args, parameters, pairs_per_step):
-    """AdamW, with 32-bit or 8-bit states, at the learning rates from which the schedules of all parts start."""
-    optimizer_class = functools.partial(torch.optim.AdamW, fused=True)  # otherwise it copies all gradients
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-        if args.full_bf16:
-            optimizer_class = type("RoundedAdamW8bit", (StochasticRounding, optimizer_class), {})
-    rates = (args.learning_rate, args.text_encoder_lr, args.text_encoder_lr)
+def build_optimizer(args, parameters_of_parts, pairs_per_step):
+    """AdamW with 32-bit or 8-bit states, for the parameters of the UNet and then of each text encoder, if trained."""
+    rates = [args.learning_rate, args.text_encoder_lr, args.text_encoder_lr]
     scale = pairs_per_step if args.scale_lr else 1
-    groups = [{"params": group, "lr": scale * rate} for group, rate in zip(parameters, rates)]
-    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    return optimizer_class(groups, groups[0]["lr"], betas, args.adam_epsilon, weight_decay=decay)
+    groups = []
+    for parameters, rate in zip(parameters_of_parts, rates):
+        groups.append({"params": parameters, "lr": scale * rate})
+    options = {
+        "lr": scale * args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW(groups, fused=True, **options)  # unfused, it would copy all gradients
+
+    import bitsandbytes
+
+    if not args.full_bf16:
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+
+    class RoundedAdamW8bit(StochasticRounding, bitsandbytes.optim.AdamW8bit):
+        pass
+
+    return RoundedAdamW8bit(groups, **options)
 
 
 def build_schedule(args, optimizer, step):
-    """The learning rate schedule from `step` on, in optimizer steps whatever the number of processes."""
+    """The learning rate schedule from `step` on. It counts optimizer steps, whatever the number of processes."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    # The polynomial schedule divides by the steps after the warmup.
-    steps = {"num_training_steps": max(args.max_train_steps, args.lr_warmup_steps + 1), "last_epoch": step - 1}
-    steps |= {"num_warmup_steps": args.lr_warmup_steps, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
-    return get_scheduler(args.lr_scheduler, optimizer, **steps)
-
-
-@torch.no_grad()
-def check_vae(args, vae, pair):
-    """A VAE that overflows in half precision should not be found out by its NaN."""
-    if not encode_images(args, vae, pair["pixel_values"].to(vae.device)).isfinite().all():
-        flag, advice = "--pretrained_vae_model_name_or_path", "madebyollin/sdxl-vae-fp16-fix does not overflow"
-        raise TrainingError(f"{flag}: the VAE encodes the images of {pair['row']} to NaN in {vae.dtype}; {advice}.")
-
-
-def encode_images(args, vae, pixel_values):
-    """Mean and standard deviation of the posterior of `(images, 3, h, w)` uint8: `(images, 2, channels, h/8, w/8)`."""
-    moments = []
-    for pixels in pixel_values.split(args.vae_encode_batch_size):
-        distribution = vae.encode(pixels.to(vae.dtype) / 127.5 - 1).latent_dist
-        moments.append(torch.stack([distribution.mean, distribution.std], dim=1))
-    return torch.cat(moments)
-
-
-def warn_of_long_captions(captions, tokenizer):
-    """Say how many captions have more tokens than SDXL reads."""
-    long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
-    if long:
-        logger.warning(
-            f"{long} of the first {len(captions)} captions have more than {tokenizer.model_max_length} tokens; SDXL "
-            "ignores the rest."
-        )
-
-
-def encode_prompts(pipeline, prompts, text_encoders):
-    """Each prompt by itself: prompt_embeds `(prompts, tokens, dim)`, pooled_prompt_embeds `(prompts, pooled_dim)`."""
-    prompt_embeds, pooled_prompt_embeds = [], []
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    for prompt in prompts:
-        hidden_states = []
-        # `pipeline.encode_prompt` would wait for the device.
-        for tokenizer, text_encoder in zip((pipeline.tokenizer, pipeline.tokenizer_2), text_encoders):
-            input_ids = tokenizer(prompt, **options).input_ids
-            on_device = input_ids.to(pipeline.text_encoder.device, non_blocking=True)
-            output = text_encoder(on_device, output_hidden_states=True)
-            hidden_states.append(output.hidden_states[-2])
-        prompt_embeds.append(torch.cat(hidden_states, dim=-1))
-        pooled_prompt_embeds.append(output.text_embeds)
-    return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
-
-
-def encode_pairs(run, batch):
-    """Samples of the VAE's posterior `(2 * pairs, channels, height, width)`, and what `encode_prompts` gives."""
-    vae = run.pipeline.vae
-    if "moments" in batch:
-        moments, embeds = batch["moments"], [batch[name] for name in EMBEDDINGS]
-    else:
-        with torch.no_grad():
-            moments = encode_images(run.args, vae, batch["pixel_values"])
-        embeds = encode_prompts(run.pipeline, batch["caption"], run.text_encoders)
-    mean, std = moments.float().unbind(dim=1)
-    return (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor, *embeds
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        # The polynomial schedule divides by the number of steps after the warmup.
+        num_training_steps=max(args.max_train_steps, args.lr_warmup_steps + 1),
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+        last_epoch=step - 1,
+    )
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
-PAIRS_A_ROUND = 16  # that a process encodes before it meets the others
+PAIRS_PER_ROUND = 16  # that each process encodes between synchronizations
 
 
-def read_cached(path, flip):
-    """What `load_pair` gives, encoded: moments `(2, 2, channels, height, width)` of the two images, and embeddings."""
+class PairsToEncode(Dataset):
+    """The images of a pair in all orientations that training asks for, or why the pair cannot be used."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, pair):
+        dataset = self.dataset
+        columns = dataset.source.columns
+        shard, row = dataset.index[pair, :2]
+        try:
+            record = dataset.source.record(shard, row)
+            item = load_pair(record, columns, dataset.resolution, (0.5, 0.5), flip=False)
+            orientations = [item["pixel_values"]]
+            if dataset.flip_at_random:
+                flipped = load_pair(record, columns, dataset.resolution, (0.5, 0.5), flip=True)
+                orientations.append(flipped["pixel_values"])
+            return {**item, "pixel_values": torch.stack(orientations, dim=1)}
+        except UnusableRow as reason:
+            return {"labels": None, "unusable": str(reason)}
+
+
+def read_cached(path, flipped):
+    """A pair as `load_pair` returns it, but with `moments` `(2, 2, channels, height, width)` and prompt embeddings."""
     with safetensors.safe_open(path, framework="pt") as file:
         labels, unusable = json.loads(file.metadata()["pair"])
-        if unusable:
+        if unusable is not None:
             raise UnusableRow(unusable)
-        tensors = {name: file.get_tensor(name) for name in ("add_time_ids", *EMBEDDINGS)}
-        return {**tensors, "moments": file.get_slice("moments")[:, int(flip)], "labels": labels}
-
-
-def load_images(pairs, numbers):
-    """`load_pair` of the one number, in all orientations, or why it cannot be used."""
-    flips = [False] if pairs.args.no_hflip else [False, True]
-    try:
-        return load_pair(pairs.args, pairs.source.record(*pairs.index[numbers[0]]), (0.5, 0.5), flips)
-    except UnusableRow as reason:
-        return {"labels": None, "unusable": str(reason)}
+        return {
+            "labels": labels,
+            "moments": file.get_slice("moments")[:, int(flipped)],
+            "add_time_ids": file.get_tensor("add_time_ids"),
+            "prompt_embeds": file.get_tensor("prompt_embeds"),
+            "pooled_prompt_embeds": file.get_tensor("pooled_prompt_embeds"),
+        }
 
 
 @torch.no_grad()
-def cache_pair(args, pipeline, path, item):
-    """Encode and write what `load_images` gives."""
-    tensors, unusable = {}, item.get("unusable")
+def encode_to_file(pipeline, item, path, batch_size):
+    """Encode a pair of PairsToEncode, and write it."""
+    tensors = {}
+    unusable = item.get("unusable")
     if unusable is None:
-        pixel_values = item["pixel_values"].to(pipeline.vae.device)
-        moments = encode_images(args, pipeline.vae, pixel_values.flatten(0, 1)).unflatten(0, (2, -1))
-        unusable = None if moments.isfinite().all() else "has an image that the VAE encodes to NaN"
-        text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
-        embeds = encode_prompts(pipeline, [item["caption"]], text_encoders)
-        embeds = dict(zip(EMBEDDINGS, [values[0] for values in embeds]))
-        tensors = {"moments": moments, "add_time_ids": item["add_time_ids"], **embeds}
+        device = pipeline.vae.device
+        pixel_values = item["pixel_values"].to(device)
+        moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), batch_size)
+        if not moments.isfinite().all():
+            unusable = "has an image that the VAE encodes to NaN"
+
+        input_ids = tokenize(pipeline, [item["caption"]]).to(device)
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(pipeline, input_ids)
+        tensors = {
+            "moments": moments.unflatten(0, pixel_values.shape[:2]),
+            "add_time_ids": item["add_time_ids"],
+            "prompt_embeds": prompt_embeds[0],
+            "pooled_prompt_embeds": pooled_prompt_embeds[0],
+        }
     metadata = {"pair": json.dumps([item["labels"], unusable])}
-    write_whole(path, functools.partial(safetensors.torch.save_file, tensors, metadata=metadata))
+    write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
 
 
-def digest_of(part):
-    """Of a part's weights, one after the other: pickled together they would take several times their memory."""
+def hash_weights(module):
+    """Hash of a module's weights, one after the other to save memory."""
     digest = hashlib.sha256()
-    for name, weight in part.state_dict().items():
+    for name, weight in module.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.flatten().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def fill_caches(args, accelerator, pipeline, *data):
-    """
-    Give each of these data sets a cache, a folder for everything that changes what is stored, with a file for each
-    pair. Each process encodes a stretch of the pairs that are missing; then the encoders are moved off the device.
-    """
-    parts = pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2
-    settings = [[str(part), str(part.config), digest_of(part)] for part in parts]
+def describe_encoders(args, pipeline):
+    """Everything but the pairs that changes what is stored in a cache."""
+    contents = [args.resolution, args.allow_tf32]
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        contents += [str(module), str(module.config), hash_weights(module)]
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        settings += [tokenizer("", padding="max_length").input_ids, tokenizer.backend_tokenizer.to_str()]
-    settings += [args.resolution, args.no_hflip, args.allow_tf32]
+        contents += [tokenizer("", padding="max_length").input_ids, tokenizer.backend_tokenizer.to_str()]
+    return contents
+
+
+def fill_cache(args, accelerator, pipeline, pairs, encoders):
+    """Encode the pairs of a dataset that are not yet in its cache: a folder per setting, with a file per pair."""
+    # One folder and one list for all processes, made before any of them writes.
+    key = Hasher.hash([encoders, pairs.source.fingerprint, pairs.index, pairs.flip_at_random])
+    pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
+    missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
+
+    # Split them between the processes, and again between the workers of each, so that no two of them read the same
+    # row groups of a stream. The loader asks its workers in turn.
+    own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
+    parts = np.array_split(own, max(args.dataloader_num_workers, 1))
+    order = []
+    for turn in range(len(parts[0])):
+        for part in parts:
+            if turn < len(part):
+                order.append(int(part[turn]))
+    items = data_iterator(PairsToEncode(pairs), args.dataloader_num_workers, batch_size=None, sampler=order)
+
+    # Synchronize after each round, so that the failure of one process soon ends all.
+    bar = tqdm(desc="Encoding pairs", total=len(order), disable=not accelerator.is_local_main_process)
+    for start in range(0, math.ceil(len(missing) / accelerator.num_processes), PAIRS_PER_ROUND):
+        with raise_on_all_ranks(f"--cache_latents: pairs could not be encoded into {pairs.cache}"):
+            for pair in order[start : start + PAIRS_PER_ROUND]:
+                encode_to_file(pipeline, next(items), pairs.cached_file(pair), args.vae_encode_batch_size)
+                bar.update()
+
+
+def fill_caches(args, accelerator, pipeline, *data):
+    """Fill the caches of these datasets, and move the encoders off the device."""
+    encoders = from_main_process(describe_encoders, args, pipeline)
     for pairs in data:
-        key = Hasher.hash([settings, pairs.source.fingerprint, pairs.index])
-        # One folder and one list for all processes, made before any of them writes.
-        key = gather_object([key])[0]
-        pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
-        missing = gather_object([[n for n in range(len(pairs.index)) if not pairs.cached(n).exists()]])[0]
-        mine = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
-        # A loader's workers take turns, so each of them gets a stretch, too.
-        stretches = np.array_split(mine, args.dataloader_num_workers or 1)
-        mine = [[int(pair)] for turn in itertools.zip_longest(*stretches) for pair in turn if pair is not None]
-        loader = make_loader(args, range(len(pairs.index)), mine, functools.partial(load_images, pairs))
-        items = zip(mine, tqdm(loader, "Encoding pairs", len(mine)))
-        # The processes meet after each round, so that none waits for long, and one's failure soon ends all.
-        for _ in range(0, math.ceil(len(missing) / accelerator.num_processes), PAIRS_A_ROUND):
-            with failing_together(f"--cache_latents: pairs could not be encoded into {pairs.cache}"):
-                for (pair,), item in itertools.islice(items, PAIRS_A_ROUND):
-                    cache_pair(args, pipeline, pairs.cached(pair), item)
-    for part in parts:
-        part.to("cpu")
+        fill_cache(args, accelerator, pipeline, pairs, encoders)
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.to("cpu")
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
-STATE, LORA_FILE = "mapo_state.json", "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
-# A difference in one of the first settings is refused; in any other but the last ones it is reported.
-FIXED_ON_RESUME = ("rank", "lora_alpha", "lora_layers", "init_lora", "train_text_encoder", "use_8bit_adam")
-FIXED_ON_RESUME += ("full_bf16", "streaming", "shuffle_shards", "seed", "sharding")
-FREE_ON_RESUME = ("resume_from_checkpoint", "max_train_steps", "hub_token", "output_dir")
+#
+# A checkpoint is complete exactly when its state file can be read: it is written last, after everything else is on the
+# disk, and removed first. It contains the progress and the flags. The other files are the trained weights, in
+# diffusers' format, and the optimizer's state, in accelerate's (FSDP and DeepSpeed add sharded weights).
+STATE = "mapo_state.json"
+# Flags that must not change when a run resumes, and flags that may. Other changes are logged.
+FIXED_ON_RESUME = [
+    "rank",
+    "lora_alpha",
+    "lora_layers",
+    "init_lora",
+    "train_text_encoder",
+    "use_8bit_adam",
+    "full_bf16",
+    "mixed_precision",
+    "streaming",
+    "shuffle_shards",
+    "seed",
+    "sharding",
+]
+FREE_ON_RESUME = ["resume_from_checkpoint", "max_train_steps", "hub_token", "output_dir"]
 
 
 @dataclass
 class Progress:
-    """How far a run has come, the same on all processes: the whole state that checkpoints add to accelerate's."""
+    """How far a run has come: plain numbers, equal on all processes. Checkpoints contain all of it."""
 
-    run_id: str = ""  # of the run from its first start on
+    run_id: str
+    layout: Layout
+    index_hash: str  # of the training pairs
     step: int = 0
     pairs_seen: int = 0
-    rows_read: int = 0
+    rows_read: int = 0  # pairs seen, and bad rows
     rows_bad: int = 0
-    bad_steps: int = 0
     skipped_steps: int = 0
-    order: list = field(default_factory=list)  # shards mixed, lanes, turn: kept when the number of processes changes
-    first_eval: dict = field(default_factory=dict)  # step and eval_ metrics of the run's first validation
+    bad_steps: int = 0  # skipped in a row, up to now
+    first_eval: dict | None = None  # step and held-out metrics of the first validation
+
+    def count_step(self, pairs, bad_rows, finite):
+        self.step += 1
+        self.pairs_seen += pairs
+        self.rows_read += pairs + bad_rows
+        self.rows_bad += bad_rows
+        if finite:
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            self.skipped_steps += 1
 
 
-def save_trained_weights(run, folder):
-    """Write `pytorch_lora_weights.safetensors` or `unet/`, by all processes: sharded weights are gathered."""
-    # Unwrapping for it would leave a compiled UNet without DDP.
-    weights = {name: run.accelerator.get_state_dict(part, unwrap=False) for name, part in run.trained.items()}
-    if not run.accelerator.is_main_process:
-        return
-    weights = {
-        part: {name.replace("_orig_mod.", "").removeprefix("module."): w for name, w in tensors.items()}
-        for part, tensors in weights.items()
-    }
-    if run.args.rank is None:
-        unet = run.pipeline.unet
-        with torch.device("meta"):
-            # Without the folder that the base model was loaded from.
-            whole = UNet2DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "_name_or_path"})
-        whole.load_state_dict(weights["unet"], assign=True)
-        whole.save_pretrained(folder / "unet")
-        files, names = (folder / "unet").glob("*.safetensors"), set(unet.state_dict())
-    else:
-        from peft import get_peft_model_state_dict
-
-        lora, names = {}, set()
-        for name, part in trained_parts(run.args, run.pipeline).items():
-            names |= {f"{name}.{in_file}" for in_file in names_in_files(part, get_peft_model_state_dict(part))}
-            layers = get_peft_model_state_dict(part, state_dict=weights[name])
-            lora[f"{name}_lora_layers"] = dict(zip(names_in_files(part, layers), layers.values()))
-            lora[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
-        StableDiffusionXLPipeline.save_lora_weights(folder, **lora)
-        files = [folder / LORA_FILE]
-    # Whatever wraps the UNet, the files hold the names that pipelines load.
-    if set().union(*(safetensors.safe_open(file, "pt").keys() for file in files)) != names:
-        raise TrainingError(f"{folder} was written with other names than the UNet's weights have.")
+class Checkpoint(NamedTuple):
+    folder: Path
+    progress: Progress
+    settings: dict  # the flags it was written with
 
 
-def load_trained_weights(args, pipeline, folder):
-    """Load what `save_trained_weights` wrote into the same parameters, which the optimizer already holds."""
-    if args.rank is None:
-        weights = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
-        pipeline.unet.load_state_dict(weights)
-    else:
-        set_lora(trained_parts(args, pipeline), read_lora(folder)[0])
+def read_checkpoint(folder):
+    """The checkpoint in a folder, or None if it is not complete."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+    try:
+        settings = state.pop("settings")
+        layout = Layout(**state.pop("layout"))
+        return Checkpoint(folder, Progress(layout=layout, **state), settings)
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{folder} was written by another version of this script.") from error
 
 
 def list_checkpoints(output_dir):
-    """Complete checkpoints, oldest first: the state file is written last and removed first."""
-    return sorted((path.parent for path in output_dir.glob(f"checkpoint-*/{STATE}")), key=lambda p: int(p.name[11:]))
+    """Complete checkpoints, oldest first. Other folders, like a copy named checkpoint-40-good, are left alone."""
+    checkpoints = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if folder.name.removeprefix("checkpoint-").isdecimal():
+            checkpoint = read_checkpoint(folder)
+            if checkpoint is not None:
+                checkpoints.append(checkpoint)
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.progress.step)
+
+
+def find_checkpoint(output_dir, name):
+    """The checkpoint to resume from, or None to start a new run. Only the main process looks, so that all agree."""
+    existing = list_checkpoints(output_dir)
+    checkpoint = None
+    if name == "latest":
+        checkpoint = existing[-1] if existing else None
+    elif name is not None:
+        folder = Path(name) if Path(name).exists() else Path(output_dir, name)
+        checkpoint = read_checkpoint(folder)
+        if checkpoint is None:
+            raise TrainingError(f"--resume_from_checkpoint {name}: {folder} is not a complete checkpoint.")
+
+    if checkpoint is None:
+        refuse_other_runs(output_dir, existing, run_id=None, step=0)
+        return None
+
+    # A run is recognized by its id, wherever its checkpoints were moved or linked to. In another folder it becomes a
+    # new run, because it may continue in both.
+    progress = checkpoint.progress
+    if all(other.progress.run_id != progress.run_id for other in existing):
+        progress.run_id = new_run_id()
+    refuse_other_runs(output_dir, existing, progress.run_id, progress.step)
+    return checkpoint
+
+
+def new_run_id():
+    return os.urandom(4).hex()
+
+
+def refuse_other_runs(output_dir, existing, run_id, step):
+    """Refuse a folder that contains the work of another run, or checkpoints of later steps of this run."""
+    obstacles = []
+    for other in existing:
+        if other.progress.run_id != run_id or other.progress.step > step:
+            obstacles.append(other.folder)
+    if len(obstacles) == len(existing):  # nothing here belongs to this run
+        for path in (Path(output_dir, LORA_FILE), Path(output_dir, "unet")):
+            if path.exists():
+                obstacles.append(path)
+
+    if obstacles:
+        advice = "Choose another folder"
+        if existing:
+            advice += ", or continue that run with --resume_from_checkpoint latest"
+        raise TrainingError(
+            f"--output_dir {output_dir} contains {obstacles[0].name} of another run, or of later steps. {advice}."
+        )
 
 
 def checkpoint_settings(args, accelerator):
-    """The flags, and how weights are sharded: whole ones can be resumed on any number of processes."""
-    plugin, settings = accelerator.state.deepspeed_plugin, {**vars(args), "sharding": "none"}
-    kind = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else "FSDP"
-    if plugin or accelerator.distributed_type == DistributedType.FSDP:
-        settings["sharding"] = f"{kind} over {accelerator.num_processes} processes"
-    return {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}
+    """The flags, and how weights are sharded. Weights that are not sharded resume on any number of processes."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    settings["mixed_precision"] = accelerator.mixed_precision
+    settings["sharding"] = "none"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        settings["sharding"] = f"DeepSpeed ZeRO-{stage} over {accelerator.num_processes} processes"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        settings["sharding"] = f"FSDP over {accelerator.num_processes} processes"
+    return settings
 
 
-def read_state(folder):
-    """What a checkpoint's state file holds."""
-    try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"--resume_from_checkpoint {folder} is no checkpoint of this script: {error}") from error
+def check_settings(checkpoint, settings):
+    """Refuse or report flags that differ from those of the checkpoint."""
+    for name, old in checkpoint.settings.items():
+        new = settings.get(name)
+        if new == old:
+            continue
+        if name in FIXED_ON_RESUME:
+            raise TrainingError(f"--resume_from_checkpoint: {name} is {new}, but {old} in {checkpoint.folder}.")
+        logger.warning(f"--resume_from_checkpoint: {name} changed from {old} to {new}.")
 
 
-def find_checkpoint(args, accelerator):
-    """The folder to resume from and the state it was written with, or (None, None); settles the seed."""
-    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    if asked == "latest":
-        asked = next(reversed(list_checkpoints(output_dir)), None)
-    if asked is None:
-        refuse_other_runs(output_dir, {})
-        return None, None
-    folder = Path(asked) if Path(asked).exists() else output_dir / asked
-    state = read_state(folder)
-    refuse_other_runs(output_dir, state)
-    if folder.resolve().parent != output_dir.resolve():
-        state.pop("run_id", None)  # in another folder it is another run
-    args.seed = state["settings"]["seed"] if args.seed is None else args.seed
-    for name, value in checkpoint_settings(args, accelerator).items():
-        old = state["settings"].get(name)
-        if value != old:
-            if name in FIXED_ON_RESUME:
-                raise TrainingError(f"--resume_from_checkpoint: {name} is {value}, but {old} in {folder}.")
-            logger.warning(f"--resume_from_checkpoint: {name} is {value} from here on, it was {old}.")
-    return folder, state
+def start_progress(args, accelerator, checkpoint, index):
+    """Progress of a new run, or that of the checkpoint."""
+    index_hash = hashlib.sha256(index.tobytes()).hexdigest()[:16]
+    if checkpoint is not None:
+        if checkpoint.progress.index_hash != index_hash:
+            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
+        return checkpoint.progress
 
-
-def refuse_other_runs(output_dir, state):
-    """A run must not mix its checkpoints with those of others, or of a later step, nor write over a result."""
-    others, folders = [], list_checkpoints(output_dir)
-    for folder in folders:
-        other = read_state(folder)
-        if not state or other["run_id"] != state["run_id"] or other["step"] > state["step"]:
-            others.append(folder)
-    if others == folders:  # nothing here is of this run
-        others = [output_dir / name for name in (LORA_FILE, "unet") if (output_dir / name).exists()] + others
-    if others:
-        ways = "choose another one" + ", or continue with --resume_from_checkpoint latest" * bool(folders)
-        raise TrainingError(f"--output_dir {output_dir} holds {others[-1].name} of another or a longer run: {ways}.")
-
-
-def start_progress(args, accelerator, state, source):
-    """Progress of a new run, or of the one whose state is given."""
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
-    order, run_id = [args.shuffle_shards, lanes, args.train_batch_size], gather_object([os.urandom(4).hex()])[0]
-    progress = Progress(run_id=run_id, order=order)
-    if state is not None:
-        vars(progress).update({name: value for name, value in state.items() if name != "settings"})
-    if progress.order != order:
-        # A process may need the shards of all lanes of the run that it continues.
-        source.shards_kept *= progress.order[1]
-    return progress
+    return Progress(
+        run_id=from_main_process(new_run_id),
+        layout=Layout(shards_mixed=args.shuffle_shards, lanes=lanes, turn=args.train_batch_size),
+        index_hash=index_hash,
+    )
 
 
-def resume(run, checkpoint, state):
-    """Load a checkpoint, and make up for the validation that was to follow it."""
-    args, progress = run.args, run.progress
-    # What the flags say of rates and decay holds from here on; fused belongs to the states of the checkpoint.
-    groups = [group.items() for group in run.optimizer.param_groups]
-    flags = [{name: value for name, value in group if name not in ("params", "fused")} for group in groups]
-    with failing_together(f"--resume_from_checkpoint {checkpoint} cannot be loaded"):
-        if state["settings"]["sharding"] == "none":
-            load_trained_weights(args, run.pipeline, checkpoint)
-        run.accelerator.load_state(checkpoint)
-    for group, values in zip(run.optimizer.param_groups, flags):
-        group.update(values)
-    if progress.step < args.max_train_steps and progress.step % args.validation_steps == 0:
-        validate(run)
+def saving_together(accelerator, message):
+    """`raise_on_all_ranks`, except with sharded weights, where ranks already meet in the body."""
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return explain(message) if accelerator.distributed_type in sharded else raise_on_all_ranks(message)
 
 
 def save_checkpoint(run):
-    """Write checkpoint-{step} by all processes; only when it is complete are the oldest ones removed."""
-    args, accelerator, output_dir = run.args, run.accelerator, Path(run.args.output_dir)
-    folder = output_dir / f"checkpoint-{run.progress.step}"
-    sentence = f"{folder} could not be written, older checkpoints are untouched"
-    # Processes that hold shards meet while they save, so one that fails ends alone, and the launcher ends the others.
-    settings = checkpoint_settings(args, accelerator)
-    with failing_together(sentence, together=settings["sharding"] == "none"):
-        if accelerator.is_main_process:
-            folder.mkdir(exist_ok=True)
+    """Write checkpoint-{step}, then remove the oldest ones beyond --checkpoints_total_limit."""
+    args = run.args
+    folder = Path(args.output_dir, f"checkpoint-{run.progress.step}")
+    settings = checkpoint_settings(args, run.accelerator)
+    message = f"{folder} could not be written, older checkpoints are untouched"
+    with saving_together(run.accelerator, message):
+        folder.mkdir(exist_ok=True)
         save_trained_weights(run, folder)
-        accelerator.save_state(folder)
-    accelerator.wait_for_everyone()
-    with failing_together(sentence):
-        if accelerator.is_main_process:
+        run.accelerator.save_state(folder)
+    run.accelerator.wait_for_everyone()
+
+    # All processes have written. Complete the checkpoint, and only then remove older ones.
+    with raise_on_all_ranks(message):
+        if run.accelerator.is_main_process:
+            for path in (*folder.rglob("*"), folder):
+                sync_to_disk(path)
             state = json.dumps({**asdict(run.progress), "settings": settings}, indent=2)
-            write_whole(folder / STATE, functools.partial(Path.write_text, data=state))
-            others = [other for other in list_checkpoints(output_dir) if other != folder]
-            for old in others[: max(len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize), 0)]:
-                (old / STATE).unlink()
-                shutil.rmtree(old)
+            write_atomically(folder / STATE, lambda aside: aside.write_text(state))
+    with raise_on_all_ranks(f"{folder} is saved, but older checkpoints could not be removed"):
+        if run.accelerator.is_main_process and args.checkpoints_total_limit is not None:
+            remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
     logger.info(f"Saved {folder}")
 
 
+def remove_old_checkpoints(output_dir, limit):
+    for checkpoint in list_checkpoints(output_dir)[:-limit]:
+        if checkpoint.folder.is_symlink():
+            checkpoint.folder.unlink()  # keep what somebody moved elsewhere
+        else:
+            (checkpoint.folder / STATE).unlink()
+            shutil.rmtree(checkpoint.folder)
+
+
+def load_checkpoint(accelerator, parts, optimizer, checkpoint):
+    """Load trained weights and optimizer states. Learning rate, betas and decay come from the flags instead."""
+    from_flags = []
+    for group in optimizer.param_groups:
+        # `fused` belongs to the loaded states, whose step counters may be on the CPU.
+        from_flags.append({name: value for name, value in group.items() if name not in ("params", "fused")})
+
+    with raise_on_all_ranks(f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
+        if read_checkpoint(checkpoint.folder) is None:
+            raise TrainingError(f"{checkpoint.folder} is not on all machines: --output_dir must be on shared storage.")
+        if checkpoint.settings["sharding"] == "none":
+            load_trained_weights(parts, checkpoint.folder)
+        accelerator.load_state(checkpoint.folder)
+
+    for group, values in zip(optimizer.param_groups, from_flags):
+        group.update(values)
+
+
 # Validation ----------------------------------------------------------------------------------------------------------
-BANDS = 4
+BANDS = 4  # of noise level
+HELD_OUT_LANE = -1  # keeps its row groups apart from those of training
+
+
+def held_out_batches(run):
+    """Yield (number of pairs, batch) of the held-out pairs of this process. Batches of 0 pairs are padding."""
+    accelerator = run.accelerator
+    num_pairs = len(run.held_out.index)
+    num_batches = math.ceil(num_pairs / (run.args.train_batch_size * accelerator.num_processes))
+
+    # Every process gets the same number of batches, because FSDP and ZeRO-3 gather weights in each forward pass.
+    sizes = []
+    visits = []
+    chunks = np.array_split(np.arange(num_pairs), num_batches * accelerator.num_processes)
+    for chunk in chunks[accelerator.process_index :: accelerator.num_processes]:
+        sizes.append(len(chunk))
+        visits.append([Visit(int(pair), int(pair), HELD_OUT_LANE) for pair in chunk] or [Visit(0, 0, HELD_OUT_LANE)])
+    batches = data_iterator(
+        run.held_out, run.args.dataloader_num_workers, batch_sampler=visits, collate_fn=collate_pairs
+    )
+    return zip(sizes, batches)
 
 
 @torch.no_grad()
 def evaluate_pairs(run):
     """
-    Log and return the eval_ metrics: METRICS of the held-out pairs, at noise and timesteps that never change, and
-    accuracy and margin in BANDS of noise level, which a mean over all timesteps hides.
+    Log and return the eval_ metrics: METRICS of the held-out pairs, at noise and timesteps that never change.
+
+    Accuracy and margin are also given in bands of noise level, because the mean over timesteps hides failures at one
+    end.
     """
-    accelerator, size, num_pairs = run.accelerator, run.args.train_batch_size, len(run.held_out.index)
-    turns = math.ceil(num_pairs / (size * accelerator.num_processes))
-    chunks = np.array_split(np.arange(num_pairs), turns * accelerator.num_processes)
-    # All processes make as many forward passes, since sharded weights are gathered in step; an added one weighs 0.
-    chunks = chunks[accelerator.process_index :: accelerator.num_processes]
-    batches = [[(int(n), int(n)) for n in chunk] or [(0, 0)] for chunk in chunks]
-    width = run.noise_scheduler.config.num_train_timesteps / BANDS
-    sums = torch.zeros(BANDS, len(METRICS) + 1, dtype=torch.float64, device=accelerator.device)
-    for chunk, batch in zip(chunks, make_loader(run.args, run.held_out, batches)):
-        metrics = F.pad(preference_step(run, batch)[1].T, (0, 1), value=1.0)  # the last column counts the pairs
-        band = (batch["timesteps"] / width).long().to(accelerator.device)
-        sums.index_add_(0, band, metrics * (len(chunk) > 0))
+    accelerator = run.accelerator
+    num_train_timesteps = run.noise_scheduler.config.num_train_timesteps
+    sums = torch.zeros(BANDS, len(METRICS), dtype=torch.float64, device=accelerator.device)
+    counts = torch.zeros(BANDS, dtype=torch.float64, device=accelerator.device)
+    for size, batch in held_out_batches(run):
+        _, metrics = preference_loss(run, batch)
+        if size > 0:
+            bands = (batch["timesteps"] * BANDS // num_train_timesteps).to(accelerator.device)
+            sums.index_add_(0, bands, metrics.T)
+            counts += torch.bincount(bands, minlength=BANDS)
     sums = accelerator.reduce(sums).cpu()
-    metrics = dict(zip([f"eval_{name}" for name in METRICS], (sums.sum(dim=0) / num_pairs).tolist()))
-    logger.info(f"Step {run.progress.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    counts = accelerator.reduce(counts).cpu()
+
+    means = sums.sum(dim=0) / counts.sum()
+    results = {f"eval_{name}": mean for name, mean in zip(METRICS, means.tolist())}
+    summary = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+    logger.info(f"Step {run.progress.step}: {summary}")
+
     for name in ("accuracy", "margin"):
-        bands = [f"eval_{name}_t{width * band:.0f}_{width * (band + 1) - 1:.0f}" for band in range(BANDS)]
-        values = (sums[:, METRICS.index(name)] / sums[:, -1]).tolist()
-        metrics |= {band: value for band, value in zip(bands, values) if not math.isnan(value)}  # a band without pairs
-    with tracking(accelerator):
-        accelerator.log(metrics, step=run.progress.step)
-    return metrics
+        band_sums = sums[:, METRICS.index(name)].tolist()
+        for band, (total, count) in enumerate(zip(band_sums, counts.tolist())):
+            first = num_train_timesteps * band // BANDS
+            last = num_train_timesteps * (band + 1) // BANDS - 1
+            if count > 0:
+                results[f"eval_{name}_t{first}_{last}"] = total / count
+    with ignoring_tracker_errors(accelerator):
+        accelerator.log(results, step=run.progress.step)
+    return results
 
 
-def judge(first, last):
-    """Warn of a run that destroys the model, by its held-out errors at the first and at the last validation."""
-    chosen, rejected = (f"eval_{name}" for name in ("chosen_mse", "rejected_mse"))
-    if not last[chosen] <= 1.01 * first[chosen]:  # or NaN
-        change = f"{last[chosen]:.4g} at step {last['step']}, {first[chosen]:.4g} at step {first['step']}"
-        logger.warning(f"{chosen} has risen ({change}): --learning_rate is too large, or --beta_mapo too small.")
-    if last[rejected] > max(1, first[rejected]):
+def warn_if_diverging(first, last):
+    """Warn about a run that destroys the model, judging by its first and its last held-out metrics."""
+    chosen = last["eval_chosen_mse"]
+    if not chosen <= 1.01 * first["eval_chosen_mse"]:  # or NaN
         logger.warning(
-            f"{rejected} is {last[rejected]:.4g} at step {last['step']}: to predict nothing at all gives 1, so images "
-            "fall apart; --beta_mapo is too small, or --learning_rate too large."
+            f"eval_chosen_mse has risen ({chosen:.4g} at step {last['step']}, {first['eval_chosen_mse']:.4g} at step "
+            f"{first['step']}): --learning_rate is too large, or --beta_mapo too small."
+        )
+    rejected = last["eval_rejected_mse"]
+    if not rejected <= max(1, first["eval_rejected_mse"]):
+        logger.warning(
+            f"eval_rejected_mse is {rejected:.4g} at step {last['step']}. Predicting zero already gives 1, so samples "
+            "are broken: --beta_mapo is too small, or --learning_rate too large."
         )
 
 
-@torch.no_grad()
-def draw_images(run):
-    """One image for each validation prompt at a fixed seed, the prompts dealt to the processes."""
-    args, pipeline, vae, images = run.args, run.pipeline, run.pipeline.vae, []
-    size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.num_inference_steps}
-    options = {**size, "guidance_scale": args.guidance_scale, "output_type": "latent"}
-    home, encoders = vae.device, (vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    pipeline.to(run.accelerator.device)
-    with run.accelerator.split_between_processes(list(enumerate(args.validation_prompts)), apply_padding=True) as mine:
-        for number, prompt in mine:
-            with autocast(run):
-                latents = pipeline(prompt, **options, generator=torch.Generator().manual_seed(number)).images
-            # Decoded outside of the pipeline, because the VAE may need another precision than the UNet.
-            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-            images.append((number, pipeline.image_processor.postprocess(pixels.float())[0]))
-    for part in encoders:
-        part.to(home)
-    return [image for _, image in sorted(dict(gather_object(images)).items())]
-
-
 def validate(run):
-    """Log the eval_ metrics (and return them) and the images, base left and aligned right."""
-    args, accelerator, step, metrics = run.args, run.accelerator, run.progress.step, {}
-    run.unet.eval()
+    """Log the eval_ metrics, and the images: the base model's left, the trained model's right. Returns the metrics."""
+    args = run.args
+    accelerator = run.accelerator
+    step = run.progress.step
+    run.model.eval()
+
+    metrics = {}
     if len(run.held_out.index) > 0:
         metrics = evaluate_pairs(run)
-        last = {"step": step, **metrics}
-        run.progress.first_eval = run.progress.first_eval or last
-        judge(run.progress.first_eval, last)
-    if run.base_images:
-        images = draw_images(run)
-        cells = [image for row in zip(run.base_images, images) for image in row]
+        point = {"step": step, **metrics}
+        if run.progress.first_eval is None:
+            run.progress.first_eval = point
+        warn_if_diverging(run.progress.first_eval, point)
+
+    # Before training, there is nothing to compare with the base model.
+    if run.base_images and step > 0:
+        images = generate_images(args, accelerator, run.pipeline)
+        cells = []
+        for base_image, image in zip(run.base_images, images):
+            cells += [base_image, image]
         grid = diffusers.utils.make_image_grid(cells, rows=len(images), cols=2)
         if accelerator.is_main_process:
-            path = Path(args.output_dir, "validation", f"step-{step:06d}.png")
-            with tracking(accelerator):
-                path.parent.mkdir(exist_ok=True)
-                grid.save(path)
-                for tracker in accelerator.trackers:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
-    run.unet.train()
+            save_grid(run, grid)
+
+    run.model.train()
     return metrics
 
 
-# Results -------------------------------------------------------------------------------------------------------------
-MODEL_CARD = """# {name}
+def save_grid(run, grid):
+    """Write a picture to `validation/`, and send it to the trackers."""
+    step = run.progress.step
+    path = Path(run.args.output_dir, "validation", f"step-{step:06d}.png")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:
+        logger.warning(f"{path} could not be written ({describe(error)}).")
+    with ignoring_tracker_errors(run.accelerator):
+        for tracker in run.accelerator.trackers:
+            images = {"validation": np.asarray(grid)[None]}
+            if tracker.name == "tensorboard":
+                tracker.log_images(images, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images(images, step=step)
 
-{kind} of `{args.pretrained_model_name_or_path}`, aligned for {step} steps on the pairs of `{args.dataset_name}` with
-[MaPO](https://arxiv.org/abs/2406.06424), objective `{args.loss_type}` at beta {args.beta_mapo}.
+
+# Results -------------------------------------------------------------------------------------------------------------
+MODEL_CARD = """---
+{data}
+---
+
+# {name}
+
+{kind} of `{base}`, fine-tuned for {step} steps on the preference pairs of `{dataset}` with
+[MaPO](https://arxiv.org/abs/2406.06424), objective `{loss_type}` at beta {beta}.
 {picture}
 ```python
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
+pipeline = StableDiffusionXLPipeline.from_pretrained("{base}")
 pipeline.{load}
 image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 ```
 
-{lines}
+{details}
 """
 
 
-def published(args):
-    """The flags without the token and, of what lies on this machine, with the last name of its path alone."""
-    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    local = [n for n, v in flags.items() if isinstance(v, str) and (os.path.isabs(v) or os.path.exists(v))]
-    return argparse.Namespace(**flags | {name: Path(flags[name]).resolve().name for name in local})
+def without_local_paths(args):
+    """{flag: value} without the token. Local paths are reduced to their last part."""
+    flags = {}
+    for name, value in vars(args).items():
+        if name == "hub_token":
+            continue
+        if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+            value = Path(value).resolve().name
+        flags[name] = value
+    return flags
 
 
 def write_model_card(args, metrics, step):
     """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
-    output_dir, picture = Path(args.output_dir), f"validation/step-{step:06d}.png"
-    base_model = args.pretrained_model_name_or_path
-    base_model = None if os.path.exists(base_model) else base_model  # the hub refuses the card of a local one
-    args = published(args)
-    picture = f"\n![base and aligned]({picture})\n" if (output_dir / picture).exists() else ""
-    kind, load = f"LoRA of rank {args.rank}", 'load_lora_weights("FOLDER_OR_REPO")'
-    if args.rank is None:
-        kind, load = "UNet", 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
-    lines = {f"`--{name}`": value for name, value in vars(args).items() if value is not None}
-    lines |= {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)}
-    lines = "\n".join(f"- {name}: {value}" for name, value in {**metrics, **lines}.items())
-    texts = {"name": output_dir.resolve().name, "kind": kind, "picture": picture, "load": load, "lines": lines}
-    text = MODEL_CARD.format(args=args, step=step, **texts)
-    data = ModelCardData(base_model=base_model, license="openrail++")
-    tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", "lora" if args.rank else "unet"]
-    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=tags)
-    card.save(output_dir / "README.md")
+    output_dir = Path(args.output_dir)
+    flags = without_local_paths(args)
+    kind = "UNet"
+    kind_tag = "unet"
+    load = 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
+    if args.rank is not None:
+        kind = f"LoRA of rank {args.rank}"
+        kind_tag = "lora"
+        load = 'load_lora_weights("FOLDER_OR_REPO")'
+    picture = f"validation/step-{step:06d}.png"
+    has_picture = (output_dir / picture).exists()
+
+    details = [f"- {name}: {value}" for name, value in metrics.items()]
+    details += [f"- `--{name}`: {value}" for name, value in flags.items() if value is not None]
+    for library in (torch, diffusers, transformers, datasets):
+        details.append(f"- {library.__name__}: {library.__version__}")
+
+    # The hub refuses a local folder as the base model.
+    base = args.pretrained_model_name_or_path
+    data = ModelCardData(base_model=None if os.path.exists(base) else base, license="openrail++")
+    text = MODEL_CARD.format(
+        data=data.to_yaml(),
+        name=output_dir.resolve().name,
+        kind=kind,
+        base=flags["pretrained_model_name_or_path"],
+        step=step,
+        dataset=flags["dataset_name"],
+        loss_type=args.loss_type,
+        beta=args.beta_mapo,
+        picture=f"\n![base model and fine-tuned model]({picture})\n" if has_picture else "",
+        load=load,
+        details="\n".join(details),
+    )
+    tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag]
+    populate_model_card(ModelCard(text), tags=tags).save(output_dir / "README.md")
 
 
 def write_kohya_lora(folder):
-    """The LoRA of a folder once more, under the names that ComfyUI, A1111 and sd-scripts know."""
+    """Write the LoRA of a folder once more, with the names that ComfyUI, A1111 and sd-scripts know."""
     weights, (alpha,) = read_lora(folder)
-    weights = convert_state_dict_to_kohya(weights)
-    weights |= {name: torch.tensor(float(alpha)) for name in weights if name.endswith(".alpha")}
-    write_whole(folder / KOHYA_FILE, functools.partial(safetensors.torch.save_file, weights))
+    tensors = {}
+    for name, weight in convert_state_dict_to_kohya(weights).items():
+        tensors[name] = torch.tensor(float(alpha)) if name.endswith(".alpha") else weight
+    safetensors.torch.save_file(tensors, folder / KOHYA_FILE)
+
+
+def save_results(run):
+    """Write the trained weights to the output folder. They get their names only when they are complete."""
+    output_dir = Path(run.args.output_dir)
+    aside = output_dir / ".incomplete"
+    with saving_together(run.accelerator, f"{output_dir} could not be written, the checkpoints are untouched"):
+        if run.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        save_trained_weights(run, aside)
+        if run.accelerator.is_main_process:
+            if run.args.rank is not None and not run.args.no_kohya_format:
+                write_kohya_lora(aside)
+            for path in aside.rglob("*"):
+                sync_to_disk(path)
+            for path in sorted(aside.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(output_dir / path.name, ignore_errors=True)
+                os.replace(path, output_dir / path.name)
+            aside.rmdir()
 
 
 def finish(run):
-    """Save the trained weights first; then a checkpoint, to train them longer; then validate and describe them."""
-    args, accelerator, progress, output_dir = run.args, run.accelerator, run.progress, Path(run.args.output_dir)
-    with failing_together(f"{output_dir} could not be written, the checkpoints are untouched"):
-        save_trained_weights(run, output_dir)
-        if accelerator.is_main_process and args.rank is not None and not args.no_kohya_format:
-            write_kohya_lora(output_dir)
-    # A finished run that is run again has it; one process looks, so that all do the same.
-    if not gather_object([(output_dir / f"checkpoint-{progress.step}" / STATE).exists()])[0]:
+    """Save the trained weights first, then a checkpoint to continue from. Then validate, and write the model card."""
+    args = run.args
+    progress = run.progress
+    save_results(run)
+
+    # A finished run that is started again already has its last checkpoint.
+    last = Path(args.output_dir, f"checkpoint-{progress.step}")
+    if not from_main_process(lambda: read_checkpoint(last) is not None):
         save_checkpoint(run)
+
     metrics = validate(run)
-    with failing_together(f"{output_dir}/README.md could not be written, the weights are saved"):
-        if accelerator.is_main_process:
+    with raise_on_all_ranks(f"{args.output_dir}/README.md could not be written, the weights are saved"):
+        if run.accelerator.is_main_process:
             write_model_card(args, metrics, progress.step)
     logger.info(f"{progress.rows_bad} of {progress.rows_read} rows read could not be used.")
 
 
-def create_hub_repo(args, accelerator):
-    """Make the repository to upload to before training, so that a wrong name or token costs nothing; its id."""
-    private = args.hub_private_repo or None  # as the organization has it
-    with failing_together("--push_to_hub: the repository cannot be created"):
-        if args.push_to_hub and accelerator.is_main_process:
-            repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-            return create_repo(repo_id, exist_ok=True, private=private, token=args.hub_token).repo_id
+def create_hub_repo(args):
+    """Create the repository before training, to fail early on a wrong name or token. Returns its id."""
+    with explain("--push_to_hub: the repository cannot be created"):
+        repo = create_repo(
+            args.hub_model_id or Path(args.output_dir).resolve().name,
+            exist_ok=True,
+            private=args.hub_private_repo or None,  # None leaves it to the organization
+            token=args.hub_token,
+        )
+    return repo.repo_id
 
 
-def send(args, trackers, repo_id):
-    """Finish the trackers, and upload the output folder to `repo_id`, if any. No failure may cost what is saved."""
+def upload(args, repo_id):
+    """Upload the output folder. A failed upload does not fail the run."""
+    logging_dir = Path(args.logging_dir).as_posix()
     try:
-        for tracker in trackers:
-            tracker.finish()
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            token=args.hub_token,
+            ignore_patterns=["checkpoint-*/**", ".*", ".*/**", f"{logging_dir}/wandb/**"],
+        )
     except Exception as error:
-        logger.warning(f"--report_to: the tracker could not be finished ({one_line(error)}).")
-    options = {"ignore_patterns": ["checkpoint-*/**", ".*/**", f"{args.logging_dir}/wandb/**"]}
-    options |= {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
-    try:
-        if repo_id is not None:
-            upload_folder(repo_id=repo_id, **options)
-    except Exception as error:
-        logger.error(f"--push_to_hub failed ({error}); upload by hand: hf upload {repo_id} {args.output_dir}")
+        logger.error(f"--push_to_hub failed ({error}). Upload it yourself: hf upload {repo_id} {args.output_dir}")
 
 
-# Training ------------------------------------------------------------------------------------------------------------
-STOPPED = 75  # the exit status after a stop request (EX_TEMPFAIL: run it again)
-# Windows has no SIGUSR1.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-
-class StopRequest:
-    """Remembers Ctrl-C, and SIGTERM and SIGUSR1 of SLURM and cloud preemption, until the end of a step."""
-
-    def __init__(self):
-        self.received = False
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # which shells give to jobs in the background
-                signal.signal(number, self.remember)
-
-    def remember(self, number, frame):
-        self.received = True
-        if number == signal.SIGINT:
-            # Python's own writing must not be entered again from here.
-            os.write(2, b"\nCtrl-C: finishing this step and saving a checkpoint. Press it again to quit at once.\n")
-            # torchrun sends SIGINT for the first Ctrl-C, SIGTERM for the second one.
-            for again in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(again, signal.SIG_DFL)
-
-
-def ignore_stop_signals(worker):
-    """Launchers signal a loader's workers, too; the process that reads from them decides."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+# Main ----------------------------------------------------------------------------------------------------------------
+def start_trackers(args, accelerator, progress):
+    """Start the trackers. A resumed run continues in W&B, and purges points after its checkpoint in TensorBoard."""
+    config = {}
+    for name, value in without_local_paths(args).items():
+        config[name] = value if isinstance(value, (int, float)) else str(value)
+    wandb_dir = Path(args.output_dir, args.logging_dir)
+    options = {
+        "wandb": {"dir": str(wandb_dir), "id": progress.run_id, "resume": "allow"},
+        "tensorboard": {"purge_step": progress.step + 1} if progress.step > 0 else {},
+    }
+    with ignoring_tracker_errors(accelerator):
+        accelerator.init_trackers(args.tracker_name, config, init_kwargs=options)
 
 
 @contextlib.contextmanager
-def tracking(accelerator):
-    """Talk to the trackers; one that fails, from the start or in mid-run, must not cost a run."""
+def only_run_in(output_dir, accelerator):
+    """Refuse to run where another run is in progress. The system releases the lock however the process ends."""
+    lock = FileLock(Path(output_dir, ".lock"))
+    with raise_on_all_ranks(f"--output_dir {output_dir} cannot be locked"):
+        if accelerator.is_main_process:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise TrainingError(f"--output_dir {output_dir}: another run is writing to this folder.") from error
     try:
         yield
-    except Exception as error:
-        logger.warning(f"--report_to: training continues without trackers ({one_line(error)}).")
-        accelerator.trackers = []
+    finally:
+        lock.release()
 
 
-def start_trackers(run):
-    """A resumed run goes on in W&B, and in TensorBoard hides the points that it makes again."""
-    args, step = run.args, run.progress.step
-    values = {n: v if isinstance(v, (int, float)) else str(v) for n, v in vars(published(args)).items()}
-    options = {"wandb": {"dir": str(Path(args.output_dir, args.logging_dir)), "id": run.progress.run_id}}
-    options["wandb"]["resume"] = "allow"
-    options["tensorboard"] = {"purge_step": step + 1} if step else {}
-    with tracking(run.accelerator):
-        run.accelerator.init_trackers(args.tracker_name, values, init_kwargs=options)
-
-
-def check_steps(args, state):
-    """What the number of steps has to fit to, and a hint for a beta of the other objective."""
-    if state is not None and state["step"] > args.max_train_steps:
-        raise TrainingError(f"--max_train_steps {args.max_train_steps}: the checkpoint is of step {state['step']}.")
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps > args.max_train_steps:
-        share = f"{args.max_train_steps / args.lr_warmup_steps:.0%} of the learning rate is reached"
-        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: in {args.max_train_steps} steps only {share}.")
-    if args.loss_type == "mapo" and args.beta_mapo < 1:
-        logger.warning(f"--beta_mapo {args.beta_mapo} is a value for --loss_type mapo_v1; the paper takes 8 to 64.")
-
-
-def configure_sharding(args, accelerator, weight_dtype):
+def configure_sharding(args, accelerator):
     """Refuse what FSDP and DeepSpeed cannot do, and keep their gradients and trained weights in float32."""
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if args.train_text_encoder and sharded:
-        raise TrainingError("--train_text_encoder: one model can be sharded, use launch_configs/multi_gpu.yaml.")
-    if accelerator.distributed_type == DistributedType.FSDP:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.train_text_encoder:
+        raise TrainingError("--train_text_encoder cannot be sharded. Use launch_configs/multi_gpu.yaml.")
+
+    if kind == DistributedType.FSDP:
         if args.use_8bit_adam:
-            raise TrainingError("--use_8bit_adam: bitsandbytes cannot step sharded weights, use deepspeed_zero2.yaml.")
-        # Gradients are summed over micro-batches and processes in float32, as with DDP.
+            raise TrainingError(
+                "--use_8bit_adam cannot update FSDP's weights. Use launch_configs/deepspeed_zero2.yaml."
+            )
+        # Sum gradients over batches and processes in float32, as with DDP.
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+
+    if kind == DistributedType.DEEPSPEED:
         if args.full_bf16:
-            raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights, use launch_configs/multi_gpu.yaml.")
-        if weight_dtype == torch.float16:
+            raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
+        if accelerator.mixed_precision == "fp16":
             raise TrainingError("--mixed_precision fp16: DeepSpeed would clip gradients that are still scaled.")
-        # DeepSpeed's own half-precision modes would round the trained weights, too; torch's autocast does not.
-        config, half = accelerator.state.deepspeed_plugin.deepspeed_config, weight_dtype == torch.bfloat16
-        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}, "gradient_clipping": args.max_grad_norm}
-        config["torch_autocast"] = {"enabled": half, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        # DeepSpeed's own half-precision modes would round the trained weights as well; torch's autocast does not.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["fp16"] = {"enabled": False}
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {
+            "enabled": accelerator.mixed_precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+        config["gradient_clipping"] = 0.0 if math.isinf(args.max_grad_norm) else args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
 
 
 def build_accelerator(args):
-    """The Accelerator, and the dtype of computation and frozen weights."""
+    """Create the Accelerator, refuse what would fail later, and set up logging and global switches."""
     logging_dir = Path(args.output_dir, args.logging_dir)
-    # Otherwise DDP would hold every gradient twice.
-    handlers = [AutocastKwargs(cache_enabled=not args.gradient_checkpointing)]
-    handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    handlers = [
+        AutocastKwargs(cache_enabled=not args.gradient_checkpointing),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # otherwise DDP stores every gradient twice
+        # Processes wait while one of them downloads the model, or writes a checkpoint to a slow disk.
+        InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+    ]
     try:
         logging_dir.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(
@@ -1601,220 +2591,201 @@ def build_accelerator(args):
         raise TrainingError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.") from error
     except ValueError as error:
         raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if weight_dtype == torch.float16 and accelerator.device.type == "cpu":
-        raise TrainingError("--mixed_precision fp16 needs a GPU, use bf16 or no.")
+
+    # Refuse what would fail later.
+    if accelerator.mixed_precision not in DTYPES:
+        raise TrainingError(f"mixed_precision {accelerator.mixed_precision}: use no, fp16 or bf16.")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed_precision fp16 needs a GPU. Use bf16 or no.")
     if accelerator.device.type == "mps":
-        raise TrainingError("Apple GPUs have no float64, which the objective needs: use launch_configs/cpu.yaml.")
+        raise TrainingError("Apple GPUs lack float64, which the objective needs. Use launch_configs/cpu.yaml.")
     if accelerator.state.dynamo_plugin.use_regional_compilation:
-        raise TrainingError("--dynamo_use_regional_compilation does not work with this UNet, use --compile instead.")
-    configure_sharding(args, accelerator, weight_dtype)
+        raise TrainingError("--dynamo_use_regional_compilation is not supported. Use --compile instead.")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        raise TrainingError("--gradient_accumulation_steps: the launch config has another number, leave it out there.")
+        raise TrainingError("--gradient_accumulation_steps: the launch config has another number. Remove it there.")
+    configure_sharding(args, accelerator)
+
+    # Checkpoints contain the trained weights in diffusers' format instead of accelerate's copy of the model.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
-    # PyTorch's own default is TF32 in convolutions alone.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    return accelerator, weight_dtype
+    # By default, PyTorch uses TF32 in convolutions only.
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
 
 
-def train_step(run, micro_batches, batches, stop):
-    """
-    One optimizer step; the next one's batches are read while the device computes. What the processes must agree on
-    travels with the metrics in one reduction, behind which all is plain Python on equal numbers: neither a broken
-    source nor a signal costs a half-done step. Returns the next batches (or the exception that reading them raised),
-    whether reading failed on any process, whether any process was asked to stop, and what to log of the step, with
-    METRICS only if its gradient was finite.
-    """
-    args, accelerator, progress = run.args, run.accelerator, run.progress
-    rows, skipped, sums = [], 0, 0
-    while micro_batches:
-        batch = micro_batches.pop(0)
-        rows, skipped = rows + batch["row"], skipped + int(batch["skipped"].sum())
-        with accelerator.accumulate(*run.trained.values()):
-            loss, metrics = preference_step(run, batch)
-            accelerator.backward(loss)
-        sums = sums + metrics.mean(dim=1)
-    trained = itertools.chain(*(part.parameters() for part in run.trained.values()))
-    grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    progress.step += 1
-    try:
-        upcoming = next(batches) if progress.step < args.max_train_steps else []
-    except Exception as error:  # sources fail in as many ways as there are file systems
-        upcoming = error
-    counts = [skipped, isinstance(upcoming, Exception), stop.received]
-    grad_norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=sums.device) / accelerator.num_processes
-    # The one wait of a step for the device and for the other processes.
-    totals = accelerator.reduce(torch.cat([sums, grad_norm[None], sums.new_tensor(counts)])).tolist()
-    sums, (grad_norm, bad, failed, stopped) = totals[: len(METRICS)], totals[len(METRICS) :]
-    logs, finite = {"grad_norm": grad_norm, "lr": run.lr_scheduler.get_last_lr()[0]}, math.isfinite(grad_norm)
-    # The scaler of fp16 leaves non-finite steps out by itself, and learns its scale from them.
-    if finite or accelerator.scaler is not None:
-        run.optimizer.step()
-    run.lr_scheduler.step()
-    run.optimizer.zero_grad()
-    progress.pairs_seen += run.pairs_per_step
-    progress.rows_read += run.pairs_per_step + int(bad)
-    progress.rows_bad += int(bad)
-    progress.skipped_steps += not finite
-    progress.bad_steps = 0 if finite else progress.bad_steps + 1
-    if finite:
-        batches_summed = args.gradient_accumulation_steps * accelerator.num_processes
-        logs |= {name: total / batches_summed for name, total in zip(METRICS, sums)}
-    else:
-        steps = f"{progress.bad_steps} steps up to step {progress.step}"
-        logger.warning(f"No finite gradient in {steps}, not applied.")
-    if progress.bad_steps >= args.max_bad_steps:
-        rows = ", ".join(sorted(gather_object(rows)))
-        raise TrainingError(f"--max_bad_steps: no finite gradient in {steps} (its pairs: {rows}).")
-    return upcoming, failed > 0, stopped > 0, logs
+def choose_seed(seed, checkpoint):
+    """--seed, or else that of the checkpoint, or else a random one."""
+    if seed is not None:
+        return seed
+    if checkpoint is not None:
+        return checkpoint.settings["seed"]
+    seed = from_main_process(lambda: int.from_bytes(os.urandom(4), "big"))
+    logger.info(f"--seed {seed} was chosen at random.")
+    return seed
 
 
-def train(run, batches, stop):
-    """The training loop, to --max_train_steps; returns whether a signal stopped it before its end."""
-    args, accelerator, progress = run.args, run.accelerator, run.progress
-    unreadable = f"--dataset_name {args.dataset_name} cannot be read any further"
-    with failing_together(unreadable):
-        upcoming = next(batches) if progress.step < args.max_train_steps else []
-    bar = tqdm(None, "Steps", args.max_train_steps, disable=not accelerator.is_local_main_process)
-    bar.update(progress.step)
-    window, steps, seconds = [], 0, 0  # since the last log line
-    while progress.step < args.max_train_steps:
-        started = time.perf_counter()
-        upcoming, failed, stopped, logs = train_step(run, upcoming, batches, stop)
-        steps, seconds = steps + 1, seconds + time.perf_counter() - started
-        window += [[logs[name] for name in METRICS]] if "loss" in logs else []
-        bar.update(1)
-        last = progress.step == args.max_train_steps
-        if last or progress.step % args.logging_steps == 0:
-            if window:  # otherwise no step had a finite gradient
-                logs |= dict(zip(METRICS, np.mean(window, axis=0).tolist()))
-            logs |= {"skipped_steps": progress.skipped_steps, "pairs_per_second": steps * run.pairs_per_step / seconds}
-            resident = psutil.Process().memory_info().rss
-            peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resident
-            with tracking(accelerator):
-                accelerator.log({**logs, "peak_memory_gib": peak / 2**30}, step=progress.step)
-            shown = [name for name in ("loss", "accuracy", "pairs_per_second") if name in logs]
-            bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
-            window, steps, seconds = [], 0, 0
-        too_many_bad = progress.rows_bad > args.max_bad_rows * max(progress.rows_read, 100)
-        due = progress.step % args.checkpointing_steps == 0 and not last  # the last one follows the final weights
-        if due or failed or too_many_bad or stopped:
-            save_checkpoint(run)
-        saved = f"the checkpoint of step {progress.step} is saved"
-        with failing_together(f"{unreadable} ({saved})") if failed else contextlib.nullcontext():
-            if isinstance(upcoming, Exception):
-                raise upcoming
-        if too_many_bad:
-            bad_rows = f"{progress.rows_bad} of {progress.rows_read} rows could not be used"
-            raise TrainingError(f"--max_bad_rows {args.max_bad_rows}: {bad_rows} ({saved}).")
-        if stopped:
-            return True
-        if progress.step % args.validation_steps == 0 and not last:
-            validate(run)
-    return False
+def check_steps(args, step):
+    """Refuse a checkpoint beyond the last step, and warn about unusual flags."""
+    if step > args.max_train_steps:
+        raise TrainingError(f"--max_train_steps {args.max_train_steps}: the checkpoint is of step {step}.")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps > args.max_train_steps:
+        peak = args.max_train_steps / args.lr_warmup_steps
+        logger.warning(
+            f"--lr_warmup_steps {args.lr_warmup_steps}: warmup is longer than the {args.max_train_steps} steps of "
+            f"training; the learning rate will peak at {peak:.0%}."
+        )
+    if args.loss_type == "mapo" and args.beta_mapo < 1:
+        logger.warning(f"--beta_mapo {args.beta_mapo} is a value for --loss_type mapo_v1; the paper uses 8 to 64.")
 
 
-def prepare(run, optimizer):
-    """Wrap what is trained and the optimizer for this run's processes."""
-    accelerator, pipeline, parts = run.accelerator, run.pipeline, trained_parts(run.args, run.pipeline)
-    # Checkpoints hold the trained weights in diffusers' format in place of accelerate's copy of the model.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    *wrapped, run.optimizer = accelerator.prepare(*parts.values(), optimizer)
-    run.optimizer.defaults = optimizer.defaults  # the polynomial schedule reads them, DeepSpeed's optimizer has none
-    run.trained = dict(zip(parts, wrapped))
-    run.unet = run.trained["unet"]
-    run.text_encoders = [run.trained.get(name, getattr(pipeline, name)) for name in ("text_encoder", "text_encoder_2")]
+def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, checkpoint):
+    """Build what is trained, sample with it before training, and only then load the checkpoint, if any."""
+    pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    torch.manual_seed(args.seed)  # for the initial weights of a LoRA
+    model = build_model(args, pipeline)
+    parts = trained_parts(args, pipeline)
+    parameters_of_parts = []
+    for part in parts.values():
+        parameters_of_parts.append([parameter for parameter in part.parameters() if parameter.requires_grad])
+    number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
+
+    optimizer = build_optimizer(args, parameters_of_parts, pairs_per_step)
+    model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared_optimizer.defaults = optimizer.defaults  # for the polynomial schedule; DeepSpeed's optimizer lacks them
+    base_images = []
+    if args.run_validation:
+        base_images = generate_images(args, accelerator, pipeline)
+    if checkpoint is not None:
+        load_checkpoint(accelerator, parts, prepared_optimizer, checkpoint)
+    model.train()
+
+    # add_noise would move this to the GPU in each step.
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
+    return Run(
+        args=args,
+        accelerator=accelerator,
+        pipeline=pipeline,
+        noise_scheduler=noise_scheduler,
+        model=model,
+        parts=parts,
+        parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        optimizer=prepared_optimizer,
+        lr_scheduler=build_schedule(args, prepared_optimizer, progress.step),
+        held_out=held_out,
+        base_images=base_images,
+        pairs_per_step=pairs_per_step,
+        progress=progress,
+    )
+
+
+def set_up(args, accelerator):
+    """Check and load everything that training needs. Returns a Run and its StepBatches."""
+    latent_shape, noise_scheduler = load_configs(args)
+
+    # Find out where to start. Only the main process looks, because machines may see different folders.
+    checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
+    args.seed = choose_seed(args.seed, checkpoint)
+    if checkpoint is not None:
+        check_settings(checkpoint, checkpoint_settings(args, accelerator))
+
+    # Open the pairs.
+    with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be read"):
+        pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps)
+    progress = start_progress(args, accelerator, checkpoint, pairs.index)
+    if args.max_train_steps is None:
+        batches = args.num_train_epochs * len(pairs.index) / (args.train_batch_size * accelerator.num_processes)
+        args.max_train_steps = math.ceil(batches / args.gradient_accumulation_steps)
+    check_steps(args, progress.step)
+    logger.info(f"{len(pairs.index)} pairs to train on, {len(held_out.index)} held out.")
+
+    # Try the first pair before any weights are loaded.
+    visits = training_batches(
+        index=pairs.index,
+        seed=args.seed,
+        layout=progress.layout,
+        batch_size=args.train_batch_size,
+        pairs_seen=progress.pairs_seen,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    first_visits = next(visits)
+    with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be trained on"):
+        first_pair = pairs[first_visits[0]]
+
+    # Load the models, and encode the pairs with --cache_latents.
+    pipeline = load_pipeline(args, accelerator)
+    check_vae(pipeline.vae, first_pair, args.vae_encode_batch_size)
+    with explain(f"--dataset_name {args.dataset_name} cannot be read"):
+        captions = pairs.source.first_captions()
+    warn_about_long_captions(pipeline.tokenizer, captions)
+    if args.cache_latents:
+        fill_caches(args, accelerator, pipeline, pairs, held_out)
+
+    run = build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, checkpoint)
+    batches = data_iterator(
+        pairs,
+        args.dataloader_num_workers,
+        batch_sampler=itertools.chain([first_visits], visits),
+        collate_fn=collate_pairs,
+    )
+    return run, StepBatches(batches, args.gradient_accumulation_steps)
 
 
 def main(args):
-    """Train; returns the exit status, and the function that sends what no other process is to wait for."""
-    accelerator, weight_dtype = build_accelerator(args)
-    latent_shape, noise_scheduler = load_configs(args)
-    checkpoint, state = find_checkpoint(args, accelerator)
-    if args.seed is None:
-        args.seed = gather_object([int.from_bytes(os.urandom(4), "big")])[0]
-        logger.info(f"--seed {args.seed} was drawn for this run.")
-    # Locks on files let one process prepare the data, and the others find them.
-    with failing_together(f"--dataset_name {args.dataset_name} cannot be read"):
-        (source, index), (held_out_source, held_out_index) = load_indexes(args)
-    pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(index) / pairs_per_step)
-    check_steps(args, state)
-    repo_id = create_hub_repo(args, accelerator)
-    sizes = latent_shape, noise_scheduler.config.num_train_timesteps
-    pairs = PairDataset(args, source, index, *sizes)
-    held_out = PairDataset(args, held_out_source, held_out_index, *sizes, held_out=True)
-    progress = start_progress(args, accelerator, state, source)
-    position = progress.pairs_seen, accelerator.process_index, accelerator.num_processes
-    batches = training_batches(args, index, progress.order, *position)
-    first_batch = next(batches)
-    with failing_together(f"--dataset_name {args.dataset_name} cannot be trained on"):
-        first_pair = pairs[first_batch[0]]
-    pipeline = load_pipeline(args, accelerator, weight_dtype)
-    with failing_together(f"The VAE cannot encode {first_pair['row']}"):
-        check_vae(args, pipeline.vae, first_pair)
-    if accelerator.is_main_process:
-        warn_of_long_captions(source.captions(index), pipeline.tokenizer)
-    if args.cache_latents:
-        fill_caches(args, accelerator, pipeline, pairs, held_out)
-    # add_noise would move it in the first step, and wait for that.
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
-    torch.manual_seed(args.seed)  # for the start of a LoRA
-    parameters = make_trainable(args, pipeline)
-    optimizer = build_optimizer(args, parameters, pairs_per_step)
-    run = argparse.Namespace(args=args, accelerator=accelerator, pipeline=pipeline, noise_scheduler=noise_scheduler)
-    prepare(run, optimizer)
-    run.held_out, run.base_images, run.pairs_per_step, run.progress = held_out, [], pairs_per_step, progress
-    start_trackers(run)
-    number = sum(parameter.numel() for parameter in itertools.chain(*parameters))
-    logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
-    logger.info(f"  Pairs = {len(index)}, held out = {len(held_out_index)}, per optimizer step = {pairs_per_step}")
-    if checkpoint is None:
-        validate(run)
-    if args.run_validation:
-        run.base_images = draw_images(run)
-    if checkpoint is not None:
-        resume(run, checkpoint, state)
-    run.lr_scheduler = build_schedule(args, run.optimizer, progress.step)
-    batches_of_run = iter(make_loader(args, pairs, itertools.chain([first_batch], batches)))
-    step_batches = iter(lambda: list(itertools.islice(batches_of_run, args.gradient_accumulation_steps)), [])
-    stopped = train(run, step_batches, StopRequest())
-    if stopped:
-        logger.warning(
-            f"Stopped by a signal (the checkpoint of step {run.progress.step} is saved). Resume with "
-            "--resume_from_checkpoint latest."
-        )
-    else:
-        finish(run)
+    """Train, and return the exit status."""
+    accelerator = build_accelerator(args)
+    with only_run_in(args.output_dir, accelerator):
+        repo_id = from_main_process(create_hub_repo, args) if args.push_to_hub else None
+        run, batches = set_up(args, accelerator)
+        start_trackers(args, accelerator, run.progress)
+
+        # Validate a new run before its first step, and one that resumes from a checkpoint that precedes a validation.
+        step = run.progress.step
+        if step % args.validation_steps == 0 and step < args.max_train_steps:
+            validate(run)
+
+        completed = train(run, batches, StopSignal())
+        if completed:
+            finish(run)
+
+    # Free DDP before its process group is destroyed, or some processes hang at exit.
     accelerator.wait_for_everyone()
-    unsent = functools.partial(send, args, accelerator.trackers, None if stopped else repo_id)
-    return STOPPED if stopped else 0, unsent
+    del run, batches
+    accelerator.free_memory()
+    with ignoring_tracker_errors(accelerator):
+        accelerator.end_training()
+
+    # No process waits for the upload.
+    if not completed:
+        return STOPPED
+    if repo_id is not None and accelerator.is_main_process:
+        upload(args, repo_id)
+    return 0
 
 
 if __name__ == "__main__":
-    unsent = None
     try:
-        status, unsent = main(parse_args())
+        status = main(parse_args())
     except TrainingError as error:
         status = f"error: {error}"
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         status = 1
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
     finally:
         for worker in multiprocessing.active_children():
-            worker.kill()  # a loader's workers ignore SIGTERM, with which Python would end them
-    # DDP's reducer and the threads of gloo must be gone while the interpreter still runs.
+            worker.kill()  # a loader's workers ignore the SIGTERM with which Python would end them
+
+    # After an error, DDP's reducer and gloo's threads must be gone while the interpreter still runs.
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if unsent is not None:
-        unsent()
     sys.exit(status)

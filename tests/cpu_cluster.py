@@ -89,6 +89,8 @@ PLACES = {
     "lock": (filelock.FileLock, "acquire", {True, False}),
     "prepare": (datasets.arrow_writer.ArrowWriter, "finalize", {True, False}),
     "file": (safetensors.torch, "save_file", {True, False}),
+    "listing": (Path, "glob", {True, False}),
+    "reading": (Path, "read_text", {True, False}),
     "repository": (huggingface_hub, "create_repo", {True, False}),
     "upload": (huggingface_hub, "upload_folder", {True, False}),
 }
@@ -180,6 +182,24 @@ def wandb_killed(call):
     for child in psutil.Process().children(recursive=True):
         if "wandb" in " ".join(child.cmdline()):
             child.kill()
+    return call()
+
+
+def workers_killed(call):
+    """Kill the worker processes of a data loader, as the system does when memory runs out."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    return call()
+
+
+def nothing_listed(call):
+    """A listing of checkpoints that is empty."""
+    return iter(()) if call.args[1].startswith("checkpoint-") else call()
+
+
+def no_state_file(call):
+    if call.args[0].name == "mapo_state.json":
+        raise FileNotFoundError(call.args[0])
     return call()
 
 

@@ -40,9 +40,9 @@ def encoded(script, monkeypatch):
     """How many images each call of `encode_images` gets."""
     counts, encode_images = [], script.encode_images
 
-    def count(args, vae, pixels):
+    def count(vae, pixels, batch_size):
         counts.append(len(pixels))
-        return encode_images(args, vae, pixels)
+        return encode_images(vae, pixels, batch_size)
 
     monkeypatch.setattr(script, "encode_images", count)
     return counts
@@ -67,8 +67,12 @@ def test_cached_is_uncached_bit_by_bit(script, flags, tmp_path, monkeypatch, enc
     """More than one epoch. Each pair is encoded once, before training; a second run encodes nothing."""
     flags.update(max_train_steps=12, resolution=32, **VARIANTS[variant])
     cached = results(run(script, flags))
-    # The two images of the pair that is tried first; then two images in two orientations of 48 pairs.
-    assert encoded.pop(0) == 2 and sum(encoded) == 48 * (2 if "no_hflip" in flags else 4)
+    # The two images of the pair that is tried first; then two images of 48 pairs, in two orientations if they are
+    # trained on and flipped.
+    trained = 48 - flags["num_validation_pairs"]
+    orientations = 1 if "no_hflip" in flags else 2
+    assert encoded.pop(0) == 2
+    assert sum(encoded) == 2 * (trained * orientations + flags["num_validation_pairs"])
     uncached = results(run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"}))
     assert cached == uncached
     encoded.clear()
@@ -188,7 +192,7 @@ def fill(script, flags, monkeypatch):
             run(script, {**flags, **changes})
         return cache_folders(flags)
 
-    monkeypatch.setattr(script, "make_trainable", stop)
+    monkeypatch.setattr(script, "build_model", stop)
     flags.update(max_train_steps=1, num_validation_pairs=None, resolution=16)
     return filled
 
@@ -268,8 +272,8 @@ def test_a_vae_without_finite_latents_is_named_at_once(script, flags, monkeypatc
 def test_a_pair_without_finite_latents_is_an_unusable_row(script, flags, tmp_path, monkeypatch, caplog, streaming):
     encode_images, number = script.encode_images, 5
 
-    def encode(args, vae, pixels):
-        moments = encode_images(args, vae, pixels)
+    def encode(vae, pixels, batch_size):
+        moments = encode_images(vae, pixels, batch_size)
         moments[pixels[:, 0, 0, 0] == number] = torch.nan
         return moments
 

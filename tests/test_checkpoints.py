@@ -272,7 +272,7 @@ def test_differences_of_flags_are_refused_or_reported(script, flags, tmp_path, c
         caplog.clear()
         shutil.rmtree(run(script, {**flags, **changes}))
         messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        return set(re.findall(r"(\w+) is .* from here on, it was .*\.", "\n".join(messages)))
+        return set(re.findall(r"--resume_from_checkpoint: (\w+) changed from .* to .*\.", "\n".join(messages)))
 
     assert not reported({})
     assert reported(SECOND) == set(SECOND)
@@ -367,7 +367,7 @@ def test_latest_of_none_starts_a_new_run_and_a_missing_checkpoint_is_refused(scr
     assert_same(out, run(script, {**flags, "output_dir": tmp_path / "new"}))
     (tmp_path / "folder").mkdir()
     for asked in ("checkpoint-9", tmp_path / "folder"):
-        with pytest.raises(script.TrainingError, match="--resume_from_checkpoint .* is no checkpoint"):
+        with pytest.raises(script.TrainingError, match="--resume_from_checkpoint .* is not a complete checkpoint"):
             run(script, {**flags, "resume_from_checkpoint": asked})
 
 
@@ -386,7 +386,7 @@ def refused(script, flags, folder, name):
     before = content(folder)
     with pytest.raises(script.TrainingError) as error:
         run(script, {**flags, "output_dir": folder})
-    for part in (f"--output_dir {folder} holds {name} of another", "--resume_from_checkpoint latest"):
+    for part in (f"--output_dir {folder} contains {name} of another run", "--resume_from_checkpoint latest"):
         assert part in str(error.value)
     assert content(folder) == before
 
@@ -398,7 +398,7 @@ def test_new_run_in_the_folder_of_another_is_refused(script, flags, spied, rank)
     out = run(script, flags)
     refused(script, {**flags, "seed": 1}, out, "checkpoint-4")
     (out / "checkpoint-4" / STATE).unlink()
-    with pytest.raises(script.TrainingError, match=f"holds {'unet' if rank is None else LORA_WEIGHTS} of another"):
+    with pytest.raises(script.TrainingError, match=f"contains {'unet' if rank is None else LORA_WEIGHTS} of another"):
         run(script, flags)
     assert len(spied) == 1
 
@@ -460,7 +460,13 @@ def test_checkpoint_holds_a_pipeline_weights_and_one_state(script, flags, rank):
 @pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (1, [4]), (2, [3, 4])])
 def test_newest_checkpoints_are_kept(script, flags, limit, kept):
     out = run(script, {**flags, "checkpointing_steps": 1, "checkpoints_total_limit": limit})
-    others = ["README.md", "logs", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"]
+    others = [
+        ".lock",
+        "README.md",
+        "logs",
+        "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors",
+    ]
     assert checkpoints(out) == kept
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith("checkpoint-")) == others
 

@@ -319,13 +319,13 @@ def test_what_one_rank_prepares_the_other_awaits_at_a_lock(flags, tmp_path, plac
 def test_ranks_meet_while_they_fill_a_cache(script, flags, tmp_path):
     """When one fails at its first pair, the other does not go on to its last one."""
     pairs = tmp_path / "pairs"
-    draw_pairs(pairs, num_pairs=3 * script.PAIRS_A_ROUND, num_shards=1)
+    draw_pairs(pairs, num_pairs=3 * script.PAIRS_PER_ROUND, num_shards=1)
     flags.update(dataset_name=pairs, cache_dir=tmp_path / "cache", cache_latents=True, train_batch_size=2)
     # The first image that a rank encodes is a trial.
     fault = Fault("encode", (2,), partial(raising, RuntimeError("out of memory")))
     statuses, outputs = run_ranks(flags, {1: [fault]})
     assert_one_sentence(statuses, outputs, "--cache_latents: pairs could not be encoded into ", "out of memory")
-    assert len(list(tmp_path.glob("cache/mapo_latents/*/*/*.safetensors"))) == script.PAIRS_A_ROUND
+    assert len(list(tmp_path.glob("cache/mapo_latents/*/*/*.safetensors"))) == script.PAIRS_PER_ROUND
 
 
 @pytest.mark.parametrize("place", ["upload", also("end")])
@@ -363,8 +363,8 @@ def test_steps_without_a_finite_gradient_are_left_out(script, flags, tmp_path, m
     before, after = trained(out / "checkpoint-4"), trained(out)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(weight.isfinite().all() for weight in after.values())
-    warned = re.findall(r"No finite gradient in (\d+) steps up to step (\d+), not applied\.", caplog.text)
-    assert warned == [("1", "3"), ("2", "4")]
+    warned = re.findall(r"Step (\d+): non-finite gradient, update skipped \((\d+) in a row\)", caplog.text)
+    assert warned == [("3", "1"), ("4", "2")]
     assert scalars(out)["skipped_steps"] == {1: 0, 2: 0, 3: 1, 4: 2, 5: 2}
     assert list(scalars(out)["loss"]) == [1, 2, 5]
     assert json.loads((out / "checkpoint-5" / "mapo_state.json").read_text())["bad_steps"] == 0
@@ -373,7 +373,7 @@ def test_steps_without_a_finite_gradient_are_left_out(script, flags, tmp_path, m
     assert scalars(run(script, flags))["skipped_steps"] == {5: 2}
 
 
-def test_bad_steps_in_a_row_end_the_run(script, flags, monkeypatch):
+def test_bad_steps_in_a_row_end_the_run(script, flags, monkeypatch, caplog):
     """Those before the checkpoint of step 4 are not in a row, and the count of the others goes on over a restart."""
     flags.update(max_train_steps=7, checkpointing_steps=4, max_bad_steps=2)
     bad = partial(not_finite, "loss")
@@ -383,20 +383,25 @@ def test_bad_steps_in_a_row_end_the_run(script, flags, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(script.TrainingError) as error:
         install(Fault("step", (1,), bad), patch.setattr)
         run(script, {**flags, "resume_from_checkpoint": "latest"})
-    index = script.load_indexes(script.parse_args(command_line(flags)))[0][1]
-    rows = script.epoch_order(index, 0, 0, 4, 1, 4)[16:20]
+    pairs, _ = script.load_pairs(script.parse_args(command_line(flags)), (4, 8, 8), 1000)
+    rows = script.epoch_order(pairs.index, 0, 0, script.Layout(4, 1, 4))[16:20]
     named = ", ".join(sorted(f"row {row}" for row in rows))
-    assert f"--max_bad_steps: no finite gradient in 2 steps up to step 5 (its pairs: {named})" in str(error.value)
-    assert checkpoints(flags["output_dir"]) == [4]
+    assert "--max_bad_steps 2: no finite gradient in the last 2 steps (the checkpoint of step 5" in str(error.value)
+    warned = re.findall(r"Step 5: .* The pairs of process 0: (.*)\.", caplog.text)
+    assert [", ".join(sorted(rows.split(", "))) for rows in warned] == [named]
+    assert checkpoints(flags["output_dir"]) == [4, 5]
 
 
 def test_ranks_agree_on_a_bad_step_of_one(flags):
     flags.update(train_batch_size=2, max_train_steps=9, checkpointing_steps=1, max_bad_steps=2)
     statuses, outputs = run_ranks(flags, {1: [Fault("step", (2, 4, 5), partial(not_finite, "loss"))]})
-    assert_one_sentence(statuses, outputs, "--max_bad_steps: no finite gradient in 2 steps up to step 5 (its pairs: ")
-    assert len(re.findall(r"row \d+[,)]", outputs[0].splitlines()[-1])) == 4
+    assert_one_sentence(statuses, outputs, "--max_bad_steps 2: no finite gradient in the last 2 steps")
+    for rank, output in enumerate(outputs):
+        (rows,) = re.findall(
+            rf"Step 5: non-finite gradient.* The pairs of process {rank}: (row \d+, row \d+)\.", output
+        )
     out = flags["output_dir"]
-    assert checkpoints(out) == [1, 2, 3, 4]
+    assert checkpoints(out) == [1, 2, 3, 4, 5]
     assert_nothing_trained_between(out, 1, 2)
     assert_nothing_trained_between(out, 3, 4)
 
@@ -527,11 +532,13 @@ def test_source_that_fails_on_one_rank_stops_all(flags, uninterrupted, own_pairs
     assert_exact(whole, run_ranks_well({**flags, "resume_from_checkpoint": "latest"}))
 
 
-@pytest.mark.parametrize(("call", "sentence"), [(1, "cannot be trained on"), (2, "cannot be read any further")])
+@pytest.mark.parametrize(
+    ("call", "sentence"), [(1, "cannot be trained on"), (2, "cannot be read"), (3, "cannot be read any further")]
+)
 def test_source_that_fails_before_the_first_step(script, flags, own_pairs, monkeypatch, call, sentence):
-    """In the first pair, which is tried, or in the first batch, which needs two row groups."""
+    """In the first pair, which is tried, in the first captions, or in the first batch, which needs two row groups."""
     flags.update(STREAMED, train_batch_size=8)
-    script.load_indexes(script.parse_args(command_line(flags)))
+    script.load_pairs(script.parse_args(command_line(flags)), (4, 8, 8), 1000)
     install(Fault("source", (call,), partial(raising, ConnectionError("gone"))), monkeypatch.setattr)
     with pytest.raises(script.TrainingError, match=f"--dataset_name {own_pairs} {sentence}: .*gone"):
         run(script, flags)

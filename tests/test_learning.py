@@ -95,24 +95,24 @@ def flip_sign(script, patch):
 def swap_pair(script, patch):
     load_pair = script.load_pair
 
-    def swapped(*args):
-        pair = load_pair(*args)
+    def swapped(*args, **options):
+        pair = load_pair(*args, **options)
         return {**pair, "labels": pair["labels"][::-1]}
 
     patch.setattr(script, "load_pair", swapped)
 
 
 def drop_prompt(script, patch):
-    encode_prompts = script.encode_prompts
-    patch.setattr(script, "encode_prompts", lambda own, texts, *rest: encode_prompts(own, len(texts) * [""], *rest))
+    tokenize = script.tokenize
+    patch.setattr(script, "tokenize", lambda pipeline, prompts: tokenize(pipeline, len(prompts) * [""]))
 
 
 def mistake_sizes(script, patch):
     """The micro-conditioning of SDXL itself, whatever the images' sizes."""
     load_pair = script.load_pair
 
-    def mistaken(*args):
-        pair = load_pair(*args)
+    def mistaken(*args, **options):
+        pair = load_pair(*args, **options)
         return {**pair, "add_time_ids": torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * 2)}
 
     patch.setattr(script, "load_pair", mistaken)

@@ -136,7 +136,7 @@ def test_second_round_starts_from_the_first(script, flags, tmp_path, file):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"rank": 8}, "--rank 8"), ({"lora_alpha": 2}, "--lora_alpha 2"), ({}, "add --train_text_encoder")],
+    [({"rank": 8}, "--rank is 8"), ({"lora_alpha": 2}, "--lora_alpha 2"), ({}, "add --train_text_encoder")],
 )
 def test_lora_that_does_not_fit_the_flags_is_refused(script, flags, tmp_path, changes, named):
     first = run(script, {**flags, **TEXT, "max_train_steps": 1})
@@ -172,7 +172,7 @@ def test_unet_of_another_kind_is_refused(script, flags, tmp_path):
     """Before any weight is loaded: there are none."""
     unet = build_unet(cross_attention_dim=32, pooled_dim=64)
     unet.save_config(tmp_path / "other" / "unet")
-    with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*other: it is of another kind"):
+    with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*other is not an SDXL UNet"):
         run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "other"})
     with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*none cannot be loaded"):
         run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})

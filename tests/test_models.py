@@ -190,14 +190,14 @@ def sized_pairs(tmp_path):
 def test_both_images_get_the_size_and_crop_of_the_chosen_one(script, flags, monkeypatch, sized_pairs, random_crop):
     """The UNet sees the chosen image's (height, width), the place of its crop after the flip, and the target size."""
     folder, rows = sized_pairs
-    seen, batches, forward, step = [], [], UNet2DConditionModel.forward, script.preference_step
+    seen, batches, forward, step = [], [], UNet2DConditionModel.forward, script.preference_loss
 
     def seeing(unet, *args, added_cond_kwargs, **kwargs):
         seen.append(added_cond_kwargs["time_ids"])
         return forward(unet, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", seeing)
-    monkeypatch.setattr(script, "preference_step", lambda run, batch: batches.append(batch) or step(run, batch))
+    monkeypatch.setattr(script, "preference_loss", lambda run, batch: batches.append(batch) or step(run, batch))
     run(script, {**flags, "dataset_name": folder, "random_crop": random_crop})
     flipped, places = [], set()
     assert len(seen) == len(batches) == 4
@@ -310,11 +310,11 @@ def scalers(script, monkeypatch):
     build, scalers = script.build_accelerator, []
 
     def build_half(args):
-        accelerator, _ = build(args)
+        accelerator = build(args)
         accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
         accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**40, backoff_factor=2.0**-30, growth_interval=2)
         scalers.append(accelerator.scaler)
-        return accelerator, torch.float16
+        return accelerator
 
     monkeypatch.setattr(script, "build_accelerator", build_half)
     return scalers

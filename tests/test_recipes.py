@@ -117,7 +117,8 @@ def test_general_preference_takes_the_pairs_that_the_hub_has(script, tmp_path):
     recipe = ROOT / "launch_configs" / "recipes" / "general_preference.sh"
     args = script.parse_args(commands(recipe, tmp_path, dataset="")["train"][2])
     assert args.dataset_name == "data-is-better-together/open-image-preferences-v1-binarized"
-    assert script.pair_columns(args) == ("prompt", ("chosen", "rejected"), ())
+    columns = script.find_columns(args, {"prompt": None, "chosen": None, "rejected": None})
+    assert columns == script.Columns("prompt", ("chosen", "rejected"), ())
 
 
 # These differ from `style` in their data set, beta and batch alone.

@@ -124,9 +124,8 @@ class Oracle:
         self.unet = UNet2DConditionModel.from_pretrained(self.folder / "unet")
         self.vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path or self.folder / "vae")
         args.prediction = "v_prediction" if "v_prediction" in self.scheduler_config() else "epsilon"
-        (source, self.index), (_, held_out) = script.load_indexes(args)
-        self.items = script.PairDataset(args, source, self.index, (4, 8, 8), 1000)
-        self.held_out = script.PairDataset(args, source, held_out, (4, 8, 8), 1000, held_out=True)
+        self.items, self.held_out = script.load_pairs(args, (4, 8, 8), 1000)
+        self.index = self.items.index
         self.script = script
         # LoRA as the sum that it means; `start` has what peft drew, for the down projections.
         self.lora = {name: weight.float().clone().requires_grad_() for name, weight in (start or {}).items()}
@@ -159,8 +158,10 @@ class Oracle:
 
     def train(self, pairs_per_step, learning_rates):
         """The losses and the gradient norms, step by step."""
-        args, order = self.args, (self.args.shuffle_shards, 1, self.args.train_batch_size)
-        visits = itertools.chain.from_iterable(self.script.training_batches(args, self.index, order, 0, 0, 1))
+        args = self.args
+        layout = self.script.Layout(shards_mixed=args.shuffle_shards, turn=args.train_batch_size)
+        batches = self.script.training_batches(self.index, args.seed, layout, args.train_batch_size, 0, 0, 1)
+        visits = itertools.chain.from_iterable(batches)
         parameters = list((self.lora or self.full).values())
         optimizer = torch.optim.AdamW(
             parameters,
@@ -231,8 +232,17 @@ def test_lora_on_all_layers_is_the_loop_written_by_hand(script, flags, tmp_path,
     """With the UNet in float64: convolutions beside their LoRA round float32 to about the bound, 12 times as far."""
     errors = script.denoising_errors
 
-    def in_double(unet, noise_scheduler, latents, prompt_embeds, pooled, batch):
-        return errors(unet.double(), noise_scheduler, latents.double(), prompt_embeds.double(), pooled.double(), batch)
+    def in_double(unet, noise_scheduler, latents, prompt_embeds, conditions, noise, timesteps):
+        conditions = {name: values.double() for name, values in conditions.items()}
+        return errors(
+            unet.double(),
+            noise_scheduler,
+            latents.double(),
+            prompt_embeds.double(),
+            conditions,
+            noise.double(),
+            timesteps,
+        )
 
     monkeypatch.setattr(script, "denoising_errors", in_double)
     changes = {"beta_mapo": 1, "learning_rate": 1e-2, "lora_alpha": 8}
@@ -267,7 +277,7 @@ def test_eval_metrics_before_training_are_the_ones_computed_by_hand(script, flag
     flags.update(rank=None, num_validation_pairs=10, beta_mapo=1, max_train_steps=1)
     oracle = Oracle(script, flags)
     with torch.no_grad():
-        chosen, rejected = oracle.errors([oracle.held_out[row, row] for row in range(10)])
+        chosen, rejected = oracle.errors([oracle.held_out[script.Visit(row, row)] for row in range(10)])
     margin = chosen / torch.expm1(chosen) - rejected / torch.expm1(rejected)
     expected = {
         "eval_loss": objective(chosen, rejected, oracle.args),
@@ -308,6 +318,8 @@ def rounded_apart(weights, generator):
 
 
 script.load_pipeline = kept
+# One process group for all jobs; a run would destroy it at its end.
+script.Accelerator.end_training = lambda accelerator: None
 for name, words in json.loads((folder / "jobs.json").read_text()).items():
     script.round_stochastically = rounded_apart if name == "rounded apart" else rounded
     run_words(script, words)

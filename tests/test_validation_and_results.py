@@ -99,14 +99,14 @@ def test_two_processes_log_evaluate_and_draw_as_one(script, flags, tmp_path):
 
 def test_bands_hold_the_pairs_of_their_timesteps(script, flags, monkeypatch):
     """Nine held-out pairs in batches of four, by their own metrics, which the script hands to its loop."""
-    pairs, step = [], script.preference_step
+    pairs, step = [], script.preference_loss
 
     def noting_step(run, batch):
         loss, metrics = step(run, batch)
         pairs.extend(zip(batch["row"], batch["timesteps"].tolist(), *metrics.tolist()))
         return loss, metrics
 
-    monkeypatch.setattr(script, "preference_step", noting_step)
+    monkeypatch.setattr(script, "preference_loss", noting_step)
     logged = scalars(run(script, flags | {"num_validation_pairs": 9, "max_train_steps": 1}))
     pairs = [pair[1:] for pair in pairs if pair[0].startswith("held-out")][:9]
     for first in (0, 250, 500, 750):
@@ -135,7 +135,7 @@ def test_a_run_that_destroys_the_model_is_warned_of(script, caplog, name, values
     evals = [{"step": step, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1} for step in (0, 8)]
     for metrics, value in zip(evals, values):
         metrics[f"eval_{name}"] = value
-    script.judge(*evals)
+    script.warn_if_diverging(*evals)
     assert len(caplog.records) == (warned is not None) and (warned or "") in caplog.text
 
 
@@ -160,8 +160,8 @@ def test_a_resumed_run_is_compared_with_the_first_validation_of_the_whole(script
 
 def test_held_out_pairs_are_not_trained_on(script, flags, monkeypatch):
     flags.update(num_validation_pairs=44, max_train_steps=2)
-    rows, step = [], script.preference_step
-    monkeypatch.setattr(script, "preference_step", lambda run, batch: rows.extend(batch["row"]) or step(run, batch))
+    rows, step = [], script.preference_loss
+    monkeypatch.setattr(script, "preference_loss", lambda run, batch: rows.extend(batch["row"]) or step(run, batch))
     run(script, flags)
     assert sorted(row for row in rows if row.startswith("row")) == sorted(2 * [f"row {n}" for n in range(44, 48)])
     assert [row for row in rows if not row.startswith("row")] == 2 * [f"held-out row {n}" for n in range(44)]
@@ -248,7 +248,7 @@ def test_model_card_tells_what_was_done(script, finished):
     _, head, text = (out / "README.md").read_text().split("---\n", 2)
     head = yaml.safe_load(head)
     assert {"mapo", "text-to-image", "lora" if rank else "unet"} <= set(head["tags"])
-    assert "objective `mapo_v1` at beta 0.25" in text and "of `pipeline`" in text and "the pairs of `pairs`" in text
+    assert "objective `mapo_v1` at beta 0.25" in text and "of `pipeline`" in text and "pairs of `pairs`" in text
     for name in ("learning_rate", "seed", "max_train_steps", "resolution", "lr_scheduler"):
         assert f"`--{name}`: {finished.get(name, 'constant')}\n" in text
     for library in (torch, script.diffusers, script.transformers, script.datasets):
@@ -393,5 +393,5 @@ def test_everything_but_checkpoints_wandb_files_and_hidden_folders_is_uploaded(s
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     ignored = {file for file in files if file.startswith("checkpoint-2/")}
     assert len(ignored) > 3 and {"README.md", "pytorch_lora_weights.safetensors"} <= files
-    ignored |= {".cache/huggingface/some.lock", "logs/wandb/offline-run/some.wandb"}
+    ignored |= {".lock", ".cache/huggingface/some.lock", "logs/wandb/offline-run/some.wandb"}
     assert set(filter_repo_objects(sorted(files | ignored), ignore_patterns=patterns)) == files - ignored

@@ -2,7 +2,8 @@
 # Culture, Pick-Culture. The paper's 13k pairs are not public, as far as we know: set DATASET to your own.
 # 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 32.
 # One 80 GB GPU: 1 x 16 x 8.
-# Flags given to this file are appended to the training command and override its own.
+# Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
+# --output_dir, because the evaluation reads the results from there.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 DATASET=${DATASET:?Set DATASET to a folder or hub id of pairs (caption, jpg_0, jpg_1, label_0, label_1).}

@@ -5,7 +5,8 @@
 # 1024. DCO's textual inversion is left out: name the subject by a rare word.
 # PHOTOS: a folder of the photos; CAPTIONS: a text file that describes them, a line for each in the order of their names
 # ("a photo of sks dog, lying in the grass"); PROMPTS: a text file of prompts with the subject, to evaluate.
-# Flags given to this file are appended to the training command and override its own.
+# Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
+# --output_dir, because the evaluation reads the results from there.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 PHOTOS=${PHOTOS:?Set PHOTOS to a folder of photos of the subject.}

@@ -4,7 +4,8 @@
 # (The paper: 8 x 32 x 8, by our accounting 75 GiB in float32 weights.) On fewer GPUs keep the product: 4 x 16 x 32.
 # The 335 GB of pairs are streamed, ties are dropped; each of the 8 loader workers of a process keeps --shuffle_shards row
 # groups in memory. Add --resume_from_checkpoint latest to resume a run that was stopped.
-# Flags given to this file are appended to the training command and override its own.
+# Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
+# --output_dir, because the evaluation reads the results from there.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 DATASET=${DATASET:?Set DATASET to your copy of Pick-a-Pic v2.}

@@ -2,7 +2,8 @@
 # Style (cartoon), Pick-Style: the largest reference mismatch of the paper's synthetic tasks.
 # 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 64.
 # One 80 GB GPU: 1 x 16 x 8. The paper trained on 15k pairs (Pick-Cartoon); the published data set has 1,000.
-# Flags given to this file are appended to the training command and override its own.
+# Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
+# --output_dir, because the evaluation reads the results from there.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 OUTPUT=${OUTPUT:-mapo-style}

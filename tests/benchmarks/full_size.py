@@ -175,7 +175,7 @@ def loading(folder, name):
     import train_diffusion_mapo_sdxl as script
 
     args = script.parse_args(command_line(folder, LOADED[name], folder / "runs" / "loading")[6:])
-    accelerator, dtype = script.build_accelerator(args)
+    accelerator = script.build_accelerator(args)
     script.load_configs(args)
     read = psutil.Process().memory_info
     own, loaded = [], threading.Event()
@@ -187,7 +187,7 @@ def loading(folder, name):
 
     watcher = threading.Thread(target=watch_own, daemon=True)
     watcher.start()
-    pipeline = script.load_pipeline(args, accelerator, dtype)
+    pipeline = script.load_pipeline(args, accelerator)
     seconds, kept = time.perf_counter() - started, read().rss - before.rss
     loaded.set()
     watcher.join()

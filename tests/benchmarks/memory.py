@@ -242,7 +242,7 @@ def build_models(recipe, unet_config, device):
         flags = ["--pretrained_model_name_or_path=sdxl", "--dataset_name=pairs"]
         flags += [f"--rank={recipe.rank}", f"--lora_layers={recipe.layers}"] if recipe.rank else []
         flags += ["--gradient_checkpointing"] if recipe.checkpointing else []
-        script.make_trainable(script.parse_args(flags), argparse.Namespace(unet=unet))
+        script.build_model(script.parse_args(flags), argparse.Namespace(unet=unet))
     elif recipe.checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.train(), encoders
@@ -285,15 +285,18 @@ def random_encodings(recipe, unet):
 
 def preference_loss(recipe, unet, encoded):
     pairs, side = recipe.pairs, unet.config.sample_size
-    batch = {
-        "noise": torch.randn(pairs, 4, side, side),
-        "timesteps": torch.zeros(pairs, dtype=torch.long),
-        "add_time_ids": torch.zeros(pairs, 6),
+    latents, prompt_embeds, pooled_prompt_embeds = encoded
+    conditions = {
+        "text_embeds": pooled_prompt_embeds.repeat(2, 1),
+        "time_ids": torch.zeros(2 * pairs, 6, dtype=torch.bfloat16),
     }
+    prompt_embeds = prompt_embeds.repeat(2, 1, 1)
+    noise = torch.randn(pairs, 4, side, side)
+    timesteps = torch.zeros(pairs, dtype=torch.long)
     noise_scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=recipe.cache_casts)
     with autocast if recipe.autocast else nullcontext():
-        errors = script.denoising_errors(unet, noise_scheduler, *encoded, batch)
+        errors = script.denoising_errors(unet, noise_scheduler, latents, prompt_embeds, conditions, noise, timesteps)
     return script.mapo_loss(*errors, beta=8.0)[0].mean()
 
 

@@ -58,13 +58,16 @@ def load_pairs(folder, resolution=8, **flags):
     flags = {"pretrained_model_name_or_path": "none", "dataset_name": folder, "streaming": True, "seed": 0, **flags}
     flags |= {"cache_dir": folder.parent / f"{folder.name}-cache", "resolution": resolution}
     args = script.parse_args(command_line(flags))
-    (source, index), _ = script.load_indexes(args)
-    return script.PairDataset(args, source, index, (4, resolution // 8, resolution // 8), 1000)
+    pairs, _ = script.load_pairs(args, (4, resolution // 8, resolution // 8), 1000)
+    return args, pairs
 
 
-def batches(pairs):
-    order = pairs.args.shuffle_shards, 1, pairs.args.train_batch_size
-    return script.make_loader(pairs.args, pairs, script.training_batches(pairs.args, pairs.index, order, 0, 0, 1))
+def batches(args, pairs):
+    layout = script.Layout(shards_mixed=args.shuffle_shards, turn=args.train_batch_size)
+    visits = script.training_batches(pairs.index, args.seed, layout, args.train_batch_size, 0, 0, 1)
+    return script.data_iterator(
+        pairs, args.dataloader_num_workers, batch_sampler=visits, collate_fn=script.collate_pairs
+    )
 
 
 def timed_index(folder):
@@ -138,12 +141,12 @@ def print_memory(folder):
 
 
 def print_mixing(groups=100, rows=100, batch=16):
-    index, seeds = np.argwhere(np.ones((groups, rows), dtype=int)), range(10)
+    index, seeds = np.argwhere(np.ones((groups, rows, 1), dtype=int)), range(10)
     print(f"\n{groups} row groups of {rows} rows, one epoch, {len(seeds)} seeds:\n")
     print(f"| --shuffle_shards | Spearman with storage, mean of sizes | row groups in a batch of {batch} |")
     print("|---|---|---|")
     for mixed in (1, 4, 16, groups):
-        orders = [script.epoch_order(index, seed, 0, mixed, 1, batch) for seed in seeds]
+        orders = [script.epoch_order(index, seed, 0, script.Layout(mixed, 1, batch)) for seed in seeds]
         # Numbers of pairs are their own ranks.
         sizes = [abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) for order in orders]
         taken = [len(set(part)) for order in orders for part in (order // rows).reshape(-1, batch).tolist()]
