@@ -15,7 +15,7 @@
 # limitations under the License.
 #
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.8",
 #     "diffusers>=0.40",

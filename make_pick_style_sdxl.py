@@ -3,7 +3,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 #
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "accelerate>=1.12", "datasets>=4.4.1",
 #   "peft>=0.18", "sentencepiece", "protobuf", "ftfy"]
 # ///

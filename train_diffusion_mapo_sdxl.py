@@ -66,6 +66,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, replace
@@ -109,7 +110,7 @@ from diffusers.utils.state_dict_utils import (
     convert_unet_state_dict_to_peft,
 )
 from filelock import FileLock, Timeout
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image, ImageOps
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
@@ -169,15 +170,15 @@ def mapo_v1_loss(chosen_errors, rejected_errors, beta, snr_value, num_train_time
     return chosen - beta * F.logsigmoid(num_train_timesteps * margin), margin
 
 
-# What is logged about the objective, in this order. `mse` are the errors, `accuracy` is l_w < l_l.
+# What is logged about the objective, in this order. `mse` is the mean squared error, accuracy the share of l_w < l_l.
 METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 
 
 # SDXL ----------------------------------------------------------------------------------------------------------------
 #
 # What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
-# belong to them. To train another model, change this section, and the calls of StableDiffusionXLPipeline and
-# UNet2DConditionModel under "Trained weights". The pairs themselves only know SDXL's `add_time_ids`.
+# belong to them. To train another model, change this section. SDXL's sizes and crops (`add_time_ids`) also come from
+# "Pairs", its pipeline and text encoders also appear under "Trained weights", "Cache", "Results" and "Main".
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -224,7 +225,7 @@ def encode_pairs(run, batch):
     mean, std = moments.float().unbind(dim=1)
     latents = (mean + std * batch["posterior_noise"]) * run.pipeline.vae.config.scaling_factor
 
-    # Both images of a pair have the same conditions. The dtype of the sizes is that of inference.
+    # Both images of a pair have the same conditions. Pipelines cast the sizes to this dtype as well.
     time_ids = batch["add_time_ids"].repeat(2, 1).to(weight_dtype(run.accelerator))
     if "prompt_embeds" in batch:
         prompt_embeds = batch["prompt_embeds"]
@@ -301,7 +302,7 @@ class UNetWithTextEncoders(torch.nn.Module):
 
 @torch.no_grad()
 def generate_images(args, accelerator, pipeline):
-    """One image for each validation prompt, at a fixed seed. The prompts are split between the processes."""
+    """One image for each validation prompt, its number as the seed. The prompts are split between the processes."""
     # With --cache_latents the encoders are on the CPU.
     encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     home = pipeline.vae.device
@@ -347,10 +348,9 @@ def load_configs(args):
         text_width = check_text_encoders(name, hub)
 
     not_sdxl = f"--pretrained_model_name_or_path {name} is not an SDXL base model"
-    if "beta_start" not in scheduler or scheduler.get("use_flow_sigmas"):
+    is_continuous = scheduler.get("timestep_type") == "continuous"
+    if "beta_start" not in scheduler or scheduler.get("use_flow_sigmas") or is_continuous:
         raise TrainingError(f"{not_sdxl}: schedulers for EDM and flow matching are not supported.")
-    if scheduler.get("timestep_type") == "continuous":
-        raise TrainingError(f"{not_sdxl}: schedulers for EDM are not supported.")
     if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
         raise TrainingError(f"{not_sdxl}: its prediction type is neither epsilon nor v_prediction.")
     channels = vae.get("latent_channels", 4)
@@ -360,12 +360,14 @@ def load_configs(args):
     if args.pretrained_unet_name_or_path is not None:
         flag = f"--pretrained_unet_name_or_path {args.pretrained_unet_name_or_path}"
         with explain(f"{flag} cannot be loaded"):
-            unet, _ = find_part(UNet2DConditionModel, args.pretrained_unet_name_or_path, "unet", args.cache_dir)
+            location = find_part(UNet2DConditionModel, args.pretrained_unet_name_or_path, "unet", args.cache_dir)
+            unet = UNet2DConditionModel.load_config(**location)
         check_unet(unet, channels, text_width, f"{flag} is not an SDXL UNet for this base model")
     if args.pretrained_vae_model_name_or_path is not None:
         flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
         with explain(f"{flag} cannot be loaded"):
-            other, _ = find_part(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
+            location = find_part(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
+            other = AutoencoderKL.load_config(**location)
         if other.get("scaling_factor") != vae.get("scaling_factor"):
             raise TrainingError(f"{flag}: its scaling_factor is not that of {name}, so its latents differ.")
         vae = other
@@ -398,36 +400,36 @@ def check_unet(config, channels, text_width, refusal):
     if config.get("addition_embed_type") != "text_time":
         raise TrainingError(f"{refusal}: its UNet does not take SDXL's image sizes and crops.")
     if config.get("in_channels", 4) != channels or config.get("out_channels", 4) != channels:
-        raise TrainingError(f"{refusal}: its UNet has extra input channels.")
+        raise TrainingError(f"{refusal}: the channels of its UNet are not those of the VAE's latents.")
     if config.get("cross_attention_dim", 1280) != text_width:
         raise TrainingError(f"{refusal}: its UNet does not take the embeddings of these text encoders.")
 
 
-def find_part(model_class, name, subfolder, cache_dir):
-    """Config of a UNet or VAE, and the arguments that locate it: it may also be stored without a subfolder."""
+def find_part(model_class, name, subfolder, cache_dir, revision=None):
+    """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or directly the folder `name`."""
     if os.path.isdir(name):
         # Name the exact folder, or diffusers would report a missing file as missing in the folder above.
         folder = os.path.join(name, subfolder)
-        name = folder if os.path.isdir(folder) else name
-        return model_class.load_config(name), {"pretrained_model_name_or_path": name}
-    location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir}
+        return {"pretrained_model_name_or_path": folder if os.path.isdir(folder) else name}
+    location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir, "revision": revision}
     with contextlib.suppress(OSError):
-        return model_class.load_config(subfolder=subfolder, **location), {"subfolder": subfolder, **location}
-    return model_class.load_config(**location), location
+        model_class.load_config(subfolder=subfolder, **location)
+        return {"subfolder": subfolder, **location}
+    return location
 
 
 def load_part(model_class, name, subfolder, args, dtype, revision=None):
     """A UNet or VAE, in the base model's variant if it has it."""
-    _, location = find_part(model_class, name, subfolder, args.cache_dir)
-    options = {"revision": revision, "use_safetensors": True, "dtype": dtype}
+    options = find_part(model_class, name, subfolder, args.cache_dir, revision)
+    options.update(use_safetensors=True, dtype=dtype)
     if args.variant is not None:
         with contextlib.suppress(OSError, ValueError):
-            return model_class.from_pretrained(**location, variant=args.variant, **options)
-    return model_class.from_pretrained(**location, **options)
+            return model_class.from_pretrained(variant=args.variant, **options)
+    return model_class.from_pretrained(**options)
 
 
 def load_pipeline(args, accelerator):
-    """The SDXL pipeline on the device: frozen parts in `weight_dtype`, a fully trained UNet in `full_unet_dtype`."""
+    """The SDXL pipeline on the device: frozen parts in `weight_dtype` unless they would overflow."""
     name = args.pretrained_model_name_or_path
     message = f"--pretrained_model_name_or_path {name} cannot be loaded"
     if args.variant is None and any(Path(name).glob("unet/*.fp16.*")):
@@ -476,8 +478,7 @@ def load_pipeline(args, accelerator):
 @torch.no_grad()
 def check_vae(vae, pair, batch_size):
     """Fail early if the VAE overflows, instead of at the first NaN loss."""
-    with explain(f"The VAE cannot encode {pair['row']}"):
-        moments = encode_images(vae, pair["pixel_values"].to(vae.device), batch_size)
+    moments = encode_images(vae, pair["pixel_values"].to(vae.device), batch_size)
     if not moments.isfinite().all():
         raise TrainingError(
             f"--pretrained_vae_model_name_or_path: the VAE encodes the images of {pair['row']} to NaN in {vae.dtype}; "
@@ -509,7 +510,7 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    pipeline: StableDiffusionXLPipeline  # frozen VAE and text encoders, and the UNet without its wrapper
+    pipeline: StableDiffusionXLPipeline  # with the UNet before it was wrapped
     noise_scheduler: DDPMScheduler
     model: torch.nn.Module  # the UNet or UNetWithTextEncoders, wrapped for DDP, FSDP or DeepSpeed
     parts: dict  # the trained modules by name: `unet` and, if they are trained, the text encoders
@@ -557,10 +558,16 @@ class StepBatches:
 
 
 class StopSignal:
-    """Notes Ctrl-C, and the SIGTERM or SIGUSR1 of SLURM and cloud preemption, so that the step can be completed."""
+    """
+    Notes Ctrl-C, and the SIGTERM or SIGUSR1 of SLURM and cloud preemption, so that the step can be completed.
+
+    After training, the first such signal has no effect, so that it does not cost the results. torchrun kills its
+    processes 30 s after it passed a signal on.
+    """
 
     def __init__(self):
         self.requested = False
+        self.training = True
         for stop_signal in STOP_SIGNALS:
             if signal.getsignal(stop_signal) != signal.SIG_IGN:  # shells let background jobs ignore Ctrl-C
                 signal.signal(stop_signal, self.note)
@@ -568,15 +575,16 @@ class StopSignal:
     def note(self, number, frame):
         self.requested = True
         if number == signal.SIGINT:
+            task = b"this step and saving a checkpoint" if self.training else b"and saving the results"
             # `print` could be interrupted in the middle of its own work, so write directly.
-            os.write(2, b"\nFinishing this step and saving a checkpoint. Press Ctrl-C again to quit immediately.\n")
+            os.write(2, b"\nFinishing " + task + b". Press Ctrl-C again to quit immediately.\n")
             # torchrun passes the second Ctrl-C on as SIGTERM.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class LogWindow:
-    """Means and speed of the steps since the last log line."""
+    """Means and speed of the steps since metrics were last logged."""
 
     def __init__(self, pairs_per_step):
         self.pairs_per_step = pairs_per_step
@@ -621,7 +629,7 @@ def autocast(args, accelerator):
 
 
 def preference_loss(run, batch):
-    """The objective on a batch: the scalar loss with its gradient, and METRICS `(len(METRICS), pairs)` in float64."""
+    """The objective on a batch: the scalar loss, and METRICS `(len(METRICS), pairs)` in float64."""
     args = run.args
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
     latents, text, added_cond_kwargs = encode_pairs(run, batch)
@@ -686,16 +694,16 @@ def train_step(run, batches, stop):
     if progress.step + 1 < args.max_train_steps:
         batches.advance()
 
-    # Agree. Apart from the gradients this is the step's only communication, and the only time it waits for the GPU.
+    # Agree. With DDP, this is the step's only communication apart from the gradients, and the only wait for the GPU.
     counts = metrics.new_tensor([bad_rows, batches.error is not None, stop.requested])
     totals = accelerator.reduce(torch.cat([metrics, grad_norm.reshape(1), counts])).tolist()
-    means = [total / accelerator.num_processes for total in totals]
+    total_bad_rows, failed, stopped = totals[-3:]
+    means = [total / accelerator.num_processes for total in totals[:-3]]
     step_metrics = dict(zip([*METRICS, "grad_norm"], means))
     step_metrics["lr"] = run.lr_scheduler.get_last_lr()[0]
-    total_bad_rows, failed, stopped = totals[-3:]
 
-    # Update the weights, or skip the step. fp16's scaler skips it by itself, and learns its scale from such steps.
-    # Under DeepSpeed, `backward` has already done this.
+    # Update the weights, unless the gradient is not finite. fp16's scaler skips such steps by itself, and learns its
+    # scale from them. DeepSpeed has already updated the weights in `backward`; there, `step` has no effect.
     finite = math.isfinite(step_metrics["grad_norm"])
     if finite or accelerator.scaler is not None:
         run.optimizer.step()
@@ -801,6 +809,8 @@ def describe(error):
     """An error's type and text in one line. PyTorch wraps errors of loader workers: take the last line of those."""
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # has the file and the reason
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -845,8 +855,8 @@ def from_main_process(function, *args):
 
 
 def sync_to_disk(path):
-    """Flush a file, or the list of files in a folder, to the disk (fsync). Windows cannot do this for folders."""
-    if os.name == "nt" and Path(path).is_dir():
+    """Flush a file, or the list of files in a folder, to the disk (fsync). Not on Windows, which has no such call."""
+    if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -1006,13 +1016,23 @@ def add_training_arguments(parser):
     add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=POSITIVE, default=1e-5, help="diffusers' usual 5e-4 destroys a fully fine-tuned SDXL.")
+    add(
+        "--learning_rate",
+        type=POSITIVE,
+        default=1e-5,
+        help="Learning rate. diffusers' usual 5e-4 destroys a fully fine-tuned SDXL.",
+    )
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="Learning rate of the text encoders.")
     add("--scale_lr", action="store_true", help="Multiply the learning rates by the pairs per optimizer step.")
     schedules = [schedule.value for schedule in SchedulerType if schedule.value != "piecewise_constant"]
     add("--lr_scheduler", choices=schedules, default="constant", help="Learning rate schedule.")
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="Optimizer steps of warmup.")
-    add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
+    add(
+        "--lr_warmup_steps",
+        type=COUNT_OR_ZERO,
+        default=500,
+        help="Optimizer steps of warmup. The schedule `constant` has none.",
+    )
+    add("--lr_num_cycles", type=COUNT, default=1, help="Cycles of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial schedule.")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
     add("--adam_beta1", type=BELOW_ONE, default=0.9, help="Adam's beta1.")
@@ -1035,7 +1055,7 @@ def add_output_arguments(parser):
     add("--checkpoints_total_limit", type=COUNT, help="Number of checkpoints to keep.")
     add("--resume_from_checkpoint", type=PATH, help="`latest`, a checkpoint's path, or its name in output_dir.")
     add("--logging_dir", default="logs", help="Folder of the trackers' files, in output_dir.")
-    add("--logging_steps", type=COUNT, default=10, help="Optimizer steps between log lines.")
+    add("--logging_steps", type=COUNT, default=10, help="Optimizer steps between logged metrics.")
     add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Tracker.")
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
     add("--no_kohya_format", action="store_true", help="Do not also save the LoRA in Kohya format (ComfyUI, A1111).")
@@ -1045,7 +1065,7 @@ def add_output_arguments(parser):
     add("--hub_token", help="Token for the upload. Defaults to that of `hf auth login`.")
 
     add = parser.add_argument_group("validation").add_argument
-    add("--run_validation", action="store_true", help="Generate images with the base model and the trained one.")
+    add("--run_validation", action="store_true", help="Generate images before and during training.")
     add("--validation_steps", type=COUNT, default=200, help="Optimizer steps between validations.")
     add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts of the generated images.")
     add("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of the generated images.")
@@ -1093,8 +1113,13 @@ def check_arguments(parser, args):  # noqa: C901
         )
     if args.output_dir == "":
         parser.error("--output_dir is empty")
-    if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
+    logging_dir = Path(args.logging_dir)
+    if logging_dir.is_absolute() or logging_dir == Path() or ".." in logging_dir.parts:
         parser.error(f"--logging_dir {args.logging_dir} must be a folder inside --output_dir")
+
+    # Loader workers use sockets in the folder for temporary files. Their paths must be shorter than 107 characters.
+    if args.dataloader_num_workers > 0 and os.name == "posix" and len(tempfile.gettempdir()) > 70:
+        parser.error(f"--dataloader_num_workers: the path in TMPDIR is too long, {tempfile.gettempdir()}")
 
     # LoRA.
     for name in ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder"):
@@ -1123,7 +1148,9 @@ def check_arguments(parser, args):  # noqa: C901
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr:
         parser.error("--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger")
     if args.full_bf16 and (args.rank is not None or not args.use_8bit_adam or args.mixed_precision != "bf16"):
-        parser.error("--full_bf16 requires --use_8bit_adam and --mixed_precision bf16, and no --rank")
+        parser.error(
+            "--full_bf16 requires --use_8bit_adam and --mixed_precision bf16; it cannot be combined with --rank"
+        )
 
     # Trackers and packages.
     trackers = TRACKERS[args.report_to]
@@ -1147,10 +1174,11 @@ def require_package(parser, package, flag):
 # Pairs ---------------------------------------------------------------------------------------------------------------
 #
 # A pair is a row of an index: (shard, row in the shard, hash of the caption). The order of the pairs depends only on
-# seed and epoch, and every random choice about a pair only on seed and position in that order. So the number of pairs
-# seen is all that a checkpoint needs to know about the data, on any number of processes.
+# seed, epoch and the run's Layout, and every random choice about a pair only on seed and position in that order. So
+# Layout and number of pairs seen are all that a checkpoint needs to know about the data, on any number of processes.
 
 
+INDEX_VERSION = 2  # to be raised when the format of the index changes
 MAX_SKIPPED = 100  # unusable rows in a row, before a dataset is given up
 
 
@@ -1218,6 +1246,14 @@ def find_columns(args, features):
     )
 
 
+@contextlib.contextmanager
+def open_parquet(file):
+    """A parquet file, local or remote. It is read without a cache, which would load images next to what is needed."""
+    filesystem, path = fsspec.url_to_fs(file)
+    with filesystem.open(path, cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
+        yield parquet
+
+
 class PairSource:
     """
     The rows of a split, by shard and row, their images still encoded.
@@ -1226,9 +1262,10 @@ class PairSource:
     latest `shards_kept` row groups of each lane stay in memory.
     """
 
-    def __init__(self, columns, fingerprint=(), prepared=None, files=(), shards_kept=1):
+    def __init__(self, columns, fingerprint=(), commit=None, prepared=None, files=(), shards_kept=1):
         self.columns = columns
         self.fingerprint = [*fingerprint, columns.all()]  # of the data that is read
+        self.commit = commit  # of a dataset on the hub
         self.prepared = None
         if prepared is not None:
             self.prepared = prepared.select_columns(columns.all()).with_format("arrow")  # leaves images encoded
@@ -1242,7 +1279,7 @@ class PairSource:
         if self.prepared is not None:
             return self.prepared[int(row)].to_pylist()[0]
 
-        # A process with several lanes keeps the row groups of each, and none of the lanes that it never reads.
+        # Each lane has its own row groups in memory, because a process may read several lanes after a restart.
         kept = self.kept.setdefault(lane, {})
         if shard not in kept:
             if len(kept) == self.shards_kept:
@@ -1253,7 +1290,7 @@ class PairSource:
 
     def read_row_group(self, shard, names):
         file, row_group = self.row_groups[shard]
-        with fsspec.open(self.files[file], cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
+        with open_parquet(self.files[file]) as parquet:
             return parquet.read_row_group(row_group, names)
 
     def row_name(self, shard, row):
@@ -1265,8 +1302,9 @@ class PairSource:
         if self.prepared is not None:
             table = self.prepared.select_columns([self.columns.caption])[:1000]
         else:
-            table = self.read_row_group(0, [self.columns.caption])[:1000]
-        return [caption for caption in table[self.columns.caption].to_pylist() if isinstance(caption, str)]
+            table = self.read_row_group(0, [self.columns.caption])
+        captions = table[self.columns.caption].to_pylist()[:1000]
+        return [caption for caption in captions if isinstance(caption, str)]
 
     def read_labels(self, file):
         """[(labels `(rows, 2)`, hashes of the captions `(rows,)`)] for each shard of a file. No image is read."""
@@ -1274,7 +1312,7 @@ class PairSource:
         if self.prepared is not None:
             frames = [self.prepared.select_columns(names)[:].to_pandas()]
         else:
-            with fsspec.open(file, cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
+            with open_parquet(file) as parquet:
                 frames = [parquet.read_row_group(n, names).to_pandas() for n in range(parquet.num_row_groups)]
 
         shards = []
@@ -1306,7 +1344,7 @@ class PairSource:
 
     def load_index(self, remove_ties, cache_dir):
         """`(pairs, 3)` shard, row and caption hash of all pairs, built once and kept on disk."""
-        key = Hasher.hash([self.fingerprint, remove_ties, "with caption hashes"])
+        key = Hasher.hash([self.fingerprint, remove_ties, INDEX_VERSION])
         path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         # One process builds the index. The others wait for the lock, which unlike a barrier has no time limit.
@@ -1319,14 +1357,29 @@ class PairSource:
         return tensors["index"].numpy()
 
 
-def open_pairs(args, split, split_flag):
+def open_dataset(name, config_name, cache_dir, revision):
+    """The builder of a folder, a file, or a dataset on the hub at a commit (`revision`), or at its latest one."""
+    if not os.path.exists(name):
+        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
+        if revision is not None and builder.hash != revision:
+            raise TrainingError(f"--dataset_name {name}: commit {revision} of the original run is not available.")
+        return builder
+
+    name = os.path.abspath(name)
+    if glob.has_magic(name):
+        raise TrainingError(f"--dataset_name: `datasets` reads *, ? and [ as patterns; rename {name}.")
+    if os.path.isfile(name):
+        kind = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(name).suffix)
+        if kind is None:
+            raise TrainingError(f"--dataset_name {name}: give a folder, or a file in parquet, CSV or JSON.")
+        return datasets.load_dataset_builder(kind, data_files=name, cache_dir=cache_dir)
+    return datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir)
+
+
+def open_pairs(args, split, split_flag, revision):
     """Open a split, or several: a+b. Returns its PairSource, its index, and the names of its splits."""
     name = args.dataset_name
-    if os.path.exists(name):
-        name = os.path.abspath(name)
-        if glob.has_magic(name):
-            raise TrainingError(f"--dataset_name: `datasets` reads *, ? and [ as patterns; rename {name}.")
-    builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    builder = open_dataset(name, args.dataset_config_name, args.cache_dir, revision)
     streams = builder.as_streaming_dataset()
     if split is None:
         split = next(iter(streams)) if len(streams) == 1 else "train"
@@ -1336,12 +1389,17 @@ def open_pairs(args, split, split_flag):
             raise TrainingError(f"--{split_flag}: {name} has no split {part!r} (splits: {list(streams)}).")
 
     fingerprint = [builder.cache_dir, split, args.streaming]
+    commit = builder.hash if builder.repo_id is not None else None
     if args.streaming:
-        files = [file for part in splits for file in builder.config.data_files[part]]
+        if builder.config.data_files is None:  # it comes from the local cache, which has no original files
+            raise TrainingError(
+                f"--streaming: {name} cannot be reached, and is only in the cache. Leave out --streaming."
+            )
+        files = list(itertools.chain.from_iterable(builder.config.data_files[part] for part in splits))
         if not all(file.endswith(".parquet") for file in files):
             raise TrainingError(f"--streaming reads parquet files only, but {name} has others.")
         columns = find_columns(args, streams[splits[0]].features)
-        source = PairSource(columns, fingerprint, files=files, shards_kept=args.shuffle_shards)
+        source = PairSource(columns, fingerprint, commit, files=files, shards_kept=args.shuffle_shards)
     else:
         # Some formats, like JSON lines, have features only after they are prepared.
         features = streams[splits[0]].features
@@ -1349,32 +1407,44 @@ def open_pairs(args, split, split_flag):
             find_columns(args, features)
         builder.download_and_prepare()
         prepared = builder.as_dataset(split)
-        source = PairSource(find_columns(args, prepared.features), fingerprint, prepared=prepared)
+        source = PairSource(find_columns(args, prepared.features), fingerprint, commit, prepared=prepared)
     return source, source.load_index(args.remove_ties, args.cache_dir), splits
 
 
-def load_pairs(args, latent_shape, num_train_timesteps):
-    """The PairDatasets of the training pairs and of the held-out ones."""
-    source, index, splits = open_pairs(args, args.dataset_split_name, "dataset_split_name")
+def hold_out(index, number):
+    """The first `number` pairs of an index, if the pairs of a caption followed its first one."""
+    _, first_pair, caption = np.unique(index[:, 2], return_index=True, return_inverse=True)
+    by_caption = np.argsort(first_pair[caption], kind="stable")
+    return index[np.sort(by_caption[:number])]
 
-    # Hold out the first pairs, or those of another split.
-    held_out_source = source
+
+def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
+    """The PairDatasets of the training pairs and of the held-out ones."""
+    source, index, splits = open_pairs(args, args.dataset_split_name, "dataset_split_name", revision)
+
+    # Hold out the first captions with all their pairs, or another split. No held-out caption is trained on.
     if args.validation_split is None:
-        number = args.num_validation_pairs or 0
-        held_out = index[:number]
-        index = index[number:]
+        held_out_source = source
+        held_out = hold_out(index, args.num_validation_pairs or 0)
     else:
-        held_out_source, held_out, held_out_splits = open_pairs(args, args.validation_split, "validation_split")
+        held_out_source, held_out, held_out_splits = open_pairs(
+            args, args.validation_split, "validation_split", source.commit
+        )
         held_out = held_out[: args.num_validation_pairs]
         if set(splits) & set(held_out_splits):
             raise TrainingError(f"--validation_split {args.validation_split} is also trained on.")
+    shared = np.isin(index[:, 2], held_out[:, 2])
+    left_out = shared.sum() - (len(held_out) if args.validation_split is None else 0)
+    if left_out > 0:
+        logger.warning(f"{left_out} training pairs are left out, because their captions are held out.")
+    index = index[~shared]
 
     if args.max_train_samples is not None:
         subset = np.random.default_rng(args.seed).permutation(len(index))[: args.max_train_samples]
         index = index[np.sort(subset)]
     if len(index) == 0 or (args.validation_split is not None and len(held_out) == 0):
         raise TrainingError(
-            f"--dataset_name {args.dataset_name}: {len(index)} pairs are left to train on, {len(held_out)} held out."
+            f"--dataset_name {args.dataset_name}: {len(index)} pairs left for training, {len(held_out)} held out."
         )
     return (
         PairDataset(args, source, index, latent_shape, num_train_timesteps),
@@ -1469,13 +1539,13 @@ def load_pair(record, columns, resolution, crop_fractions, flip):
     """
     caption = record[columns.caption]
     if not isinstance(caption, str):
-        raise UnusableRow(f"has no text in column {columns.caption}, but {str(caption)[:80]!r}")
+        raise UnusableRow(f"has {str(caption)[:80]!r} instead of text in column {columns.caption}")
 
     labels = [1.0, 0.0]
     if columns.labels:
-        labels = [record[name] for name in columns.labels]
+        labels = [float("nan" if record[name] is None else record[name]) for name in columns.labels]
         for name, label in zip(columns.labels, labels):
-            if label is None or math.isnan(label):
+            if math.isnan(label):
                 raise UnusableRow(f"has no {name}")
 
     pixel_values = []
@@ -1487,7 +1557,7 @@ def load_pair(record, columns, resolution, crop_fractions, flip):
         add_time_ids.append([image.height, image.width, *top_left, resolution, resolution])
     return {
         "caption": caption,
-        "labels": [float(label) for label in labels],
+        "labels": labels,
         "pixel_values": torch.stack(pixel_values),
         "add_time_ids": torch.tensor(add_time_ids),
     }
@@ -1530,7 +1600,8 @@ class PairDataset(Dataset):
                 logging.getLogger(__name__).warning(f"Skipped {self.row_name(pair)}: it {reason}.")
             else:
                 return {**tensors, "row": self.row_name(pair), "skipped": skipped}
-        raise UnusableRow(f"no row from {self.row_name(visit.pair)} to {self.row_name(pair)} can be used: it {reason}")
+        first = self.row_name(visit.pair)
+        raise UnusableRow(f"no row from {first} to {self.row_name(pair)} can be used, the last one {reason}")
 
     def load(self, visit):
         """The tensors of a visit. Raises UnusableRow."""
@@ -1645,10 +1716,27 @@ def build_model(args, pipeline):
     return UNetWithTextEncoders(pipeline) if args.train_text_encoder else unet
 
 
-def read_lora(name, unet_config=None):
+def find_lora_file(name, cache_dir=None):
+    """The file of a LoRA: `name` itself, a file in the folder `name`, or one in a repository on the hub."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        return hf_hub_download(name, LORA_FILE, cache_dir=cache_dir)
+    files = [path / LORA_FILE] if (path / LORA_FILE).exists() else sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"the folder contains {len(files)} .safetensors files, none of them {LORA_FILE}")
+    return files[0]
+
+
+def read_lora(name, unet_config=None, cache_dir=None):
     """Read a LoRA in any format that diffusers knows: {name as in peft: weight}, and the set of its alphas."""
+    file = find_lora_file(name, cache_dir)
+    with safetensors.safe_open(file, "pt") as tensors:
+        if any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors.keys()):
+            raise ValueError("DoRA is not supported")  # diffusers would ignore its magnitudes
     weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-        name,
+        str(file),
         unet_config=unet_config,
         use_safetensors=True,
         return_lora_metadata=True,
@@ -1674,7 +1762,7 @@ def check_lora(args, unet_config):
     """Refuse a LoRA to continue whose rank or alpha differs from the flags."""
     lora = f"--init_lora {args.init_lora}"
     with explain(f"{lora} cannot be loaded"):
-        weights, alphas = read_lora(args.init_lora, FrozenDict(unet_config))
+        weights, alphas = read_lora(args.init_lora, FrozenDict(unet_config), args.cache_dir)
     ranks = {len(weight) for name, weight in weights.items() if name.startswith("unet.") and ".lora_A." in name}
     alphas = alphas or ranks
     if ranks != {args.rank} or alphas != {args.lora_alpha}:
@@ -1699,7 +1787,7 @@ def choose_lora_layers(args, name, part, weights):
     modules = [module for module, _ in part.named_modules()]
     continued = [m for m in modules if f"{name}.{name_in_file(part, m)}.lora_A.weight" in weights]
     if continued:
-        return continued
+        return continued  # full names; those below are endings of names
 
     layers = []
     if name == "unet":
@@ -1716,19 +1804,21 @@ def choose_lora_layers(args, name, part, weights):
 
 
 def add_lora(args, parts):
-    """Add LoRA adapters to the parts: new ones, or those of --init_lora."""
+    """Add LoRA adapters to the parts: new ones, or those of --init_lora. Their metadata names the base model."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     weights = {}
     if args.init_lora is not None:
-        weights, _ = read_lora(args.init_lora, parts["unet"].config)
+        weights, _ = read_lora(args.init_lora, parts["unet"].config, args.cache_dir)
+    flags = without_local_paths(args)
     for name, part in parts.items():
         config = LoraConfig(
             r=args.rank,
             lora_alpha=args.lora_alpha,
             target_modules=choose_lora_layers(args, name, part, weights),
             init_lora_weights="gaussian",
+            base_model_name_or_path=flags["pretrained_unet_name_or_path"] or flags["pretrained_model_name_or_path"],
         )
         inject_adapter_in_model(config, part)
         for module in part.modules():
@@ -1758,7 +1848,7 @@ def set_lora_weights(parts, weights):
 
 def gather_trained_weights(accelerator, model, parts):
     """{part: {name: weight}} of the trained parts, gathered by all processes. Only complete on the main process."""
-    # Unwrapping here would strip DDP from a model that the launcher compiles. The prefixes are those of wrappers.
+    # Unwrapping would also strip DDP from a model that the launcher compiled. Remove the wrappers' prefixes instead.
     state_dict = {}
     for name, weight in accelerator.get_state_dict(model, unwrap=False).items():
         state_dict[name.replace("_orig_mod.", "").removeprefix("module.")] = weight
@@ -1818,7 +1908,7 @@ def load_trained_weights(parts, folder):
 
 
 def round_stochastically(weights, generator):
-    """Round float32 weights up or down to bfloat16, the upper half of their bits, so that their mean is kept."""
+    """Round float32 weights at random to bfloat16, the upper half of their bits, so that their mean is kept."""
     bits = torch.empty_like(weights, dtype=torch.int32).random_(2**16, generator=generator)
     return bits.add_(weights.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
@@ -1834,7 +1924,7 @@ class StochasticRounding:
         self.state[shadow] = self.state[p]
         super().update_step(group, shadow, gindex, pindex)
         del self.state[shadow]
-        # The seed is the same on all processes and after a resume. Generators on the CPU take 32 bits of it.
+        # One seed per step and parameter (SDXL has fewer than 4,096), the same on all processes and after a resume.
         generator = torch.Generator(p.device).manual_seed(2**12 * self.state[p]["step"] + pindex)
         p.copy_(round_stochastically(shadow.data, generator))
 
@@ -1853,7 +1943,7 @@ def build_optimizer(args, parameters_of_parts, pairs_per_step):
         "weight_decay": args.adam_weight_decay,
     }
     if not args.use_8bit_adam:
-        return torch.optim.AdamW(groups, fused=True, **options)  # unfused, it would copy all gradients
+        return torch.optim.AdamW(groups, fused=True, **options)  # unfused, it allocates copies as large as the weights
 
     import bitsandbytes
 
@@ -1976,12 +2066,11 @@ def fill_cache(args, accelerator, pipeline, pairs, encoders):
     # Split them between the processes, and again between the workers of each, so that no two of them read the same
     # row groups of a stream. The loader asks its workers in turn.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
-    parts = np.array_split(own, max(args.dataloader_num_workers, 1))
-    order = []
-    for turn in range(len(parts[0])):
-        for part in parts:
-            if turn < len(part):
-                order.append(int(part[turn]))
+    num_workers = max(args.dataloader_num_workers, 1)
+    order = np.empty(len(own), dtype=np.int64)
+    for worker, part in enumerate(np.array_split(own, num_workers)):
+        order[worker::num_workers] = part
+    order = order.tolist()
     items = data_iterator(PairsToEncode(pairs), args.dataloader_num_workers, batch_size=None, sampler=order)
 
     # Synchronize after each round, so that the failure of one process soon ends all.
@@ -2008,7 +2097,7 @@ def fill_caches(args, accelerator, pipeline, *data):
 # disk, and removed first. It contains the progress and the flags. The other files are the trained weights, in
 # diffusers' format, and the optimizer's state, in accelerate's (FSDP and DeepSpeed add sharded weights).
 STATE = "mapo_state.json"
-# Flags that must not change when a run resumes, and flags that may. Other changes are logged.
+# Settings that must not change when a run resumes, and those that may. All other changes are logged.
 FIXED_ON_RESUME = [
     "rank",
     "lora_alpha",
@@ -2028,11 +2117,12 @@ FREE_ON_RESUME = ["resume_from_checkpoint", "max_train_steps", "hub_token", "out
 
 @dataclass
 class Progress:
-    """How far a run has come: plain numbers, equal on all processes. Checkpoints contain all of it."""
+    """How far a run has come: plain values, equal on all processes. Checkpoints contain all of it."""
 
     run_id: str
     layout: Layout
     index_hash: str  # of the training pairs
+    dataset_commit: str | None = None  # of a dataset on the hub
     step: int = 0
     pairs_seen: int = 0
     rows_read: int = 0  # pairs seen, and bad rows
@@ -2070,7 +2160,9 @@ def read_checkpoint(folder):
         layout = Layout(**state.pop("layout"))
         return Checkpoint(folder, Progress(layout=layout, **state), settings)
     except (KeyError, TypeError) as error:
-        raise TrainingError(f"{folder} was written by another version of this script.") from error
+        raise TrainingError(
+            f"{folder} was written by another version of this script. Resume it with that version."
+        ) from error
 
 
 def list_checkpoints(output_dir):
@@ -2134,7 +2226,7 @@ def refuse_other_runs(output_dir, existing, run_id, step):
 
 
 def checkpoint_settings(args, accelerator):
-    """The flags, and how weights are sharded. Weights that are not sharded resume on any number of processes."""
+    """The flags, and what is sharded between processes. Without sharding, a run resumes on any number of them."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     settings["mixed_precision"] = accelerator.mixed_precision
     settings["sharding"] = "none"
@@ -2157,9 +2249,9 @@ def check_settings(checkpoint, settings):
         logger.warning(f"--resume_from_checkpoint: {name} changed from {old} to {new}.")
 
 
-def start_progress(args, accelerator, checkpoint, index):
+def start_progress(args, accelerator, checkpoint, pairs):
     """Progress of a new run, or that of the checkpoint."""
-    index_hash = hashlib.sha256(index.tobytes()).hexdigest()[:16]
+    index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
             logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
@@ -2170,11 +2262,12 @@ def start_progress(args, accelerator, checkpoint, index):
         run_id=from_main_process(new_run_id),
         layout=Layout(shards_mixed=args.shuffle_shards, lanes=lanes, turn=args.train_batch_size),
         index_hash=index_hash,
+        dataset_commit=pairs.source.commit,
     )
 
 
-def saving_together(accelerator, message):
-    """`raise_on_all_ranks`, except with sharded weights, where ranks already meet in the body."""
+def failing_together(accelerator, message):
+    """`raise_on_all_ranks`, or only `explain` with sharded weights, where the ranks already meet in the body."""
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return explain(message) if accelerator.distributed_type in sharded else raise_on_all_ranks(message)
 
@@ -2184,8 +2277,8 @@ def save_checkpoint(run):
     args = run.args
     folder = Path(args.output_dir, f"checkpoint-{run.progress.step}")
     settings = checkpoint_settings(args, run.accelerator)
-    message = f"{folder} could not be written, older checkpoints are untouched"
-    with saving_together(run.accelerator, message):
+    message = f"{folder} could not be written; older checkpoints are untouched"
+    with failing_together(run.accelerator, message):
         folder.mkdir(exist_ok=True)
         save_trained_weights(run, folder)
         run.accelerator.save_state(folder)
@@ -2220,7 +2313,7 @@ def load_checkpoint(accelerator, parts, optimizer, checkpoint):
         # `fused` belongs to the loaded states, whose step counters may be on the CPU.
         from_flags.append({name: value for name, value in group.items() if name not in ("params", "fused")})
 
-    with raise_on_all_ranks(f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
+    with failing_together(accelerator, f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
         if read_checkpoint(checkpoint.folder) is None:
             raise TrainingError(f"{checkpoint.folder} is not on all machines: --output_dir must be on shared storage.")
         if checkpoint.settings["sharding"] == "none":
@@ -2248,7 +2341,9 @@ def held_out_batches(run):
     chunks = np.array_split(np.arange(num_pairs), num_batches * accelerator.num_processes)
     for chunk in chunks[accelerator.process_index :: accelerator.num_processes]:
         sizes.append(len(chunk))
-        visits.append([Visit(int(pair), int(pair), HELD_OUT_LANE) for pair in chunk] or [Visit(0, 0, HELD_OUT_LANE)])
+        if len(chunk) == 0:
+            chunk = [0]  # padding
+        visits.append([Visit(int(pair), int(pair), HELD_OUT_LANE) for pair in chunk])
     batches = data_iterator(
         run.held_out, run.args.dataloader_num_workers, batch_sampler=visits, collate_fn=collate_pairs
     )
@@ -2393,6 +2488,11 @@ def without_local_paths(args):
 def write_model_card(args, metrics, step):
     """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
     output_dir = Path(args.output_dir)
+    card = output_dir / "README.md"
+    if card.exists() and "- mapo\n" not in card.read_text():  # our cards have this tag
+        logger.warning(f"{card} is not a model card of this script. It is kept, and no card is written.")
+        return
+
     flags = without_local_paths(args)
     kind = "UNet"
     kind_tag = "unet"
@@ -2401,6 +2501,9 @@ def write_model_card(args, metrics, step):
         kind = f"LoRA of rank {args.rank}"
         kind_tag = "lora"
         load = 'load_lora_weights("FOLDER_OR_REPO")'
+        if args.pretrained_unet_name_or_path is not None:
+            unet = flags["pretrained_unet_name_or_path"]
+            load = f'unet = UNet2DConditionModel.from_pretrained("{unet}", subfolder="unet")\npipeline.{load}'
     picture = f"validation/step-{step:06d}.png"
     has_picture = (output_dir / picture).exists()
 
@@ -2426,15 +2529,16 @@ def write_model_card(args, metrics, step):
         details="\n".join(details),
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag]
-    populate_model_card(ModelCard(text), tags=tags).save(output_dir / "README.md")
+    populate_model_card(ModelCard(text), tags=tags).save(card)
 
 
 def write_kohya_lora(folder):
     """Write the LoRA of a folder once more, with the names that ComfyUI, A1111 and sd-scripts know."""
-    weights, (alpha,) = read_lora(folder)
+    weights, alphas = read_lora(folder)
+    alpha = float(alphas.pop())  # the same in all layers
     tensors = {}
     for name, weight in convert_state_dict_to_kohya(weights).items():
-        tensors[name] = torch.tensor(float(alpha)) if name.endswith(".alpha") else weight
+        tensors[name] = torch.tensor(alpha) if name.endswith(".alpha") else weight
     safetensors.torch.save_file(tensors, folder / KOHYA_FILE)
 
 
@@ -2442,7 +2546,7 @@ def save_results(run):
     """Write the trained weights to the output folder. They get their names only when they are complete."""
     output_dir = Path(run.args.output_dir)
     aside = output_dir / ".incomplete"
-    with saving_together(run.accelerator, f"{output_dir} could not be written, the checkpoints are untouched"):
+    with failing_together(run.accelerator, f"{output_dir} could not be written; the checkpoints are untouched"):
         if run.accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -2471,7 +2575,7 @@ def finish(run):
         save_checkpoint(run)
 
     metrics = validate(run)
-    with raise_on_all_ranks(f"{args.output_dir}/README.md could not be written, the weights are saved"):
+    with raise_on_all_ranks(f"{args.output_dir}/README.md could not be written; the weights are saved"):
         if run.accelerator.is_main_process:
             write_model_card(args, metrics, progress.step)
     logger.info(f"{progress.rows_bad} of {progress.rows_read} rows read could not be used.")
@@ -2491,6 +2595,7 @@ def create_hub_repo(args):
 
 def upload(args, repo_id):
     """Upload the output folder. A failed upload does not fail the run."""
+    # The trackers' files contain the name of this machine. Hidden files are temporary.
     logging_dir = Path(args.logging_dir).as_posix()
     try:
         upload_folder(
@@ -2498,10 +2603,12 @@ def upload(args, repo_id):
             folder_path=args.output_dir,
             commit_message="End of training",
             token=args.hub_token,
-            ignore_patterns=["checkpoint-*/**", ".*", ".*/**", f"{logging_dir}/wandb/**"],
+            ignore_patterns=["checkpoint-*/**", ".*", "*/.*", f"{logging_dir}/**"],
         )
     except Exception as error:
-        logger.error(f"--push_to_hub failed ({error}). Upload it yourself: hf upload {repo_id} {args.output_dir}")
+        logger.error(
+            f"--push_to_hub failed ({describe(error)}). Upload it yourself: hf upload {repo_id} {args.output_dir}"
+        )
 
 
 # Main ----------------------------------------------------------------------------------------------------------------
@@ -2542,6 +2649,8 @@ def configure_sharding(args, accelerator):
         raise TrainingError("--train_text_encoder cannot be sharded. Use launch_configs/multi_gpu.yaml.")
 
     if kind == DistributedType.FSDP:
+        if accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise TrainingError("FSDP version 1 is not supported. Use launch_configs/fsdp2.yaml.")
         if args.use_8bit_adam:
             raise TrainingError(
                 "--use_8bit_adam cannot update FSDP's weights. Use launch_configs/deepspeed_zero2.yaml."
@@ -2580,6 +2689,8 @@ def build_accelerator(args):
     ]
     try:
         logging_dir.mkdir(parents=True, exist_ok=True)
+        if args.cache_dir is not None:
+            Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -2588,9 +2699,11 @@ def build_accelerator(args):
             kwargs_handlers=handlers,
         )
     except OSError as error:
-        raise TrainingError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.") from error
+        raise TrainingError(
+            f"--output_dir or --cache_dir: {error.filename} cannot be written: {error.strerror}."
+        ) from error
     except ValueError as error:
-        raise TrainingError(f"--mixed_precision {args.mixed_precision} does not work here: {error}") from error
+        raise TrainingError(f"accelerate refuses --mixed_precision {args.mixed_precision}: {error}") from error
 
     # Refuse what would fail later.
     if accelerator.mixed_precision not in DTYPES:
@@ -2602,7 +2715,9 @@ def build_accelerator(args):
     if accelerator.state.dynamo_plugin.use_regional_compilation:
         raise TrainingError("--dynamo_use_regional_compilation is not supported. Use --compile instead.")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        raise TrainingError("--gradient_accumulation_steps: the launch config has another number. Remove it there.")
+        raise TrainingError(
+            "--gradient_accumulation_steps: the launch config sets a different number. Remove it there."
+        )
     configure_sharding(args, accelerator)
 
     # Checkpoints contain the trained weights in diffusers' format instead of accelerate's copy of the model.
@@ -2630,10 +2745,32 @@ def choose_seed(seed, checkpoint):
     return seed
 
 
+def pin_revision(args, checkpoint):
+    """Commit of a base model on the hub, kept in checkpoints so that a later push does not change the run."""
+    name = args.pretrained_model_name_or_path
+    if os.path.exists(name):
+        return args.revision
+    if (
+        checkpoint is not None
+        and args.revision is None
+        and checkpoint.settings["pretrained_model_name_or_path"] == name
+    ):
+        return checkpoint.settings["revision"]
+    with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
+        _, commit = UNet2DConditionModel.load_config(
+            name,
+            subfolder="unet",
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            return_commit_hash=True,
+        )
+    return commit
+
+
 def check_steps(args, step):
     """Refuse a checkpoint beyond the last step, and warn about unusual flags."""
     if step > args.max_train_steps:
-        raise TrainingError(f"--max_train_steps {args.max_train_steps}: the checkpoint is of step {step}.")
+        raise TrainingError(f"--max_train_steps {args.max_train_steps}: the checkpoint is from step {step}.")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps > args.max_train_steps:
         peak = args.max_train_steps / args.lr_warmup_steps
         logger.warning(
@@ -2666,7 +2803,7 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, 
         load_checkpoint(accelerator, parts, prepared_optimizer, checkpoint)
     model.train()
 
-    # add_noise would move this to the GPU in each step.
+    # add_noise would move this to the GPU in the first step, and wait for it.
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     return Run(
         args=args,
@@ -2687,21 +2824,24 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, 
 
 def set_up(args, accelerator):
     """Check and load everything that training needs. Returns a Run and its StepBatches."""
-    latent_shape, noise_scheduler = load_configs(args)
-
     # Find out where to start. Only the main process looks, because machines may see different folders.
     checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
+    args.revision = from_main_process(pin_revision, args, checkpoint)
     if checkpoint is not None:
         check_settings(checkpoint, checkpoint_settings(args, accelerator))
+    latent_shape, noise_scheduler = load_configs(args)
 
-    # Open the pairs.
+    # Open the pairs, those of the hub at the commit with which the run began.
+    commit = None
+    if checkpoint is not None and checkpoint.settings["dataset_name"] == args.dataset_name:
+        commit = checkpoint.progress.dataset_commit
     with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be read"):
-        pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps)
-    progress = start_progress(args, accelerator, checkpoint, pairs.index)
+        pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, commit)
+    progress = start_progress(args, accelerator, checkpoint, pairs)
     if args.max_train_steps is None:
-        batches = args.num_train_epochs * len(pairs.index) / (args.train_batch_size * accelerator.num_processes)
-        args.max_train_steps = math.ceil(batches / args.gradient_accumulation_steps)
+        pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs.index) / pairs_per_step)
     check_steps(args, progress.step)
     logger.info(f"{len(pairs.index)} pairs to train on, {len(held_out.index)} held out.")
 
@@ -2721,7 +2861,8 @@ def set_up(args, accelerator):
 
     # Load the models, and encode the pairs with --cache_latents.
     pipeline = load_pipeline(args, accelerator)
-    check_vae(pipeline.vae, first_pair, args.vae_encode_batch_size)
+    with raise_on_all_ranks(f"The VAE cannot encode {first_pair['row']}"):
+        check_vae(pipeline.vae, first_pair, args.vae_encode_batch_size)
     with explain(f"--dataset_name {args.dataset_name} cannot be read"):
         captions = pairs.source.first_captions()
     warn_about_long_captions(pipeline.tokenizer, captions)
@@ -2746,12 +2887,14 @@ def main(args):
         run, batches = set_up(args, accelerator)
         start_trackers(args, accelerator, run.progress)
 
-        # Validate a new run before its first step, and one that resumes from a checkpoint that precedes a validation.
+        # Validate before the first step, and after a resume if a validation follows the checkpoint's step.
         step = run.progress.step
         if step % args.validation_steps == 0 and step < args.max_train_steps:
             validate(run)
 
-        completed = train(run, batches, StopSignal())
+        stop = StopSignal()
+        completed = train(run, batches, stop)
+        stop.training = False
         if completed:
             finish(run)
 

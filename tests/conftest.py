@@ -22,7 +22,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from cpu_cluster import run_ranks  # noqa: E402
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
@@ -67,7 +67,8 @@ def save_lora(folder):
 
 @pytest.fixture(scope="session")
 def script():
-    """The script as a module."""
+    """The script as a module. Its logger needs accelerate's state."""
+    PartialState()
     return sys.modules.get(SCRIPT.stem) or load_script()
 
 

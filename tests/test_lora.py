@@ -178,6 +178,32 @@ def test_unet_of_another_kind_is_refused(script, flags, tmp_path):
         run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})
 
 
+@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector"])
+def test_dora_is_refused(script, flags, tmp_path, key):
+    """diffusers would leave the magnitudes out, which makes it another model."""
+    file = run(script, {**flags, "max_train_steps": 1}) / KOHYA
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(".lora_down.weight"))
+    weights[name.replace("lora_down.weight", key)] = torch.ones(4)
+    save_file(weights, tmp_path / "dora.safetensors")
+
+    with pytest.raises(script.TrainingError, match="--init_lora .*dora.safetensors cannot be loaded.*DoRA"):
+        run(script, {**flags, "init_lora": tmp_path / "dora.safetensors", "output_dir": tmp_path / "second"})
+
+
+def test_lora_to_continue_may_be_the_only_file_of_a_folder(script, flags, tmp_path):
+    first = run(script, {**flags, "max_train_steps": 1})
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "mystyle.safetensors").write_bytes((first / KOHYA).read_bytes())
+
+    second = run(
+        script, {**flags, "init_lora": tmp_path / "style", "learning_rate": 1e-30, "output_dir": tmp_path / "2"}
+    )
+
+    weights, expected = load_file(second / DIFFUSERS), load_file(first / DIFFUSERS)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_unknown_layer_is_refused(script, flags):
     with pytest.raises(script.TrainingError, match="--lora_layers to_nothing is neither"):
         run(script, {**flags, "lora_layers": ["to_k", "to_nothing"]})

@@ -291,7 +291,7 @@ def test_process_keeps_the_row_groups_of_its_own_lanes_only(script, lanes, proce
 
     for worker in range(max(workers, 1)):
         source.kept = {}
-        batches = script.training_batches(index, 0, layout, 2, 0, rank=0, num_processes=processes)
+        batches = script.training_batches(index, 0, layout, 2, 0, process_index=0, num_processes=processes)
         for number, batch in enumerate(itertools.islice(batches, 600)):
             if number % max(workers, 1) == worker:
                 for visit in batch:

@@ -315,8 +315,81 @@ def test_samples_and_held_out_pairs_are_the_same_streamed_or_not(script, tmp_pat
         trained, held_out = found[0]
         assert held_out == USABLE[:3]
         assert trained == [caption for caption in USABLE[3:] if caption in trained] and len(trained) == min(most, 17)
-    with pytest.raises(script.TrainingError, match="pairs? .*to train on"):
+    with pytest.raises(script.TrainingError, match="0 pairs left for training"):
         load_pairs(script, folder, num_validation_pairs=20)
+
+
+@pytest.mark.parametrize(
+    ("number", "held_out", "trained"),
+    [(2, [0, 3], [1, 2, 4, 5, 6, 7]), (3, [0, 1, 3], [2, 5, 6, 7]), (4, [0, 1, 3, 4], [2, 5, 6, 7])],
+)
+def test_captions_are_held_out_as_a_whole(script, tmp_path, caplog, number, held_out, trained):
+    """Four captions of two pairs each. Of a caption that is partly held out, no pair is trained on."""
+    table = [make_row(n, caption=caption) for n, caption in enumerate("cbacbadd")]
+    write_parquet(tmp_path / "data" / "train.parquet", [table])
+
+    args = make_args(script, tmp_path / "data", num_validation_pairs=number)
+    found = [pairs.index[:, 1].tolist() for pairs in script.load_pairs(args, (4, 1, 1), 1000)]
+
+    assert found == [trained, held_out]
+    assert ("1 training pairs are left out" in caplog.text) == (number == 3)
+
+
+def test_training_pairs_with_captions_of_the_validation_split_are_left_out(script, tmp_path, caplog):
+    for split, numbers in (("train", range(6)), ("validation", [1, 4, 9])):
+        write_parquet(tmp_path / "data" / f"{split}.parquet", [[make_row(number) for number in numbers]])
+
+    args = make_args(script, tmp_path / "data", validation_split="validation")
+    trained, _ = script.load_pairs(args, (4, 1, 1), 1000)
+
+    assert trained.index[:, 1].tolist() == [0, 2, 3, 5]
+    assert "2 training pairs are left out" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "JSON"])
+def test_dataset_may_be_a_single_file(script, tmp_path, monkeypatch, kind):
+    """Or the current folder."""
+    write_groups(tmp_path / "data", [[3]])
+    monkeypatch.chdir(tmp_path / "data")
+
+    if kind == "parquet":
+        for name in (tmp_path / "data" / "train-0.parquet", "train-0.parquet", "."):
+            found = summaries(script, tmp_path / "data", dataset_name=name)
+            assert found == [expected_pair(number) for number in range(3)]
+    else:
+        file = tmp_path / f"pairs.{kind}"
+        file.write_text("caption,label_0\nred,1\n")
+        sentence = "has no column 'jpg_0'" if kind == "csv" else "give a folder, or a file in parquet, CSV or JSON"
+        with pytest.raises(script.TrainingError, match=sentence):
+            load_pairs(script, tmp_path / "data", dataset_name=file)
+
+
+@pytest.fixture
+def hub_dataset(tmp_path):
+    """A cache that holds a prepared dataset of the hub, `me/pairs`, at commit a..., which cannot be reached."""
+    folder = write_groups(tmp_path / "local", [[4]])
+    builder = datasets.load_dataset_builder(str(folder), cache_dir=str(tmp_path / "cache"))
+    builder.download_and_prepare()
+    cached = tmp_path / "cache" / "me___pairs" / "default" / "0.0.0" / (40 * "a")
+    shutil.copytree(builder.cache_dir, cached)
+    for file in cached.glob("*-train.arrow"):
+        file.rename(file.with_name("pairs-train.arrow"))
+    return tmp_path / "cache"
+
+
+def test_dataset_of_the_hub_is_used_from_the_cache_at_the_commit_of_the_run(script, tmp_path, hub_dataset):
+    flags = {"dataset_name": "me/pairs", "cache_dir": hub_dataset}
+    args = make_args(script, tmp_path / "none", **flags)
+
+    pairs, _ = script.load_pairs(args, (4, 1, 1), 1000)
+
+    assert [summary(tensors) for tensors in visits(pairs)] == [expected_pair(number) for number in range(4)]
+    assert pairs.source.commit == 40 * "a"
+    script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "a")
+    with pytest.raises(script.TrainingError, match="commit b+ of the original run is not available"):
+        script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "b")
+    with pytest.raises(script.TrainingError, match="--streaming: me/pairs cannot be reached"):
+        script.load_pairs(make_args(script, tmp_path / "none", streaming=True, **flags), (4, 1, 1), 1000)
 
 
 def test_every_pair_is_as_likely_to_be_sampled(script, monkeypatch):
@@ -332,7 +405,10 @@ def test_every_pair_is_as_likely_to_be_sampled(script, monkeypatch):
 
 def test_a_held_out_split_is_not_sampled(script, tmp_path):
     for split, size in (("train", 9), ("validation", 6)):
-        write_parquet(tmp_path / "data" / f"{split}.parquet", [[make_row(number) for number in range(size)]])
+        write_parquet(
+            tmp_path / "data" / f"{split}.parquet",
+            [[make_row(number, caption=f"{split} {number}") for number in range(size)]],
+        )
     args = make_args(script, tmp_path / "data", max_train_samples=4, validation_split="validation")
     index, held_out = (pairs.index for pairs in script.load_pairs(args, (4, 1, 1), 1000))
     assert len(index) == 4 and held_out[:, 1].tolist() == [0, 1, 2, 3, 4, 5]

@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import wandb
@@ -20,7 +22,8 @@ from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from small_world import draw_pairs
+from safetensors import safe_open
+from small_world import build_pipeline, draw_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import assert_equal, curves, trained
 from wandb.proto.wandb_internal_pb2 import Record
@@ -163,15 +166,19 @@ def test_held_out_pairs_are_not_trained_on(script, flags, monkeypatch):
     rows, step = [], script.preference_loss
     monkeypatch.setattr(script, "preference_loss", lambda run, batch: rows.extend(batch["row"]) or step(run, batch))
     run(script, flags)
-    assert sorted(row for row in rows if row.startswith("row")) == sorted(2 * [f"row {n}" for n in range(44, 48)])
-    assert [row for row in rows if not row.startswith("row")] == 2 * [f"held-out row {n}" for n in range(44)]
+    assert sorted(row for row in rows if row.startswith("row")) == sorted(2 * [f"row {n}" for n in (22, 23, 46, 47)])
+    held_out = [*range(22), *range(24, 46)]  # each caption has two pairs
+    assert [row for row in rows if not row.startswith("row")] == 2 * [f"held-out row {n}" for n in held_out]
 
 
 def test_validation_split_is_held_out_and_all_other_pairs_are_trained_on(script, flags, tmp_path):
     draw_pairs(tmp_path / "pairs")
     draw_pairs(tmp_path / "other", num_pairs=20, seed=5, num_shards=1)
     (part,) = (tmp_path / "other" / "data").iterdir()
-    shutil.move(part, tmp_path / "pairs" / "data" / "validation-00000-of-00001.parquet")
+    table = pq.read_table(part)
+    captions = pa.array([f"another {caption}" for caption in table["caption"].to_pylist()])
+    table = table.set_column(0, "caption", captions)
+    pq.write_table(table, tmp_path / "pairs" / "data" / "validation-00000-of-00001.parquet")
     flags.update(dataset_name=tmp_path / "pairs", cache_dir=tmp_path / "cache", max_train_steps=1)
     whole = {"validation_split": "validation"}
     eight = {**whole, "num_validation_pairs": 8}
@@ -284,6 +291,52 @@ def test_base_from_the_hub_is_named_and_its_place_in_the_cache_is_not(script, fl
     assert not published_files_with(str(tmp_path), out)
 
 
+def test_model_card_of_a_lora_names_the_unet_that_it_belongs_to(script, flags, world, tmp_path):
+    """The image of its snippet would be another one with the base model's UNet."""
+    full = run(script, {**flags, "rank": None, "max_train_steps": 1, "output_dir": tmp_path / "full"})
+
+    out = run(script, {**flags, "pretrained_unet_name_or_path": full, "max_train_steps": 1})
+
+    card = (out / "README.md").read_text()
+    assert 'pipeline.unet = UNet2DConditionModel.from_pretrained("full", subfolder="unet")' in card
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.base_model_name_or_path"] == "full"
+
+
+def test_readme_of_somebody_else_is_kept(script, flags, caplog):
+    """The own one is written again."""
+    flags["output_dir"].mkdir()
+    (flags["output_dir"] / "README.md").write_text("# My project\n")
+
+    out = run(script, {**flags, "max_train_steps": 1})
+
+    assert (out / "README.md").read_text() == "# My project\n"
+    assert "README.md is not a model card of this script" in caplog.text
+    (out / "README.md").unlink()
+    for steps in (2, 3):
+        run(script, {**flags, "max_train_steps": steps, "resume_from_checkpoint": "latest"})
+        assert f"fine-tuned for {steps} steps" in (out / "README.md").read_text()
+
+
+def test_base_model_stays_at_the_commit_of_the_first_start(script, flags, world, tmp_path):
+    """A later push does not change a run that is resumed."""
+    repo = tmp_path / "cache" / "models--some--sdxl"
+    shutil.copytree(world / "pipeline", repo / "snapshots" / (40 * "a"))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(40 * "a")
+    flags.update(pretrained_model_name_or_path="some/sdxl", cache_dir=tmp_path / "cache", checkpointing_steps=2)
+    whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
+    run(script, {**flags, "max_train_steps": 2})
+
+    build_pipeline(repo / "snapshots" / (40 * "b"), seed=1)
+    (repo / "refs" / "main").write_text(40 * "b")
+    out = run(script, {**flags, "resume_from_checkpoint": "latest"})
+
+    assert_equal(trained(out), trained(whole))
+    assert f"`--revision`: {40 * 'a'}" in (out / "README.md").read_text()
+
+
 # Trackers -----------------------------------------------------------------------------------------------------------
 
 
@@ -380,8 +433,10 @@ def test_failed_upload_loses_nothing(script, flags, hub, tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_everything_but_checkpoints_wandb_files_and_hidden_folders_is_uploaded(script, flags, hub, monkeypatch):
-    """To a private repository that is there before any weight is loaded."""
+@pytest.mark.parametrize("logging_dir", ["logs", "./logs", "logs/"])
+def test_everything_but_checkpoints_logs_and_hidden_files_is_uploaded(script, flags, hub, monkeypatch, logging_dir):
+    """To a private repository that is there before any weight is loaded. Names of log files contain the host's."""
+    flags["logging_dir"] = logging_dir
     monkeypatch.setattr(script, "upload_folder", lambda **options: hub.append(options))
     flags.update(push_to_hub=True, hub_model_id="some-model", hub_token=TOKEN, hub_private_repo=True)
     out = run(script, {**flags, "checkpointing_steps": 2, "max_train_steps": 2})
@@ -391,7 +446,7 @@ def test_everything_but_checkpoints_wandb_files_and_hidden_folders_is_uploaded(s
     names = {"repo_id": "me/some-model", "commit_message": "End of training"}
     assert Path(uploaded.pop("folder_path")) == out and uploaded == {"token": TOKEN, **names}
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    ignored = {file for file in files if file.startswith("checkpoint-2/")}
-    assert len(ignored) > 3 and {"README.md", "pytorch_lora_weights.safetensors"} <= files
-    ignored |= {".lock", ".cache/huggingface/some.lock", "logs/wandb/offline-run/some.wandb"}
+    ignored = {file for file in files if file.startswith(("checkpoint-2/", "logs/"))}
+    assert len(ignored) > 4 and {"README.md", "pytorch_lora_weights.safetensors"} <= files
+    ignored |= {".lock", ".cache/huggingface/some.lock", "logs/wandb/offline-run/some.wandb", "unet/.config.json.1a"}
     assert set(filter_repo_objects(sorted(files | ignored), ignore_patterns=patterns)) == files - ignored

@@ -116,7 +116,7 @@ def print_throughput(folder):
     for kind in ("PNG", "JPEG"):
         images = itertools.cycle([encoded(photo(seed), kind) for seed in range(PAIRS)])
         write(folder / kind / "0.parquet", lambda rows: list(itertools.islice(images, rows)), PAIRS, 8)
-        loader = iter(batches(load_pairs(folder / kind, SIDE)))
+        loader = iter(batches(*load_pairs(folder / kind, SIDE)))
         next(loader)
         start = time.perf_counter()
         for _ in range(PAIRS // 4):
@@ -128,13 +128,14 @@ def print_throughput(folder):
 def print_memory(folder):
     image = encoded(Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)), "PNG")
     write(folder / "long" / "0.parquet", lambda rows: rows * [image], LONG, 100)
-    pairs, process = load_pairs(folder / "long"), psutil.Process()
-    print(f"\n{LONG:,} pairs in row groups of 100, {pairs.args.shuffle_shards} of which are kept:\n")
+    args, pairs = load_pairs(folder / "long")
+    process = psutil.Process()
+    print(f"\n{LONG:,} pairs in row groups of 100, {args.shuffle_shards} of which are kept:\n")
     print("| pairs streamed | resident MiB | row groups in memory |\n|---|---|---|")
-    for seen, _ in enumerate(batches(pairs), start=1):
+    for seen, _ in enumerate(batches(args, pairs), start=1):
         if 4 * seen in MOMENTS:
             print(
-                f"| {4 * seen:,} | {process.memory_info().rss / 2**20:.0f} | {len(pairs.source.shards)} |", flush=True
+                f"| {4 * seen:,} | {process.memory_info().rss / 2**20:.0f} | {len(pairs.source.kept[0])} |", flush=True
             )
         if 4 * seen == LONG:
             return
