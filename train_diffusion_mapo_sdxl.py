@@ -2796,6 +2796,8 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, 
     optimizer = build_optimizer(args, parameters_of_parts, pairs_per_step)
     model, prepared_optimizer = accelerator.prepare(model, optimizer)
     prepared_optimizer.defaults = optimizer.defaults  # for the polynomial schedule; DeepSpeed's optimizer lacks them
+    # Collected before any forward pass, after which FSDP shows unsharded copies of some of them.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     base_images = []
     if args.run_validation:
         base_images = generate_images(args, accelerator, pipeline)
@@ -2812,7 +2814,7 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, 
         noise_scheduler=noise_scheduler,
         model=model,
         parts=parts,
-        parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters=parameters,
         optimizer=prepared_optimizer,
         lr_scheduler=build_schedule(args, prepared_optimizer, progress.step),
         held_out=held_out,

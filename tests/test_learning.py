@@ -71,7 +71,8 @@ def align(script, flags, base_shares, rejected=10):
     assert aligned["right"] >= 0.95 * base_shares["right"]
     # Without the right captions, or the true sizes of the images, the base would denoise them less well than this.
     before, after = logged["eval_chosen_mse"]
-    assert before < 0.0141 and after < 0.85 * before
+    # The right ones give 0.01465, SDXL's own sizes 0.01547, and no captions 0.0218.
+    assert before < 0.0150 and after < 0.85 * before
     before, after = logged["eval_rejected_mse"]
     assert after > rejected * before
     before, after = logged["eval_margin"]
