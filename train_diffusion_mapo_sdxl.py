@@ -809,8 +809,9 @@ def describe(error):
     """An error's type and text in one line. PyTorch wraps errors of loader workers: take the last line of those."""
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # has the file and the reason
+    # `datasets` says what is wrong, and in which file, in the cause of its error, or else in the error itself.
+    if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

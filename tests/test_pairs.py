@@ -236,7 +236,7 @@ UNUSABLE = [
     ({"jpg_0": encode(Image.new("1", (20_000, 10_000)))}, "cannot be read .*Bomb"),
     # Stretched to a shorter side of 8, it would have 200 million pixels.
     ({"jpg_1": flat(RED, (1, 3_000_000))}, "1 x 3000000 pixels"),
-    ({"caption": None}, "has no text in column caption, but 'None'"),
+    ({"caption": None}, "has 'None' instead of text in column caption"),
     ({"label_1": math.nan, "label_0": 1.0}, "has no label_1"),
 ]
 

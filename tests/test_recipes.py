@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, command_line, run_words
 from small_scorers import build_scorers
-from small_world import draw
+from small_world import COLOURS, caption, draw
 from trained_world import load_pipeline
 
 
@@ -186,10 +186,11 @@ def test_documented_command_parses(path, words):
 
 
 def test_first_command_of_the_readme_runs(script, tmp_path):
-    """Cut to 48 captions and two steps: the model draws its pairs, and is trained on them."""
+    """Cut to 48 captions, four of each kind, and two steps: the model generates its pairs, and is trained on them."""
     demo = tmp_path / "demo"
     load_pipeline().save_pretrained(demo / "pipeline")
-    (demo / "captions.txt").write_text("a red circle\na blue star\n" * 24)
+    captions = [caption(shape, colour) for shape in ("circle", "star") for colour in COLOURS]
+    (demo / "captions.txt").write_text("\n".join(4 * captions))
     (making, made), (training, trained) = (
         (path, [str(tmp_path / word) if word.startswith("demo/") else word for word in words])
         for path, words in COMMANDS[:2]
