@@ -91,6 +91,7 @@ SCHEDULERS += ("DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "KD
 SCHEDULERS += ("DEISMultistep", "UniPCMultistep", "DPMSolverSDE", "EDMEuler")
 # Stands for each prompt's category in a path.
 CATEGORY = "{category}"
+PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
 
 
 def count(text):
@@ -105,13 +106,14 @@ def named_source(text):
     match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
-    return match.groups()
+    name, path = match.groups()
+    return name, PATH(path)
 
 
 def add_image_arguments(parser):
     add = parser.add_argument_group("prompts and images").add_argument
     shown = "pickapic_v2, hpdv2, partiprompts, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet file."
-    add("--prompts", required=True, help=shown)
+    add("--prompts", type=PATH, required=True, help=shown)
     add("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
     shown = "Column of what scorers read instead, e.g. without a subject's rare token."
     add("--scoring_prompt_column", help=shown)
@@ -123,15 +125,15 @@ def add_image_arguments(parser):
     add("--max_prompts", type=count, help="Use only the first prompts.")
     add("--images_per_prompt", type=count, default=1, help="Images of each prompt.")
     add("--batch_size", type=count, default=4, help="Images per process and forward pass.")
-    add("--output_dir", default="evaluation", help="Folder for everything that the run writes.")
+    add("--output_dir", type=PATH, default="evaluation", help="Folder for everything that the run writes.")
     named = {"nargs": "+", "type": named_source, "default": []}
     shown = "Folders of images named by prompt and image, 00012_0.png, or as hpsv2 names them, CATEGORY/00012.jpg. "
     shown += "Without a base pipeline, the first is the base."
     add("--images", **named, metavar="NAME=FOLDER", help=shown)
 
     add = parser.add_argument_group("drawing").add_argument
-    add("--pretrained_model_name_or_path", help="Base SDXL pipeline, called `base`: hub id or local folder.")
-    add("--pretrained_vae_model_name_or_path", help="VAE of all models, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--pretrained_model_name_or_path", type=PATH, help="Base SDXL model, called `base`: hub id or local folder.")
+    add("--pretrained_vae_model_name_or_path", type=PATH, help="VAE of all, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
     shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training."
     add("--candidates", **named, metavar="NAME=PATH", help=shown)
@@ -154,10 +156,10 @@ def add_scorer_arguments(parser):
         default=DEFAULT_SCORERS,
         help="Scores to compute.",
     )
-    add("--reference_images", help="Local folder of the subject's images, for dinov2.")
+    add("--reference_images", type=PATH, help="Local folder of the subject's images, for dinov2.")
     for name, sources in SOURCES.items():
         for part, source in sources.items():
-            add(f"--{name}_{part}", default=source, help=f"Source of {name}.")
+            add(f"--{name}_{part}", type=PATH, default=source, help=f"Source of {name}.")
 
 
 def parse_args(input_args=None):

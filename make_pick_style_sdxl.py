@@ -81,25 +81,29 @@ def write_whole(path, write):
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
+PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
+
+
 def add_arguments(parser):
     add = parser.add_argument_group("captions and pairs").add_argument
-    add("--prompts", required=True, help="Captions: a .txt, .csv, .json, .jsonl or .parquet file, or a hub id.")
+    shown = "Captions: a .txt, .csv, .json, .jsonl or .parquet file, or a hub id."
+    add("--prompts", type=PATH, required=True, help=shown)
     add("--prompt_column", "--caption_column", default="prompt", help="Column of the captions, except in a .txt.")
     add("--prompt_split", default="train", help="Split of the hub data set.")
     add("--max_prompts", type=int, help="Use only the first captions.")
     kind = parser.add_mutually_exclusive_group(required=True).add_argument
     kind("--style_prefix", help="Words that stand before the captions of the chosen images only.")
     kind("--num_candidates", type=int, help="Draw so many images of a caption, and pair the best with the worst.")
-    kind("--chosen_images", metavar="FOLDER", help="Photos to choose over drawn images, used in turn.")
+    kind("--chosen_images", type=PATH, metavar="FOLDER", help="Photos to choose over drawn images, used in turn.")
     add("--different_seeds", action="store_true", help="Give the two images of a style pair different noise.")
     scorers = {"choices": ["pickscore", "hps", "imagereward", "aesthetic", "clip", "siglip"]}
     add("--scorer", **scorers, help="Who ranks the candidates; takes the evaluation script's flags for its files.")
     add = parser.add_argument_group("drawing").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="SDXL pipeline: hub id or local folder.")
-    add("--pretrained_vae_model_name_or_path", help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--pretrained_model_name_or_path", type=PATH, required=True, help="SDXL pipeline: hub id or local folder.")
+    add("--pretrained_vae_model_name_or_path", type=PATH, help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
-    add("--unet", help="UNet in place of the pipeline's: hub id or local folder, e.g. of training.")
-    add("--lora", help="LoRA to draw with: hub id or local folder, e.g. of training, or a .safetensors file.")
+    add("--unet", type=PATH, help="UNet in place of the pipeline's: hub id or local folder, e.g. of training.")
+    add("--lora", type=PATH, help="LoRA to draw with: hub id, local folder, e.g. of training, or .safetensors file.")
     add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
     add("--resolution", type=int, default=1024, help="Side of the drawn images in pixels.")
@@ -107,7 +111,7 @@ def add_arguments(parser):
     add("--batch_size", type=int, default=4, help="Images per process and forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="pairs", help="Folder for everything that the run writes.")
+    add("--output_dir", type=PATH, default="pairs", help="Folder for everything that the run writes.")
     add("--push_to_hub", action="store_true", help="Upload the pairs and their card at the end.")
     add("--hub_model_id", help="Data set repository to upload to. Without it, the name of output_dir.")
     add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")

@@ -785,6 +785,19 @@ def test_single_file_is_refused_with_the_command_that_converts_it(script, capsys
     assert "python convert_sdxl.py single_file some/model.safetensors FOLDER" in capsys.readouterr().err
 
 
+def test_home_is_expanded_in_every_path_flag(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ["prompts", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "output_dir"]
+    names += ["reference_images", "clip_model", "hps_weights"]
+    words = [f"--{name}=~/{name}" for name in names]
+
+    args = script.parse_args([*words, "--images", "a=~/images", "--candidates", "b=~/lora"])
+
+    assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
+    assert args.images == [("a", "/home/me/images")]
+    assert args.candidates == [("b", "/home/me/lora")]
+
+
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--prompts", "p.txt", "--scorer", "clip"], 2)])
 def test_help_and_wrong_flags_wait_for_no_library(monkeypatch, words, status):
     for library in ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"):

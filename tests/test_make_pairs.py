@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from functools import partial
+from importlib.metadata import metadata
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from conftest import run as run_script
 from cpu_cluster import Fault, killed, run_ranks, with_faults
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_scorers import build_scorers, expected_score
@@ -674,6 +676,28 @@ def test_single_file_is_refused_with_the_command_that_converts_it(maker, capsys)
         maker.parse_args(["--pretrained_model_name_or_path", "some/model.safetensors", "--prompts", "p.txt", *STYLE])
     assert end.value.code == 2
     assert "python convert_sdxl.py single_file some/model.safetensors FOLDER" in capsys.readouterr().err
+
+
+def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ["prompts", "chosen_images", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"]
+    names += ["unet", "lora", "output_dir"]
+
+    args = maker.parse_args([f"--{name}=~/{name}" for name in names])
+
+    assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
+
+
+@pytest.mark.parametrize("name", ["make_pick_style_sdxl.py", "evaluate_diffusion_mapo_sdxl.py"])
+def test_header_asks_for_a_python_that_its_packages_run_on(name):
+    header = (ROOT / name).read_text().split("# ///")[1]
+
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', header)[1]
+    packages = re.findall(r'"([a-z]+)(?:>=|")', header)
+
+    assert "transformers" in packages
+    for package in packages:
+        assert oldest in SpecifierSet(metadata(package)["Requires-Python"]), package
 
 
 def test_what_is_not_installed_is_named(maker, capsys, monkeypatch):
