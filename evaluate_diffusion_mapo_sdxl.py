@@ -232,7 +232,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -295,7 +295,7 @@ def decided_once(accelerator, decide):
     return broadcast_object_list(value)[0]
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def find_file(source, name):
@@ -344,14 +344,65 @@ def load_complete(architecture, source, **options):
     return model
 
 
-def read_image(path):
-    """Decode one image to RGB; EvaluationError if Pillow cannot."""
-    with naming(f"Image {path}", "cannot be read, fix or delete it"), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        # Pillow would clip 16 bits of grey to white.
-        if image.mode.startswith("I"):
+# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+ORIENTATION = 0x0112
+# How an image is turned upright, by its EXIF orientation.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(path):
+    """Decode an image to RGB: upright, and on white where it is transparent. Its metadata may be broken."""
+    with Image.open(path) as image:
+        image.load()
+        # Pillow's own conversion clips. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+        # ImageOps.exif_transpose also writes the EXIF data again, which fails if one of its tags is wrong.
+        orientation = None
+        with contextlib.suppress(Exception):
+            orientation = image.getexif().get(ORIENTATION)
+        if orientation in TRANSPOSITIONS:
+            image = image.transpose(TRANSPOSITIONS[orientation])
+
+        if is_16_bit:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def find_images(folder):
+    """Paths of a folder's images, by name, and the names of the files that Pillow cannot open."""
+    images = []
+    others = []
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if not path.is_file():
+            continue
+        try:
+            Image.open(path).close()
+        except UnidentifiedImageError:
+            others.append(path.name)
+            continue
+        except Exception:  # raised again, with its path, when the image is decoded
+            pass
+        images.append(path)
+    return images, others
+
+
+def read_image(path):
+    """An image in RGB; EvaluationError if it cannot be decoded."""
+    with naming(f"Image {path}", "cannot be read, fix or delete it"):
+        return decode_image(path)
 
 
 def write_whole(path, write):
@@ -699,11 +750,6 @@ def list_records(systems, prompts, places):
 # Scores --------------------------------------------------------------------------------------------------------------
 
 
-def find_references(folder):
-    """Paths of the images in a folder."""
-    return sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def references_of(args, category):
     """The folder of a subject's images."""
     return args.reference_images.replace(CATEGORY, str(category))
@@ -929,7 +975,7 @@ class DINOv2(Scorer):
 
     def __init__(self, device, reference_images, **sources):
         super().__init__(device, **sources)
-        self.references = self.embed_images([read_image(path) for path in find_references(reference_images)])
+        self.references = self.embed_images([read_image(path) for path in find_images(reference_images)[0]])
 
     def embed_images(self, images):
         pixels = self.to_pixels(images).to(self.device)
@@ -1026,9 +1072,15 @@ def find_scorers(args, prompts):
             versions[name][part] = version_of(folder, *found)
     if "dinov2" in args.scorers:
         for folder in dict.fromkeys(references_of(args, prompt.category) for prompt in prompts):
-            if not find_references(folder):
-                raise EvaluationError(f"--reference_images {folder} holds no {', '.join(IMAGE_SUFFIXES)} file.")
-            versions["dinov2"][folder] = digest([file_digest(path) for path in find_references(folder)])
+            images, others = find_images(folder)
+            if not images:
+                raise EvaluationError(f"--reference_images {folder} is not a folder with images that Pillow can open.")
+            if others:
+                logger.warning(
+                    f"--reference_images {folder}: left out {len(others)} files that Pillow cannot open: "
+                    f"{', '.join(others)}."
+                )
+            versions["dinov2"][folder] = digest([file_digest(path) for path in images])
     return versions
 
 

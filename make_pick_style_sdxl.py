@@ -47,7 +47,7 @@ from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import DatasetCardData, ModelCard, create_repo, hf_hub_download, upload_folder
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 
@@ -198,17 +198,77 @@ def read_captions(args):
     return captions
 
 
-def read_photos(args):
-    """--chosen_images in the order of their names: upright, on white, and no larger than --resolution asks for."""
-    paths, photos = sorted(Path(args.chosen_images).glob("*")), []
-    for path in [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]:
-        with naming(f"--chosen_images: {path}", "cannot be read"), Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            side = min(args.resolution, *image.size)
-            photos.append(ImageOps.cover(image, (side, side), Image.Resampling.LANCZOS))
-    if not photos:
-        raise PairsError(f"--chosen_images {args.chosen_images} is no folder with .png, .jpg, .jpeg or .webp files.")
+# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+ORIENTATION = 0x0112
+# How an image is turned upright, by its EXIF orientation.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(path):
+    """Decode an image to RGB: upright, and on white where it is transparent. Its metadata may be broken."""
+    with Image.open(path) as image:
+        image.load()
+        # Pillow's own conversion clips. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+        # ImageOps.exif_transpose also writes the EXIF data again, which fails if one of its tags is wrong.
+        orientation = None
+        with contextlib.suppress(Exception):
+            orientation = image.getexif().get(ORIENTATION)
+        if orientation in TRANSPOSITIONS:
+            image = image.transpose(TRANSPOSITIONS[orientation])
+
+        if is_16_bit:
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def find_images(folder):
+    """Paths of a folder's images, by name, and the names of the files that Pillow cannot open."""
+    images = []
+    others = []
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if not path.is_file():
+            continue
+        try:
+            Image.open(path).close()
+        except UnidentifiedImageError:
+            others.append(path.name)
+            continue
+        except Exception:  # raised again, with its path, when the image is decoded
+            pass
+        images.append(path)
+    return images, others
+
+
+def read_photos(folder, resolution):
+    """The images of a folder in the order of their names, no larger than `resolution` asks for."""
+    paths, others = find_images(folder)
+    if not paths:
+        raise PairsError(f"--chosen_images {folder} is not a folder with images that Pillow can open.")
+    if others:
+        logger.warning(
+            f"--chosen_images {folder}: left out {len(others)} files that Pillow cannot open: {', '.join(others)}."
+        )
+
+    photos = []
+    for path in paths:
+        with naming(f"--chosen_images: {path}", "cannot be read"):
+            image = decode_image(path)
+        side = min(resolution, *image.size)
+        photos.append(ImageOps.cover(image, (side, side), Image.Resampling.LANCZOS))
     return photos
 
 
@@ -429,7 +489,7 @@ def main(args):
     accelerator, dtype = build_accelerator(args)
     main_process, card = accelerator.is_main_process, Path(args.output_dir, "README.md")
     captions = read_captions(args)
-    photos = read_photos(args) if args.chosen_images else []
+    photos = read_photos(args.chosen_images, args.resolution) if args.chosen_images else []
     files = find_models(args)
     if main_process:
         settings = collect_settings(args, dtype, captions, photos, files)

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from cpu_cluster import run_ranks
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub.errors import LocalEntryNotFoundError
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from small_scorers import build_scorers, expected_score
 from small_world import build_pipeline, draw
@@ -851,15 +852,131 @@ def test_missing_and_unreadable_images(script, ready, small, tmp_path):
     (folder / "00001_0.png").unlink()
     assert refused(script, flags) == f"--images red={folder} lacks 1 of 3, e.g. {folder / '00001_0.png'}"
     Image.open(folder / "00000_0.png").save(folder / "00001_0.jpg")
-    subject = {"scorers": ["dinov2"], "reference_images": tmp_path}
-    assert refused(script, {**flags, **subject}).startswith(f"--reference_images {tmp_path} holds no .png")
+    subject = {"scorers": ["dinov2"], "reference_images": tmp_path / "x"}
+    assert refused(script, {**flags, **subject}).startswith(f"--reference_images {tmp_path / 'x'} is not a folder")
     assert [row["file"] for row in records(run_script(script, flags))][1] == str(folder / "00001_0.jpg")
 
 
-def test_grey_images_of_16_bits_are_read(script, tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tiff", "ppm"])
+def test_16_bit_grey_is_scaled(script, tmp_path, suffix):
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
-    Image.fromarray(grey).save(tmp_path / "x.png")
-    assert (np.asarray(script.read_image(tmp_path / "x.png"))[..., 1] == grey >> 8).all()
+    file = tmp_path / f"x.{suffix}"
+    Image.fromarray(grey).save(file)
+
+    image = script.decode_image(file)
+
+    assert image.mode == "RGB"
+    assert (np.asarray(image)[..., 1] == grey >> 8).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_images_are_decoded_on_white(script, tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (90, 90, 90, 0))
+    image.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    image.convert(mode).save(tmp_path / "x.png")
+
+    pixels = np.asarray(script.decode_image(tmp_path / "x.png"))
+
+    expected = np.full((8, 8, 3), 255)
+    expected[2:6, 2:6] = 0
+    assert (pixels == expected).all()
+
+
+def test_equal_visible_images_have_equal_scores(script, ready, tmp_path):
+    """One image with red hidden under its transparent pixels, and the same on white."""
+    hidden = Image.new("RGBA", (48, 48), (255, 0, 0, 0))
+    hidden.paste((0, 0, 255, 255), (12, 12, 36, 36))
+    visible = Image.new("RGB", (48, 48), "white")
+    visible.paste((0, 0, 255), (12, 12, 36, 36))
+    for name, image in (("hidden", hidden), ("visible", visible)):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "00000_0.png")
+    changes = {
+        "images": [f"{name}={tmp_path / name}" for name in ("hidden", "visible")],
+        "reference_images": tmp_path / "hidden",
+        "scorers": ["clip", "dinov2"],
+        "max_prompts": 1,
+    }
+
+    first, second = records(run_script(script, {**ready, **changes}))
+
+    assert first["clip"] == second["clip"]
+    assert [first["dinov2"], second["dinov2"]] == pytest.approx([100, 100], abs=TOLERANCE["dinov2"])
+
+
+def exif_data(*entries):
+    """EXIF data with entries of (tag, type, count, four bytes), which Pillow itself would not write."""
+    data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        data += struct.pack("<HHI", tag, kind, count) + value
+    return data + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "tiff"])
+def test_images_are_turned_upright(script, tmp_path, suffix):
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste("black", (0, 0, 32, 32))
+    image.save(tmp_path / f"x.{suffix}", exif=exif_data(TURNED))
+
+    upright = np.asarray(script.decode_image(tmp_path / f"x.{suffix}").convert("L"), dtype=int)
+
+    # The left side is now the upper one.
+    assert upright.shape == (64, 32)
+    assert upright[:30].max() < 30 and upright[34:].min() > 225
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (b"Exif\0\0no EXIF data at all", (64, 32)),
+        (exif_data(TURNED, (0x011A, 2, 4, b"abc\0")), (32, 64)),
+        (exif_data(TURNED, (0x0100, 9, 1, b"\xff\xff\xff\xff")), (32, 64)),
+    ],
+    ids=["garbage", "text for a number", "negative width"],
+)
+def test_broken_exif_data_is_no_reason_to_refuse_an_image(script, tmp_path, suffix, exif, size):
+    Image.new("RGB", (64, 32), "red").save(tmp_path / f"x.{suffix}", exif=exif)
+
+    image = script.decode_image(tmp_path / f"x.{suffix}")
+
+    assert image.size == size
+
+
+@pytest.mark.parametrize("kind", ["profile", "zTXt", "iTXt"])
+def test_large_metadata_is_no_reason_to_refuse_an_image(script, tmp_path, kind):
+    """3 MB, where Pillow's limit is 1 MB."""
+    info = PngImagePlugin.PngInfo()
+    profile = None
+    if kind == "profile":
+        profile = os.urandom(3 * 2**20)
+    elif kind == "zTXt":
+        info.add_text("workflow", "x" * 3 * 2**20, zip=True)
+    else:
+        info.add_itxt("workflow", "x" * 3 * 2**20, zip=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png", pnginfo=info, icc_profile=profile)
+
+    image = script.decode_image(tmp_path / "x.png")
+
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_references_of_any_format_are_used_and_other_files_named(script, ready, small, tmp_path, caplog):
+    for suffix in ("avif", "bmp", "tiff"):
+        Image.new("RGB", (48, 48), "red").save(tmp_path / f"photo.{suffix}")
+    (tmp_path / "notes.md").write_text("no photo")
+    flags = {**ready, "scorers": ["dinov2"], "reference_images": tmp_path}
+
+    rows = records(run_script(script, flags))
+
+    assert f"--reference_images {tmp_path}: left out 1 files that Pillow cannot open: notes.md." in caplog.text
+    for row in rows:
+        image = Image.open(row["file"]).convert("RGB")
+        expected = expected_score("dinov2", ready, image, "", [Image.new("RGB", (48, 48), "red")])
+        assert row["dinov2"] == pytest.approx(expected, rel=0, abs=0.5)
 
 
 def test_candidates_that_are_the_base(script, small, scorers, ready, tmp_path):

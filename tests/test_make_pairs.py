@@ -1,6 +1,8 @@
 """Pairs made by SDXL itself: what is drawn and chosen, what is written, and how runs resume, share out and end."""
 
 import hashlib
+import importlib
+import inspect
 import io
 import json
 import os
@@ -688,6 +690,13 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
     assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
 
 
+@pytest.mark.parametrize("name", ["decode_image", "find_images"])
+def test_both_scripts_repeat_a_function_identically(maker, name):
+    evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
+
+    assert inspect.getsource(getattr(maker, name)) == inspect.getsource(getattr(evaluation, name))
+
+
 @pytest.mark.parametrize("name", ["make_pick_style_sdxl.py", "evaluate_diffusion_mapo_sdxl.py"])
 def test_header_asks_for_a_python_that_its_packages_run_on(name):
     header = (ROOT / name).read_text().split("# ///")[1]
@@ -766,13 +775,36 @@ def test_a_vae_of_other_latents_is_refused(maker, small, flags, tmp_path):
 
 
 def test_wrong_photos(maker, flags, spied, tmp_path):
-    flags |= {"style_prefix": None, "chosen_images": tmp_path / "photos"}
-    assert refused(maker, flags).startswith(f"--chosen_images {tmp_path / 'photos'} is no folder with .png")
-    (tmp_path / "photos").mkdir()
-    assert refused(maker, flags).startswith(f"--chosen_images {tmp_path / 'photos'} is no folder with .png")
-    (tmp_path / "photos" / "a.png").write_bytes(b"no image")
-    assert refused(maker, flags).startswith(f"--chosen_images: {tmp_path / 'photos' / 'a.png'} cannot be read: ")
+    folder = tmp_path / "photos"
+    flags |= {"style_prefix": None, "chosen_images": folder}
+    sentence = f"--chosen_images {folder} is not a folder with images that Pillow can open."
+    assert refused(maker, flags) == sentence
+    folder.mkdir()
+    assert refused(maker, flags) == sentence
+    (folder / "a.heic").write_bytes(b"no image")
+    assert refused(maker, flags) == sentence
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    assert refused(maker, flags).startswith(f"--chosen_images: {folder / 'a.png'} cannot be read: ")
     assert not spied
+
+
+def test_photos_of_any_format_are_used_and_other_files_named(maker, tmp_path, caplog):
+    """Two would be black or white if their pixels were taken as they are: 16 bits of grey, and a transparent one."""
+    for suffix in ("avif", "bmp", "jpg", "tiff", "webp"):
+        Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / f"a.{suffix}")
+    Image.fromarray(np.full((64, 64), 100 * 256, dtype=np.uint16)).save(tmp_path / "b.png")
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "c.png")
+    for name in ("photo.heic", "notes.md", ".hidden"):
+        (tmp_path / name).write_text("no photo")
+
+    photos = maker.read_photos(tmp_path, 64)
+
+    centres = [np.array(photo.getpixel((32, 32))) for photo in photos]
+    expected = [(200, 30, 30)] * 5 + [(100, 100, 100), (255, 255, 255)]
+    assert len(centres) == len(expected)
+    assert np.abs(np.array(centres) - np.array(expected)).max() < 8
+    assert "left out 2 files that Pillow cannot open: notes.md, photo.heic." in caplog.text
 
 
 def test_a_missing_scorer_is_named_before_the_model_is_loaded(maker, flags, spied, tmp_path):
