@@ -51,6 +51,7 @@ Scorers also work alone: `PickScore("cuda").score(images, prompts)` scores PIL i
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import html
 import itertools
@@ -425,14 +426,48 @@ def in_batches(items, size):
 # Prompts and models --------------------------------------------------------------------------------------------------
 
 
-# Columns of prompt and category, and source, of each known prompt set. HPDv2 (arXiv 2306.09341) is a list of prompts
-# for each style.
+# Source, split, and columns of prompt and category, of each known prompt set. HPDv2 (arXiv 2306.09341) is a list of
+# prompts for each style.
 HPDV2 = {s: f"hf://datasets/zhwang/HPDv2/benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")}
 PROMPT_SETS = {
-    "pickapic_v2": ("caption", None, {"path": "yuvalkirstain/pickapic_v2_no_images", "split": "test_unique"}),
-    "partiprompts": ("Prompt", "Category", {"path": "nateraw/parti-prompts", "split": "train"}),
+    "pickapic_v2": ("yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", None),
+    "partiprompts": ("nateraw/parti-prompts", "train", "Prompt", "Category"),
 }
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def stream_prompts(source, split, columns):
+    """
+    Yield {flag: value} of each row of a prompts file, a local folder or a hub data set, for its columns {flag: name}.
+
+    The lines of a text file, and the strings of a JSON list, are the prompts whatever the name of their column.
+    """
+    # `datasets` takes the path of a file as a pattern.
+    suffix = Path(source).suffix.lower()
+    options = {"path": source}
+    if suffix in PROMPT_FILES:
+        options = {"path": PROMPT_FILES[suffix], "data_files": glob.escape(source)}
+        split = "train"
+    if suffix == ".txt":
+        options["encoding"] = "utf-8-sig"
+    elif suffix == ".tsv":
+        options["sep"] = "\t"
+    builder = datasets.load_dataset_builder(**options)
+    rows = builder.as_streaming_dataset(split=split)
+
+    # Of parquet files, which may contain images, read only these columns.
+    names = list(dict.fromkeys(columns.values()))
+    if hasattr(builder.config, "columns") and set(names) <= set(rows.features or ()):
+        builder.config.columns = names
+        rows = builder.as_streaming_dataset(split=split)
+
+    for row in rows:
+        if list(row) == ["text"]:
+            columns = {**columns, "--prompt_column": "text"}
+        for flag, name in columns.items():
+            if name not in row:
+                raise ValueError(f"{flag}: there is no column {name!r} (columns: {', '.join(row)})")
+        yield {flag: row[name] for flag, name in columns.items()}
 
 
 class Prompt(NamedTuple):
@@ -448,26 +483,27 @@ def read_rows(args):
     """Yield text, text for scorers, and category."""
     if args.prompts == "hpdv2":
         for style, file in HPDV2.items():
-            for row in datasets.load_dataset("json", split="train", data_files=file, streaming=True):
-                yield row["text"], row["text"], style
+            for row in stream_prompts(file, "train", {"--prompt_column": "text"}):
+                yield row["--prompt_column"], row["--prompt_column"], style
         return
-    suffix, column, category = Path(args.prompts).suffix.lower(), args.prompt_column, args.category_column
-    source = {"path": args.prompts, "split": args.prompt_split}
+
+    source = args.prompts
+    split = args.prompt_split
+    columns = {
+        "--prompt_column": args.prompt_column,
+        "--scoring_prompt_column": args.scoring_prompt_column,
+        "--category_column": args.category_column,
+    }
     if args.prompts in PROMPT_SETS:
-        column, category, source = PROMPT_SETS[args.prompts]
-    elif suffix in PROMPT_FILES:
-        source = {"path": PROMPT_FILES[suffix], "split": "train", "data_files": args.prompts}
-        source |= {".txt": {"encoding": "utf-8-sig"}, ".tsv": {"sep": "\t"}}.get(suffix, {})
-    scored = args.scoring_prompt_column
-    for row in datasets.load_dataset(streaming=True, **source):
-        # So datasets call the lines of a text file, and a list of strings.
-        if list(row) == ["text"]:
-            column = "text"
-        columns = {"--prompt_column": column, "--scoring_prompt_column": scored, "--category_column": category}
-        for flag, name in columns.items():
-            if name is not None and name not in row:
-                raise EvaluationError(f"{flag} {name} is not among the columns {', '.join(row)}.")
-        yield row[column], row[scored or column], None if category is None else str(row[category])
+        source, split, columns["--prompt_column"], columns["--category_column"] = PROMPT_SETS[args.prompts]
+
+    columns = {flag: name for flag, name in columns.items() if name is not None}
+    for row in stream_prompts(source, split, columns):
+        text = row["--prompt_column"]
+        category = None
+        if "--category_column" in row:
+            category = str(row["--category_column"])
+        yield text, row.get("--scoring_prompt_column", text), category
 
 
 def read_prompts(args):

@@ -23,6 +23,7 @@ draws with an aligned model, for another round. The same command resumes, on any
 
 import argparse
 import contextlib
+import glob
 import io
 import json
 import logging
@@ -86,7 +87,7 @@ PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
 
 def add_arguments(parser):
     add = parser.add_argument_group("captions and pairs").add_argument
-    shown = "Captions: a .txt, .csv, .json, .jsonl or .parquet file, or a hub id."
+    shown = "Captions: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a local folder or a hub id."
     add("--prompts", type=PATH, required=True, help=shown)
     add("--prompt_column", "--caption_column", default="prompt", help="Column of the captions, except in a .txt.")
     add("--prompt_split", default="train", help="Split of the hub data set.")
@@ -163,32 +164,54 @@ def parse_args(input_args=None):
 
 
 # Captions and photos -------------------------------------------------------------------------------------------------
-PROMPT_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def stream_rows(args, column):
-    """Rows of --prompts. Of parquet files, which may hold images, only the column is read."""
-    suffix, split, source = Path(args.prompts).suffix, args.prompt_split, {"path": args.prompts}
+def stream_prompts(source, split, columns):
+    """
+    Yield {flag: value} of each row of a prompts file, a local folder or a hub data set, for its columns {flag: name}.
+
+    The lines of a text file, and the strings of a JSON list, are the prompts whatever the name of their column.
+    """
+    # `datasets` takes the path of a file as a pattern.
+    suffix = Path(source).suffix.lower()
+    options = {"path": source}
     if suffix in PROMPT_FILES:
-        source, split = {"path": PROMPT_FILES[suffix], "data_files": args.prompts}, "train"
-    builder = datasets.load_dataset_builder(**source, **({"encoding": "utf-8-sig"} if suffix == ".txt" else {}))
+        options = {"path": PROMPT_FILES[suffix], "data_files": glob.escape(source)}
+        split = "train"
+    if suffix == ".txt":
+        options["encoding"] = "utf-8-sig"
+    elif suffix == ".tsv":
+        options["sep"] = "\t"
+    builder = datasets.load_dataset_builder(**options)
     rows = builder.as_streaming_dataset(split=split)
-    if hasattr(builder.config, "columns") and column in (rows.features or ()):
-        builder.config.columns = [column]
+
+    # Of parquet files, which may contain images, read only these columns.
+    names = list(dict.fromkeys(columns.values()))
+    if hasattr(builder.config, "columns") and set(names) <= set(rows.features or ()):
+        builder.config.columns = names
         rows = builder.as_streaming_dataset(split=split)
-    return rows
+
+    for row in rows:
+        if list(row) == ["text"]:
+            columns = {**columns, "--prompt_column": "text"}
+        for flag, name in columns.items():
+            if name not in row:
+                raise ValueError(f"{flag}: there is no column {name!r} (columns: {', '.join(row)})")
+        yield {flag: row[name] for flag, name in columns.items()}
 
 
 def read_captions(args):
     """The first --max_prompts captions; rows without text are left out."""
-    column, captions, left_out = "text" if args.prompts.endswith(".txt") else args.prompt_column, [], 0
+    captions = []
+    left_out = 0
     with naming(f"--prompts {args.prompts}"):
-        for row in stream_rows(args, column):
-            if column not in row:
-                raise PairsError(f"--prompt_column {column} is not among the columns {', '.join(row)}.")
-            caption = row[column].strip() if isinstance(row[column], str) else ""
-            captions += [caption] if caption else []
-            left_out += not caption
+        for row in stream_prompts(args.prompts, args.prompt_split, {"--prompt_column": args.prompt_column}):
+            text = row["--prompt_column"]
+            if isinstance(text, str) and text.strip():
+                captions.append(text.strip())
+            else:
+                left_out += 1
             if len(captions) == args.max_prompts:
                 break
     if not captions:

@@ -673,11 +673,10 @@ def test_prompt_files(script, tmp_path):
     ],
 )
 def test_prompt_sets_of_the_hub(script, monkeypatch, words, name, column, split):
-    def load_dataset(**options):
-        assert options == {"path": name, "split": split, "streaming": True}
-        return [{column: prompt, "Category": "Animals"} for prompt in PROMPTS]
-
-    monkeypatch.setattr(script.datasets, "load_dataset", load_dataset)
+    rows = [{column: prompt, "Category": "Animals"} for prompt in PROMPTS]
+    splits = {split: rows}
+    builders = {name: SimpleNamespace(config=None, as_streaming_dataset=lambda split: splits[split])}
+    monkeypatch.setattr(script.datasets, "load_dataset_builder", lambda path: builders[path])
     assert prompts_of(script, ["--prompts", *words]) == PROMPTS
     categories = {row.category for row in rows_of(script, ["--prompts", *words])}
     assert categories == {"Animals" if words == ["partiprompts"] else None}
@@ -742,7 +741,7 @@ def test_subjects_have_models_and_photos_of_their_own(script, small, scorers, tm
     [
         ("x.txt", "a\n \nb\n", "row 1 is empty or not text"),
         ("x.txt", "", "holds no prompt"),
-        ("x.csv", "text,n\na,1\n", "--prompt_column prompt is not among the columns text, n"),
+        ("x.csv", "text,n\na,1\n", "--prompt_column: there is no column 'prompt' (columns: text, n)"),
         ("x.jsonl", '{"prompt": 3}\n', "row 0 is empty or not text"),
         ("nowhere.txt", None, "cannot be loaded"),
     ],

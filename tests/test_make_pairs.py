@@ -339,6 +339,29 @@ def test_caption_files(maker, tmp_path):
     assert captions_of(maker, ["--prompts", tmp_path / "x.txt", "--max_prompts", 2]) == CAPTIONS[:2]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("UPPER.TXT", "a red circle\na blue square\n"),
+        ("table.tsv", "id\tprompt\n1\ta red circle\n2\ta blue square\n"),
+        ("TABLE.CSV", "id,prompt\n1,a red circle\n2,a blue square\n"),
+        ("list.json", '["a red circle", "a blue square"]'),
+        ("lines.jsonl", '{"prompt": "a red circle"}\n{"prompt": "a blue square"}\n'),
+        ("brackets[1].txt", "a red circle\na blue square\n"),
+    ],
+)
+def test_captions_are_read_as_the_evaluation_reads_them(maker, tmp_path, name, text):
+    evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
+    file = tmp_path / name
+    file.write_text(text)
+
+    captions = captions_of(maker, ["--prompts", file])
+    prompts = evaluation.read_prompts(evaluation.parse_args(["--images", "a=b", "--prompts", str(file)]))
+
+    assert captions == ["a red circle", "a blue square"]
+    assert [prompt.text for prompt in prompts] == captions
+
+
 def test_captions_of_a_set_with_images_are_read_alone(maker, tmp_path):
     """An image that would be decoded would end this one."""
     features = datasets.Features({"caption": datasets.Value("string"), "photo": datasets.Image()})
@@ -364,7 +387,7 @@ def test_rows_without_text_are_left_out_and_counted(maker, tmp_path, caplog):
     "name, text, sentence",
     [
         ("x.txt", "\n \n", "--prompts x.txt holds no caption"),
-        ("x.csv", "text,n\na,1\n", "--prompt_column prompt is not among the columns text, n"),
+        ("x.csv", "text,n\na,1\n", "--prompts x.csv cannot be loaded: --prompt_column: there is no column 'prompt'"),
         ("nowhere.txt", None, "--prompts nowhere.txt cannot be loaded: "),
         ("no/such", None, "--prompts no/such cannot be loaded: "),
     ],
@@ -690,7 +713,7 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
     assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
 
 
-@pytest.mark.parametrize("name", ["decode_image", "find_images"])
+@pytest.mark.parametrize("name", ["decode_image", "find_images", "stream_prompts"])
 def test_both_scripts_repeat_a_function_identically(maker, name):
     evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
 
