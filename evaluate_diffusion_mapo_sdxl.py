@@ -245,6 +245,10 @@ from transformers import (
     BlipVisionModel,
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
     Dinov2Model,
     SiglipModel,
 )
@@ -338,10 +342,11 @@ def version_of(source, file, name, weights=()):
 
 
 def load_complete(architecture, source, **options):
-    """`from_pretrained`, but a file that lacks weights is an error: the libraries would draw them at random."""
+    """`from_pretrained`, but weights that are missing are an error: the libraries would initialize them at random."""
     model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise ValueError(f"it lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}")
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
     return model
 
 
@@ -554,17 +559,59 @@ class System(NamedTuple):
         return next((path for path in paths if path.exists()), paths[0])
 
 
+# The parts of an SDXL pipeline that have weights.
+MODELS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+
+
+def load_model(source, name, variant, dtype):
+    """One of MODELS. As in diffusers, a part may lack the variant that others have."""
+    try:
+        return load_complete(MODELS[name], source, subfolder=name, variant=variant, dtype=dtype)
+    except OSError:
+        if variant is None:
+            raise
+        with contextlib.suppress(OSError):
+            return load_complete(MODELS[name], source, subfolder=name, dtype=dtype)
+        raise
+
+
+def load_tokenizers(source):
+    """The tokenizers of an SDXL pipeline. Without its vocabulary, transformers would make one of a few tokens."""
+    tokenizers = {}
+    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizers[name] = CLIPTokenizer.from_pretrained(source, subfolder=name)
+        number = len(tokenizers[name])
+        expected = CLIPTextConfig.from_pretrained(source, subfolder=encoder).vocab_size
+        if number != expected:
+            raise ValueError(f"its {name} has {number} tokens, its {encoder} expects {expected}; are files missing?")
+    return tokenizers
+
+
+def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
+    """The pipeline of a folder or hub id, with `parts` instead of its own. Nothing that it lacks is replaced."""
+    for name in MODELS:
+        if name not in parts:
+            parts[name] = load_model(source, name, variant, dtype)
+    parts.update(load_tokenizers(source))
+    return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
+
+
 def load_base(args, *_, **parts):
-    return StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path, variant=args.variant, **parts)
+    return load_sdxl(args.pretrained_model_name_or_path, args.variant, **parts)
 
 
 def load_whole(args, source, **parts):
-    return StableDiffusionXLPipeline.from_pretrained(source, **parts)
+    return load_sdxl(source, **parts)
 
 
 def load_with_unet(args, source, subfolder=None, **parts):
     """The base with this UNet, which must take the base's latents and prompts."""
-    unet = load_complete(UNet2DConditionModel, source, subfolder=subfolder, torch_dtype=parts["torch_dtype"])
+    unet = load_complete(UNet2DConditionModel, source, subfolder=subfolder, dtype=parts["dtype"])
     base = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, subfolder="unet")
     for key in ("cross_attention_dim", "in_channels"):
         if unet.config[key] != base[key]:
@@ -643,17 +690,17 @@ def find_systems(args, prompts):
 def load_shared_parts(args, accelerator):
     """The scheduler, the VAE and the dtype of all pipelines, as options of `from_pretrained`."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    parts = {"torch_dtype": dtype, "use_safetensors": True}
+    parts = {"dtype": dtype}
     if dtype == torch.float32 and accelerator.device.type != "cpu":
         logger.warning("Images are drawn in float32; --mixed_precision bf16 is faster and takes half of the memory.")
     base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     if vae is not None:
         with naming(f"--pretrained_vae_model_name_or_path {vae}"):
-            parts["vae"] = AutoencoderKL.from_pretrained(vae, **parts)
+            parts["vae"] = load_complete(AutoencoderKL, vae, dtype=dtype)
     with naming(f"--pretrained_model_name_or_path {base}"):
         config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
         parts["scheduler"] = getattr(diffusers, args.scheduler or config["_class_name"]).from_config(config)
-    return {**parts, "add_watermarker": False}
+    return parts
 
 
 def describe(system):
@@ -675,7 +722,7 @@ def collect_settings(args, systems, prompts, scorers, parts):
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }
     if parts:
-        settings["dtype"] = str(parts["torch_dtype"])
+        settings["dtype"] = str(parts["dtype"])
         settings["scheduler"] = type(parts["scheduler"]).__name__
         settings["scheduler_config"] = json.loads(parts["scheduler"].to_json_string())
     return settings
@@ -819,6 +866,8 @@ class Scorer:
         source = self.sources.get("processor") or self.sources["model"]
         self.image_processor = self.load_image_processor(source)
         self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
+        if self.reads_text and len(self.tokenizer) == len(self.tokenizer.all_special_ids):
+            raise ValueError(f"the tokenizer of {source} has no vocabulary")
 
     def load_model(self):
         return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)

@@ -50,6 +50,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub import DatasetCardData, ModelCard, create_repo, hf_hub_download, upload_folder
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 logger = get_logger(__name__)
@@ -323,26 +324,73 @@ def find_models(args):
     return files
 
 
+def load_complete(architecture, source, **options):
+    """`from_pretrained`, but weights that are missing are an error: the libraries would initialize them at random."""
+    model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
+    return model
+
+
+# The parts of an SDXL pipeline that have weights.
+MODELS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+
+
+def load_model(source, name, variant, dtype):
+    """One of MODELS. As in diffusers, a part may lack the variant that others have."""
+    try:
+        return load_complete(MODELS[name], source, subfolder=name, variant=variant, dtype=dtype)
+    except OSError:
+        if variant is None:
+            raise
+        with contextlib.suppress(OSError):
+            return load_complete(MODELS[name], source, subfolder=name, dtype=dtype)
+        raise
+
+
+def load_tokenizers(source):
+    """The tokenizers of an SDXL pipeline. Without its vocabulary, transformers would make one of a few tokens."""
+    tokenizers = {}
+    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizers[name] = CLIPTokenizer.from_pretrained(source, subfolder=name)
+        number = len(tokenizers[name])
+        expected = CLIPTextConfig.from_pretrained(source, subfolder=encoder).vocab_size
+        if number != expected:
+            raise ValueError(f"its {name} has {number} tokens, its {encoder} expects {expected}; are files missing?")
+    return tokenizers
+
+
+def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
+    """The pipeline of a folder or hub id, with `parts` instead of its own. Nothing that it lacks is replaced."""
+    for name in MODELS:
+        if name not in parts:
+            parts[name] = load_model(source, name, variant, dtype)
+    parts.update(load_tokenizers(source))
+    return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
+
+
 def load_pipeline(args, device, dtype, files):
     """The pipeline on the device, in the precision asked for; a VAE that overflows in half precision in float32."""
-    base, vae, parts, safe = getattr(args, BASE), getattr(args, VAE), {}, {"use_safetensors": True}
+    base, vae, parts = getattr(args, BASE), getattr(args, VAE), {}
     if vae:
         with naming(f"--{VAE} {vae}"):
-            parts["vae"] = AutoencoderKL.from_pretrained(vae, **safe)
+            parts["vae"] = load_complete(AutoencoderKL, vae)
     if args.unet:
         parent = files["unet"].parent
         folder = "unet" if parent.name == "unet" and parent != Path(args.unet) else None
         with naming(f"--unet {args.unet}"):
-            found = UNet2DConditionModel.from_pretrained(args.unet, subfolder=folder, output_loading_info=True, **safe)
-        if found[1]["missing_keys"]:  # which were drawn at random
-            raise PairsError(f"--unet {args.unet} lacks {len(found[1]['missing_keys'])} weights.")
-        parts["unet"] = found[0]
+            parts["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=folder)
     with naming(f"--{BASE} {base}"):
-        parts |= {"variant": args.variant, "add_watermarker": False}
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base, **parts, **safe)
+        pipeline = load_sdxl(base, args.variant, **parts)
     if args.lora:
         with naming(f"--lora {args.lora}"):
-            pipeline.load_lora_weights(files["lora"].parent, weight_name=files["lora"].name, **safe)
+            pipeline.load_lora_weights(files["lora"].parent, weight_name=files["lora"].name, use_safetensors=True)
         if not pipeline.get_list_adapters():
             raise PairsError(f"--lora {args.lora}: none of its weights has a place in this model.")
     if pipeline.vae.config.latents_mean or pipeline.vae.config.shift_factor:

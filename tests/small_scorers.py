@@ -12,6 +12,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_world import COLOURS, SHAPES, build_tokenizer
 from transformers import (
     AutoTokenizer,
@@ -411,3 +412,20 @@ def expected_score(scorer, flags, image, prompt, references=()):
     model = Dinov2Model.from_pretrained(flags["dinov2_model"]).eval()
     vectors = [model(pixel_values=centre(picture, 40))[0][0, 0] for picture in (image, *references)]
     return 100 * sum(cosine(vectors[0], reference) for reference in vectors[1:]) / len(references)
+
+
+def remove_vocabulary(folder):
+    """Leave a tokenizer's config, as if the larger files had not been downloaded."""
+    for file in folder.iterdir():
+        if file.name in ("vocab.json", "merges.txt", "tokenizer.json"):
+            file.unlink()
+
+
+def remove_weight(folder):
+    """Remove the first weight from a model's file, and return its name."""
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = min(weights)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    return name

@@ -24,7 +24,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from small_scorers import build_scorers, expected_score
+from small_scorers import build_scorers, expected_score, remove_vocabulary, remove_weight
 from small_world import build_pipeline, draw
 
 
@@ -1015,6 +1015,40 @@ def test_wrong_candidates(script, small, scorers, tmp_path):
     assert sentence.startswith(f"--candidates x={unet} cannot be loaded: ") and "conv_in.weight" in sentence
     missing = refused(script, {**flags, "pretrained_model_name_or_path": tmp_path / "nothing"})
     assert missing.startswith(f"--pretrained_model_name_or_path {tmp_path / 'nothing'} is no folder")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_a_base_without_a_vocabulary_is_refused(script, small, scorers, tmp_path, name):
+    """transformers makes a tokenizer of two tokens, for which all prompts of a length are equal."""
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    remove_vocabulary(base / name)
+
+    sentence = refused(script, drawing(small, scorers, tmp_path / "out", pretrained_model_name_or_path=base))
+
+    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded: its {name} has ")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_base_that_lacks_weights_is_refused(script, small, scorers, tmp_path, name):
+    """The libraries initialize them at random."""
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    weight = remove_weight(base / name)
+
+    sentence = refused(script, drawing(small, scorers, tmp_path / "out", pretrained_model_name_or_path=base))
+
+    reason = f"{name} lacks 1 weights, e.g. {weight}"
+    assert sentence == f"--pretrained_model_name_or_path {base} cannot be loaded: {reason}"
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_scorer_without_a_vocabulary_is_refused(script, ready, tmp_path):
+    model = shutil.copytree(ready["clip_model"], tmp_path / "clip")
+    remove_vocabulary(model)
+
+    sentence = refused(script, {**ready, "clip_model": model})
+
+    assert sentence == f"--clip_model {model} cannot be loaded: the tokenizer of {model} has no vocabulary"
 
 
 def test_hub_ids_are_found_by_their_files(script, small, tmp_path, monkeypatch):

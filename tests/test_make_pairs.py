@@ -31,7 +31,7 @@ from huggingface_hub.utils import filter_repo_objects
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_scorers import build_scorers, expected_score
+from small_scorers import build_scorers, expected_score, remove_vocabulary, remove_weight
 from small_world import build_pipeline
 
 
@@ -713,7 +713,11 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
     assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
 
 
-@pytest.mark.parametrize("name", ["decode_image", "find_images", "stream_prompts"])
+SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_model"]
+SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl"]
+
+
+@pytest.mark.parametrize("name", SHARED_FUNCTIONS)
 def test_both_scripts_repeat_a_function_identically(maker, name):
     evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
 
@@ -769,7 +773,33 @@ def test_wrong_unets(maker, small, flags, spied, tmp_path):
     weights = load_file(unet / "diffusion_pytorch_model.safetensors")
     del weights["conv_in.weight"]
     save_file(weights, unet / "diffusion_pytorch_model.safetensors")
-    assert refused(maker, flags | {"unet": unet}) == f"--unet {unet} lacks 1 weights."
+    sentence = f"--unet {unet} cannot be loaded: it lacks 1 weights, e.g. conv_in.weight"
+    assert refused(maker, flags | {"unet": unet}) == sentence
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_a_base_without_a_vocabulary_is_refused(maker, small, flags, tmp_path, name):
+    """transformers makes a tokenizer of two tokens, for which all prompts of a length are equal."""
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    remove_vocabulary(base / name)
+
+    sentence = refused(maker, flags | {"pretrained_model_name_or_path": base})
+
+    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded: its {name} has ")
+    assert not list(tmp_path.rglob("0*.parquet"))
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_base_that_lacks_weights_is_refused(maker, small, flags, tmp_path, name):
+    """The libraries initialize them at random."""
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    weight = remove_weight(base / name)
+
+    sentence = refused(maker, flags | {"pretrained_model_name_or_path": base})
+
+    reason = f"{name} lacks 1 weights, e.g. {weight}"
+    assert sentence == f"--pretrained_model_name_or_path {base} cannot be loaded: {reason}"
+    assert not list(tmp_path.rglob("0*.parquet"))
 
 
 @pytest.mark.parametrize("kind", ["names", "prefix", "no LoRA", "broken"])
