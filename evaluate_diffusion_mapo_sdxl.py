@@ -601,6 +601,14 @@ def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
     return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
 
 
+def warn_of_long_prompts(prompts, tokenizer):
+    """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
+    limit = tokenizer.model_max_length
+    number = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
+    if number:
+        logger.warning(f"{number} of {len(prompts)} prompts have more than {limit} tokens; SDXL ignores the rest.")
+
+
 def load_base(args, *_, **parts):
     return load_sdxl(args.pretrained_model_name_or_path, args.variant, **parts)
 
@@ -1386,7 +1394,12 @@ def main(args):
     places = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
     scorers = decided_once(accelerator, partial(check_inputs, args, systems, prompts, places))
     drawn = [system for system in systems if system.models]
-    parts = load_shared_parts(args, accelerator) if drawn else {}
+    parts = {}
+    if drawn:
+        parts = load_shared_parts(args, accelerator)
+        with naming(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+            tokenizer = load_tokenizers(args.pretrained_model_name_or_path)["tokenizer"]
+        warn_of_long_prompts([prompt.text for prompt in prompts], tokenizer)
     settings = collect_settings(args, systems, prompts, scorers, parts)
     draw_missing(args, accelerator, drawn, prompts, places, settings, parts)
     records = decided_once(accelerator, partial(list_records, systems, prompts, places))

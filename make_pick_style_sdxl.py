@@ -375,6 +375,14 @@ def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
     return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
 
 
+def warn_of_long_prompts(prompts, tokenizer):
+    """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
+    limit = tokenizer.model_max_length
+    number = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
+    if number:
+        logger.warning(f"{number} of {len(prompts)} prompts have more than {limit} tokens; SDXL ignores the rest.")
+
+
 def load_pipeline(args, device, dtype, files):
     """The pipeline on the device, in the precision asked for; a VAE that overflows in half precision in float32."""
     base, vae, parts = getattr(args, BASE), getattr(args, VAE), {}
@@ -562,6 +570,12 @@ def main(args):
     captions = read_captions(args)
     photos = read_photos(args.chosen_images, args.resolution) if args.chosen_images else []
     files = find_models(args)
+    with naming(f"--{BASE} {getattr(args, BASE)}"):
+        tokenizer = load_tokenizers(getattr(args, BASE))["tokenizer"]
+    prompts = captions
+    if args.style_prefix:
+        prompts = [f"{args.style_prefix} {caption}" for caption in captions]
+    warn_of_long_prompts(prompts, tokenizer)
     if main_process:
         settings = collect_settings(args, dtype, captions, photos, files)
         check_folder(args, settings)

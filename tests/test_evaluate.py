@@ -431,6 +431,14 @@ def test_images_are_those_of_diffusers(script, small, drawn, name):
     assert len(list((drawn / "images" / name).glob("*.png"))) == 6
 
 
+def test_prompts_that_are_cut_are_counted(script, small, scorers, tmp_path, caplog):
+    flags = drawing(small, scorers, tmp_path / "out", images_per_prompt=1)
+
+    run_script(script, flags)
+
+    assert "1 of 3 prompts have more than 77 tokens; SDXL ignores the rest." in caplog.text
+
+
 def test_each_image_has_its_own_noise(script):
     seeds = {script.image_seed(*numbers) for numbers in np.ndindex(3, 20, 20)}
     assert len(seeds) == 1200

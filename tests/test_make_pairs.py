@@ -377,6 +377,16 @@ def test_captions_of_pairs_make_another_round(maker, made):
     assert captions_of(maker, ["--prompts", made, "--prompt_column", "caption"]) == CAPTIONS
 
 
+def test_prompts_that_are_cut_are_counted_with_their_prefix(maker, flags, tmp_path, caplog):
+    """Each word is a token, the prefix has three, and two are the start and the end."""
+    (tmp_path / "captions.txt").write_text(f"{'red ' * 76}\n{'red ' * 73}\n{'red ' * 72}\n")
+    flags |= {"prompts": tmp_path / "captions.txt", "style_prefix": "star circle square"}
+
+    run_script(maker, flags)
+
+    assert "2 of 3 prompts have more than 77 tokens; SDXL ignores the rest." in caplog.text
+
+
 def test_rows_without_text_are_left_out_and_counted(maker, tmp_path, caplog):
     (tmp_path / "x.jsonl").write_text('{"prompt": " a "}\n{"prompt": " "}\n{"prompt": null}\n{"prompt": "b"}\n')
     assert captions_of(maker, ["--prompts", tmp_path / "x.jsonl"]) == ["a", "b"]
@@ -714,7 +724,7 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
 
 
 SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_model"]
-SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl"]
+SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl", "warn_of_long_prompts"]
 
 
 @pytest.mark.parametrize("name", SHARED_FUNCTIONS)
