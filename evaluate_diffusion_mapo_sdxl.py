@@ -22,7 +22,6 @@
 #     "transformers>=5.24",
 #     "accelerate>=1.12",
 #     "datasets>=4.4.1",
-#     "peft>=0.18",
 #     "sentencepiece",
 #     "protobuf",
 #     "ftfy",
@@ -136,7 +135,8 @@ def add_image_arguments(parser):
     add("--pretrained_model_name_or_path", type=PATH, help="Base SDXL model, called `base`: hub id or local folder.")
     add("--pretrained_vae_model_name_or_path", type=PATH, help="VAE of all, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
-    shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training."
+    shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training; "
+    shown += "a LoRA may also be a .safetensors file."
     add("--candidates", **named, metavar="NAME=PATH", help=shown)
     schedulers = [f"{kind}Scheduler" for kind in SCHEDULERS]
     add("--scheduler", choices=schedulers, help="Scheduler of all models. Without it, the base's.")
@@ -221,7 +221,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
+    StateDictType,
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
@@ -234,6 +234,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -336,7 +337,7 @@ def file_digest(path):
 
 def version_of(source, file, name, weights=()):
     """The commit of a hub id; of a local folder, a digest of the weights' content, or of the file `name` itself."""
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         return file.parents[len(Path(name).parts) - 1].name
     return digest([file_digest(path) for path in sorted(weights) or [file]])
 
@@ -601,6 +602,143 @@ def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
     return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
 
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# The second weight of a LoRA's layer, by the first: as kohya, peft, and earlier versions of diffusers name them.
+LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
+
+
+def find_lora(source):
+    """Path of a LoRA: a .safetensors file, also as HUB_ID/FILE, or the one of a folder or hub id; None without one."""
+    if source.endswith(".safetensors"):
+        return find_file(*os.path.split(source))
+
+    file = find_file(source, LORA_FILE)
+    if file is None and not Path(source, "config.json").exists():
+        # The only weights file of a local folder may have any name.
+        files = list(Path(source).glob("*.safetensors"))
+        if len(files) == 1:
+            file = files[0]
+    return file
+
+
+def find_alpha(config, layer):
+    """The alpha of a layer by the peft config in a file's metadata, or None. Patterns match as in peft."""
+    part, _, name = layer.partition(".")
+    for pattern, alpha in (config.get(f"{part}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return alpha
+    return config.get(f"{part}.lora_alpha")
+
+
+def apply_alphas(weights, config):
+    """Return a LoRA's weights with each `up` times alpha / rank. Anything but such layers is refused."""
+    alphas = {}
+    halves = {}
+    for name, weight in weights.items():
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = weight.item()
+        else:
+            halves[name] = weight.float()
+
+    num_layers = 0
+    for name, weight in halves.items():
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in LORA_UP.values():
+            continue
+        if kind == "dora_scale" or kind.startswith("lora_magnitude"):
+            raise ValueError("it is a DoRA, which is not supported")
+        up = f"{layer}.{LORA_UP.get(kind)}.weight"
+        if up not in halves:
+            raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
+
+        # Without an alpha, it equals the rank.
+        alpha = alphas.pop(layer, find_alpha(config, layer))
+        if alpha is not None:
+            halves[up] *= alpha / len(weight)
+        num_layers += 1
+
+    others = len(halves) - 2 * num_layers + len(alphas)
+    if others or not num_layers:
+        raise ValueError(f"it has {num_layers} layers of two weights, and {others} other weights")
+    return halves
+
+
+def read_lora(file, unet_config):
+    """
+    The layers of a LoRA, {name in the pipeline: (down, up)} in float32: W becomes W + up @ down.
+
+    `up` is that of the file times alpha / rank, layer by layer. Files that contain anything else are refused.
+    """
+    with safe_open(file, "pt") as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}
+        metadata = opened.metadata() or {}
+    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    for name, value in config.items():
+        if name.endswith((".use_dora", ".use_rslora")) and value:
+            raise ValueError(f"{name.partition('.')[2]} is not supported")
+    weights = apply_alphas(weights, config)
+
+    # Give all layers names in peft's way. diffusers knows the other formats, and leaves out what is in two of them.
+    number = len(weights)
+    weights = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)[0]
+    if len(weights) < number:
+        raise ValueError(f"{number - len(weights)} of its weights are named in another format than the others")
+    text = {name: weights.pop(name) for name in list(weights) if name.startswith("text_encoder")}
+    weights.update(convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD))
+    weights = convert_unet_state_dict_to_peft(weights)
+
+    layers = {}
+    for name, down in weights.items():
+        if name.endswith(".lora_A.weight"):
+            up = weights[name.replace(".lora_A.", ".lora_B.")]
+            # Files name the text encoders' layers as before transformers 5.
+            layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
+            layers[layer] = (down, up)
+    return layers
+
+
+def add_lora(pipeline, layers):
+    """
+    Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
+
+    They stay apart from the pipeline's weights: half precision would round most of a small change of those away.
+    """
+    modules = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for name, module in getattr(pipeline, part).named_modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                modules[f"{part}.{name.removeprefix('text_model.')}"] = module
+
+    # Check all layers first.
+    unknown = sorted(layers.keys() - modules.keys())
+    if unknown:
+        raise ValueError(f"{len(unknown)} of its {len(layers)} layers are not in the model, e.g. {unknown[0]}")
+    for name, (down, up) in layers.items():
+        weight = modules[name].weight
+        if down.shape[1:] != weight.shape[1:] or up.shape[:2] != (len(weight), len(down)):
+            shapes = " and ".join(str(tuple(half.shape)) for half in (up, down))
+            raise ValueError(f"{name} of {tuple(weight.shape)} cannot be changed by weights of {shapes}")
+
+    for name, (down, up) in layers.items():
+        add_branch(modules[name], down, up)
+
+
+def add_branch(layer, down, up):
+    """Let a linear or convolutional layer add up(down(x)) to what it computes."""
+    rank = len(down)
+    if isinstance(layer, torch.nn.Conv2d):
+        options = {"stride": layer.stride, "padding": layer.padding, "bias": False}
+        layer.lora_down = torch.nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **options)
+        layer.lora_up = torch.nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+    else:
+        layer.lora_down = torch.nn.Linear(layer.in_features, rank, bias=False)
+        layer.lora_up = torch.nn.Linear(rank, layer.out_features, bias=False)
+    layer.lora_down.load_state_dict({"weight": down})
+    layer.lora_up.load_state_dict({"weight": up})
+    layer.to(layer.weight.dtype)
+    layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
+
+
 def warn_of_long_prompts(prompts, tokenizer):
     """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
     limit = tokenizer.model_max_length
@@ -627,39 +765,13 @@ def load_with_unet(args, source, subfolder=None, **parts):
     return load_base(args, unet=unet, **parts)
 
 
-def check_lora(unet, weights):
-    """Refuse a LoRA that fits the UNet in part or not at all: diffusers leaves out what does not fit."""
-    given = {name.removeprefix("unet."): weight for name, weight in weights.items() if name.startswith("unet.")}
-    if given and not any("lora_A" in name for name in given):
-        given = convert_unet_state_dict_to_peft(given)
-    loaded = {re.sub(r"\.default_\d+\b", "", name) for name, _ in unet.named_parameters() if ".lora_" in name}
-    wrong = given.keys() ^ loaded
-    if wrong or not weights:
-        raise ValueError(
-            f"{len(wrong)} of its weights and the base's layers do not match, e.g. {min(wrong, default='')}"
-        )
-
-
 def load_with_lora(args, source, **parts):
-    """The base with this LoRA, its part for text encoders merged: transformers 5.24 asks for peft 0.22 to load it."""
+    """The base with this LoRA."""
     pipeline = load_base(args, **parts)
-    options = {"weight_name": LORA_FILE, "return_lora_metadata": True}
-    weights, alphas, metadata = pipeline.lora_state_dict(source, unet_config=pipeline.unet.config, **options)
-    pipeline.load_lora_into_unet(weights, alphas, pipeline.unet, metadata=metadata)
-    check_lora(pipeline.unet, weights)
-    text = {name: weight for name, weight in weights.items() if name.startswith("text_encoder")}
-    text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text)) if text else {}
-    for name in [name for name in text if name.endswith(".lora_A.weight")]:
-        down, up = (text[name.replace("lora_A", half)].float() for half in ("lora_A", "lora_B"))
-        encoder, _, layer = name.removesuffix(".lora_A.weight").partition(".")
-        layers = {key.removeprefix("text_model."): value for key, value in getattr(pipeline, encoder).named_modules()}
-        alpha = (alphas or {}).get(f"{encoder}.{layer}.alpha") or (metadata or {}).get(f"{encoder}.lora_alpha")
-        weight = layers[layer.removeprefix("text_model.")].weight
-        weight.data += (up @ down * (alpha or len(down)) / len(down)).to(weight.dtype)
+    add_lora(pipeline, read_lora(find_lora(source), pipeline.unet.config))
     return pipeline
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # The first of these files that a model holds tells its kind, and who makes a pipeline of it on the CPU.
 BASE = {"model_index.json": ("base", load_base)}
 CANDIDATES = {
@@ -671,12 +783,22 @@ CANDIDATES = {
 
 
 def find_model(source, shown, kinds):
-    """The Model of a folder or hub id; EvaluationError if it is of no known kind."""
+    """The Model of a folder, file or hub id; EvaluationError if it is of no known kind."""
     for name, (kind, load) in kinds.items():
-        file = find_file(source, name)
-        if file is not None:
-            weights = file.parent.glob("*/*.safetensors" if kind in ("base", "pipeline") else "*.safetensors")
-            return Model(kind, load, source, version_of(source, file, name, [] if kind == "lora" else weights))
+        weights = []
+        if kind == "lora":
+            file = find_lora(source)
+        elif source.endswith(".safetensors"):
+            continue
+        else:
+            file = find_file(source, name)
+        if file is None:
+            continue
+        if kind in ("base", "pipeline"):
+            weights = file.parent.glob("*/*.safetensors")
+        elif kind == "unet":
+            weights = file.parent.glob("*.safetensors")
+        return Model(kind, load, source, version_of(source, file, name, weights))
     raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
 
 

@@ -5,7 +5,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "accelerate>=1.12", "datasets>=4.4.1",
-#   "peft>=0.18", "sentencepiece", "protobuf", "ftfy"]
+#   "sentencepiece", "protobuf", "ftfy"]
 # ///
 """Make preference pairs with Stable Diffusion XL itself, in the layout of Pick-Style (arXiv 2406.06424).
 
@@ -29,6 +29,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from datetime import timedelta
 from functools import partial
@@ -47,8 +48,28 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from huggingface_hub import DatasetCardData, ModelCard, create_repo, hf_hub_download, upload_folder
+from diffusers.utils.state_dict_utils import (
+    StateDictType,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from huggingface_hub import (
+    DatasetCardData,
+    ModelCard,
+    create_repo,
+    hf_hub_download,
+    is_offline_mode,
+    upload_folder,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -152,7 +173,6 @@ def parse_args(input_args=None):
         (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
         (not 0 <= args.seed < 2**32, "--seed must be from 0 to 4294967295"),
         (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
-        (args.lora and not find_spec("peft"), "--lora needs: pip install peft"),
     ]
     for sentence in [sentence for broken, sentence in rules if broken]:
         parser.error(sentence)
@@ -297,24 +317,46 @@ def read_photos(folder, resolution):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-def find_file(flag, source, *names):
-    """Path of the first of these files in a local folder or, then downloaded, of a hub id."""
-    for name in names:
-        with contextlib.suppress(OSError, ValueError):
-            path = Path(source, name) if Path(source).is_dir() else Path(hf_hub_download(source, name))
-            if path.is_file():
-                return path
-    raise PairsError(f"--{flag} {source} is no folder or reachable hub id with {' or '.join(names)}.")
+def find_file(source, name):
+    """Path of a file in a local folder, or of a hub id (then downloaded); None if there is no such file."""
+    path = Path(source) / name
+    if Path(source).is_dir():
+        return path if path.is_file() else None
+    with naming(f"{name} of {source}", "cannot be downloaded"):
+        try:
+            return Path(hf_hub_download(source, name))
+        except HFValidationError:
+            return None
+        except (EntryNotFoundError, RepositoryNotFoundError) as error:
+            # A hub out of reach, or one that wants a token, may have it all the same.
+            unknown = isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
+            if unknown or isinstance(error, GatedRepoError):
+                raise
+            return None
 
 
 def find_models(args):
     """The file that stands for each model, {flag: path}; a base or UNet of another kind is refused by its config."""
-    base, lora = getattr(args, BASE), (args.lora, "pytorch_lora_weights.safetensors")
-    if args.lora and args.lora.endswith(".safetensors"):
-        lora = (str(Path(args.lora).parent), Path(args.lora).name)
-    wanted = {BASE: (base, "unet/config.json"), VAE: (getattr(args, VAE), "config.json")}
-    wanted |= {"unet": (args.unet, "unet/config.json", "config.json"), "lora": lora}
-    files = {flag: find_file(flag, *names) for flag, names in wanted.items() if names[0]}
+    names = {
+        BASE: ["unet/config.json"],
+        VAE: ["config.json"],
+        "unet": ["unet/config.json", "config.json"],
+        "lora": [LORA_FILE],
+    }
+    files = {}
+    for flag, its_names in names.items():
+        source = getattr(args, flag)
+        if source is None:
+            continue
+        if flag == "lora":
+            file = find_lora(source)
+        else:
+            found = [find_file(source, name) for name in its_names]
+            file = next(filter(None, found), None)
+        if file is None:
+            raise PairsError(f"--{flag} {source} is no folder or reachable hub id with {' or '.join(its_names)}.")
+        files[flag] = file
+
     with naming("A UNet's config"):
         configs = {flag: json.loads(files[flag].read_text()) for flag in (BASE, "unet") if flag in files}
     for flag, config in configs.items():
@@ -375,6 +417,143 @@ def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
     return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
 
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# The second weight of a LoRA's layer, by the first: as kohya, peft, and earlier versions of diffusers name them.
+LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
+
+
+def find_lora(source):
+    """Path of a LoRA: a .safetensors file, also as HUB_ID/FILE, or the one of a folder or hub id; None without one."""
+    if source.endswith(".safetensors"):
+        return find_file(*os.path.split(source))
+
+    file = find_file(source, LORA_FILE)
+    if file is None and not Path(source, "config.json").exists():
+        # The only weights file of a local folder may have any name.
+        files = list(Path(source).glob("*.safetensors"))
+        if len(files) == 1:
+            file = files[0]
+    return file
+
+
+def find_alpha(config, layer):
+    """The alpha of a layer by the peft config in a file's metadata, or None. Patterns match as in peft."""
+    part, _, name = layer.partition(".")
+    for pattern, alpha in (config.get(f"{part}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return alpha
+    return config.get(f"{part}.lora_alpha")
+
+
+def apply_alphas(weights, config):
+    """Return a LoRA's weights with each `up` times alpha / rank. Anything but such layers is refused."""
+    alphas = {}
+    halves = {}
+    for name, weight in weights.items():
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = weight.item()
+        else:
+            halves[name] = weight.float()
+
+    num_layers = 0
+    for name, weight in halves.items():
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in LORA_UP.values():
+            continue
+        if kind == "dora_scale" or kind.startswith("lora_magnitude"):
+            raise ValueError("it is a DoRA, which is not supported")
+        up = f"{layer}.{LORA_UP.get(kind)}.weight"
+        if up not in halves:
+            raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
+
+        # Without an alpha, it equals the rank.
+        alpha = alphas.pop(layer, find_alpha(config, layer))
+        if alpha is not None:
+            halves[up] *= alpha / len(weight)
+        num_layers += 1
+
+    others = len(halves) - 2 * num_layers + len(alphas)
+    if others or not num_layers:
+        raise ValueError(f"it has {num_layers} layers of two weights, and {others} other weights")
+    return halves
+
+
+def read_lora(file, unet_config):
+    """
+    The layers of a LoRA, {name in the pipeline: (down, up)} in float32: W becomes W + up @ down.
+
+    `up` is that of the file times alpha / rank, layer by layer. Files that contain anything else are refused.
+    """
+    with safe_open(file, "pt") as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}
+        metadata = opened.metadata() or {}
+    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    for name, value in config.items():
+        if name.endswith((".use_dora", ".use_rslora")) and value:
+            raise ValueError(f"{name.partition('.')[2]} is not supported")
+    weights = apply_alphas(weights, config)
+
+    # Give all layers names in peft's way. diffusers knows the other formats, and leaves out what is in two of them.
+    number = len(weights)
+    weights = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)[0]
+    if len(weights) < number:
+        raise ValueError(f"{number - len(weights)} of its weights are named in another format than the others")
+    text = {name: weights.pop(name) for name in list(weights) if name.startswith("text_encoder")}
+    weights.update(convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD))
+    weights = convert_unet_state_dict_to_peft(weights)
+
+    layers = {}
+    for name, down in weights.items():
+        if name.endswith(".lora_A.weight"):
+            up = weights[name.replace(".lora_A.", ".lora_B.")]
+            # Files name the text encoders' layers as before transformers 5.
+            layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
+            layers[layer] = (down, up)
+    return layers
+
+
+def add_lora(pipeline, layers):
+    """
+    Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
+
+    They stay apart from the pipeline's weights: half precision would round most of a small change of those away.
+    """
+    modules = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for name, module in getattr(pipeline, part).named_modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                modules[f"{part}.{name.removeprefix('text_model.')}"] = module
+
+    # Check all layers first.
+    unknown = sorted(layers.keys() - modules.keys())
+    if unknown:
+        raise ValueError(f"{len(unknown)} of its {len(layers)} layers are not in the model, e.g. {unknown[0]}")
+    for name, (down, up) in layers.items():
+        weight = modules[name].weight
+        if down.shape[1:] != weight.shape[1:] or up.shape[:2] != (len(weight), len(down)):
+            shapes = " and ".join(str(tuple(half.shape)) for half in (up, down))
+            raise ValueError(f"{name} of {tuple(weight.shape)} cannot be changed by weights of {shapes}")
+
+    for name, (down, up) in layers.items():
+        add_branch(modules[name], down, up)
+
+
+def add_branch(layer, down, up):
+    """Let a linear or convolutional layer add up(down(x)) to what it computes."""
+    rank = len(down)
+    if isinstance(layer, torch.nn.Conv2d):
+        options = {"stride": layer.stride, "padding": layer.padding, "bias": False}
+        layer.lora_down = torch.nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **options)
+        layer.lora_up = torch.nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+    else:
+        layer.lora_down = torch.nn.Linear(layer.in_features, rank, bias=False)
+        layer.lora_up = torch.nn.Linear(rank, layer.out_features, bias=False)
+    layer.lora_down.load_state_dict({"weight": down})
+    layer.lora_up.load_state_dict({"weight": up})
+    layer.to(layer.weight.dtype)
+    layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
+
+
 def warn_of_long_prompts(prompts, tokenizer):
     """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
     limit = tokenizer.model_max_length
@@ -398,9 +577,7 @@ def load_pipeline(args, device, dtype, files):
         pipeline = load_sdxl(base, args.variant, **parts)
     if args.lora:
         with naming(f"--lora {args.lora}"):
-            pipeline.load_lora_weights(files["lora"].parent, weight_name=files["lora"].name, use_safetensors=True)
-        if not pipeline.get_list_adapters():
-            raise PairsError(f"--lora {args.lora}: none of its weights has a place in this model.")
+            add_lora(pipeline, read_lora(files["lora"], pipeline.unet.config))
     if pipeline.vae.config.latents_mean or pipeline.vae.config.shift_factor:
         raise PairsError(f"--{VAE if vae else BASE}: the VAE shifts its latents, which SDXL's does not.")
     pipeline.vae.to(device, torch.float32 if pipeline.vae.config.force_upcast else dtype).enable_slicing()

@@ -24,6 +24,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
+from small_loras import REFUSED, merge, random_lora, save_kohya, save_peft, save_refused
 from small_scorers import build_scorers, expected_score, remove_vocabulary, remove_weight
 from small_world import build_pipeline, draw
 
@@ -429,6 +430,46 @@ def test_images_are_those_of_diffusers(script, small, drawn, name):
         if name != "base":
             assert distance(image, Image.open(drawn / "images" / "base" / f"{place[0]:05d}_{place[1]}.png")) > 1
     assert len(list((drawn / "images" / name).glob("*.png"))) == 6
+
+
+@pytest.mark.parametrize("save", [save_kohya, save_peft])
+def test_each_layer_of_a_lora_has_its_own_alpha_and_rank(script, small, scorers, tmp_path, save):
+    """In the UNet and in the text encoders; the file may have any name, and its folder may stand for it."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    lora = random_lora(pipeline)
+    save(lora, tmp_path / "lora" / "mystyle.safetensors")
+    candidates = [f"file={tmp_path / 'lora' / 'mystyle.safetensors'}", f"folder={tmp_path / 'lora'}"]
+    flags = drawing(small, scorers, tmp_path / "out", candidates=candidates, max_prompts=1, images_per_prompt=1)
+
+    output_dir = run_script(script, flags)
+
+    expected = plain_image(script, merge(pipeline, lora), (0, 0))
+    for name in ("file", "folder"):
+        assert distance(Image.open(output_dir / "images" / name / "00000_0.png"), expected) <= 1
+    assert distance(Image.open(output_dir / "images" / "base" / "00000_0.png"), expected) > 8
+
+
+def test_small_changes_of_text_encoders_survive_bfloat16(script, small, tmp_path):
+    """Added to bfloat16 weights, 85 % of this one would be rounded away."""
+    base = str(small / "pipeline")
+    exact = script.load_sdxl(base)
+    lora = random_lora(exact, parts=("text_encoder", "text_encoder_2"))
+    lora = {layer: (down, up * 1e-4, alpha) for layer, (down, up, alpha) in lora.items()}
+    save_kohya(lora, tmp_path / "x.safetensors")
+
+    def encode(pipeline):
+        with torch.no_grad():
+            return pipeline.to(torch.float32).encode_prompt("a red circle", do_classifier_free_guidance=False)[0]
+
+    half_base = script.load_sdxl(base, dtype=torch.bfloat16)
+    half = script.load_sdxl(base, dtype=torch.bfloat16)
+    script.add_lora(half, script.read_lora(tmp_path / "x.safetensors", half.unet.config))
+    assert half.text_encoder.dtype == torch.bfloat16
+    change = encode(half) - encode(half_base)
+
+    before = encode(exact)
+    expected = encode(merge(exact, lora)) - before
+    assert (change * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.05)
 
 
 def test_prompts_that_are_cut_are_counted(script, small, scorers, tmp_path, caplog):
@@ -984,6 +1025,18 @@ def test_references_of_any_format_are_used_and_other_files_named(script, ready, 
         image = Image.open(row["file"]).convert("RGB")
         expected = expected_score("dinov2", ready, image, "", [Image.new("RGB", (48, 48), "red")])
         assert row["dinov2"] == pytest.approx(expected, rel=0, abs=0.5)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_lora_that_cannot_be_applied_as_a_whole_is_refused(script, small, scorers, tmp_path, kind):
+    file = tmp_path / "x.safetensors"
+    save_refused(kind, StableDiffusionXLPipeline.from_pretrained(small / "pipeline"), file)
+    flags = drawing(small, scorers, tmp_path / "out", candidates=[f"x={file}"], max_prompts=1, images_per_prompt=1)
+
+    sentence = refused(script, flags)
+
+    assert sentence.startswith(f"--candidates x={file} cannot be loaded: ")
+    assert REFUSED[kind] in sentence
 
 
 def test_candidates_that_are_the_base(script, small, scorers, ready, tmp_path):

@@ -161,7 +161,7 @@ def test_evaluation_draws_with_the_lora_of_text_encoders(script, flags, spied):
     out = run(script, {**flags, **TEXT, "lora_alpha": 8, "learning_rate": 1e-2})
     evaluate = load_script(SCRIPT.with_name("evaluate_diffusion_mapo_sdxl.py"))
     args = argparse.Namespace(pretrained_model_name_or_path=flags["pretrained_model_name_or_path"], variant=None)
-    pipelines = [spied[0], evaluate.load_with_lora(args, out, torch_dtype=torch.float32), evaluate.load_base(args)]
+    pipelines = [spied[0], evaluate.load_with_lora(args, str(out)), evaluate.load_base(args)]
     for result in (draw, lambda pipeline: pipeline.encode_prompt("a red circle")[0]):
         with torch.no_grad():
             trained, merged, base = map(result, pipelines)

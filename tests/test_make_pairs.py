@@ -31,6 +31,7 @@ from huggingface_hub.utils import filter_repo_objects
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_loras import REFUSED, merge, random_lora, save_kohya, save_peft, save_refused
 from small_scorers import build_scorers, expected_score, remove_vocabulary, remove_weight
 from small_world import build_pipeline
 
@@ -272,6 +273,19 @@ def test_a_second_round_is_drawn_by_the_aligned_model(maker, small, made, flags,
         for image, of_base, words in zip(decoded(row), decoded(first), (f"{PREFIX} ", "")):
             assert distance(image, plain_image(pipeline, words + row["caption"], noise_seed(number, 0))) <= 1
             assert distance(image, of_base) > 1
+
+
+@pytest.mark.parametrize("save", [save_kohya, save_peft])
+def test_each_layer_of_a_lora_has_its_own_alpha_and_rank(maker, small, flags, tmp_path, save):
+    """In the UNet and in the text encoders; the only file of a folder may have any name."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    lora = random_lora(pipeline)
+    save(lora, tmp_path / "lora" / "mystyle.safetensors")
+
+    (row,) = rows(run_script(maker, flags | {"lora": tmp_path / "lora", "max_prompts": 1}))
+
+    expected = plain_image(merge(pipeline, lora), row["caption"], noise_seed(0, 0))
+    assert distance(decoded(row)[1], expected) <= 1
 
 
 @pytest.fixture
@@ -724,7 +738,8 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
 
 
 SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_model"]
-SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl", "warn_of_long_prompts"]
+SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl", "warn_of_long_prompts", "find_file", "find_lora", "find_alpha"]
+SHARED_FUNCTIONS += ["apply_alphas", "read_lora", "add_lora", "add_branch"]
 
 
 @pytest.mark.parametrize("name", SHARED_FUNCTIONS)
@@ -749,8 +764,7 @@ def test_header_asks_for_a_python_that_its_packages_run_on(name):
 def test_what_is_not_installed_is_named(maker, capsys, monkeypatch):
     monkeypatch.setattr(maker, "find_spec", lambda name: None)
     base = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
-    wrong = {"--lora needs: pip install peft": [*STYLE, "--lora", "x"]}
-    wrong["--scorer needs evaluate_diffusion_mapo_sdxl.py beside"] = ["--num_candidates", "4", "--scorer", "clip"]
+    wrong = {"--scorer needs evaluate_diffusion_mapo_sdxl.py beside": ["--num_candidates", "4", "--scorer", "clip"]}
     for sentence, words in wrong.items():
         with pytest.raises(SystemExit):
             maker.parse_args([*base, *words])
@@ -812,20 +826,18 @@ def test_a_base_that_lacks_weights_is_refused(maker, small, flags, tmp_path, nam
     assert not list(tmp_path.rglob("0*.parquet"))
 
 
-@pytest.mark.parametrize("kind", ["names", "prefix", "no LoRA", "broken"])
-def test_a_lora_that_matches_nothing_is_refused(maker, small, flags, tmp_path, kind):
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    weights = load_file(small / "lora" / file.name)
-    changed = {
-        "names": ("attentions", "attentoins"),
-        "prefix": ("unet.", "transformer."),
-        "no LoRA": ("lora", "layer"),
-    }
+@pytest.mark.parametrize("kind", [*REFUSED, "broken"])
+def test_a_lora_that_cannot_be_applied_as_a_whole_is_refused(maker, small, flags, tmp_path, kind):
+    file = tmp_path / "x.safetensors"
     if kind == "broken":
         file.write_bytes(b"no weights")
     else:
-        save_file({name.replace(*changed[kind]): weight for name, weight in weights.items()}, file)
-    assert refused(maker, flags | {"lora": file}).startswith(f"--lora {file}")
+        save_refused(kind, StableDiffusionXLPipeline.from_pretrained(small / "pipeline"), file)
+
+    sentence = refused(maker, flags | {"lora": file})
+
+    assert sentence.startswith(f"--lora {file} cannot be loaded: ")
+    assert REFUSED.get(kind, "") in sentence
     assert not list((flags["output_dir"] / "pairs_made").glob("*.parquet"))
 
 
