@@ -904,7 +904,14 @@ def draw_images(args, pipeline, prompts, places):
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     options["generator"] = [torch.Generator().manual_seed(image_seed(args.seed, *place)) for place in places]
     texts = [prompts[i].text for i, _ in places]
-    return pipeline(texts, height=args.resolution, width=args.resolution, **options).images
+    pixels = pipeline(texts, height=args.resolution, width=args.resolution, output_type="pt", **options).images
+
+    # As images, they would be black.
+    if not pixels.isfinite().all():
+        raise ValueError(
+            f"NaN in {pipeline.unet.dtype}, try --mixed_precision bf16 or another --pretrained_vae_model_name_or_path"
+        )
+    return pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
 
 
 def draw_batches(args, accelerator, system, model, prompts, batches, parts):
@@ -914,7 +921,9 @@ def draw_batches(args, accelerator, system, model, prompts, batches, parts):
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
-        for place, image in zip(batch, draw_images(args, pipeline, prompts, batch), strict=True):
+        with naming(system.shown, "generates no images"):
+            images = draw_images(args, pipeline, prompts, batch)
+        for place, image in zip(batch, images, strict=True):
             path = system.image(prompts, place)
             if not path.exists():
                 # Level 1 takes a quarter of the time of the default.

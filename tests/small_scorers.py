@@ -429,3 +429,13 @@ def remove_weight(folder):
     del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
     return name
+
+
+def spoil_weights(folder, ending):
+    """Make NaN of a model's weights whose names end so."""
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    for name in weights:
+        if name.endswith(ending):
+            weights[name][:] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})

@@ -25,7 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from small_loras import REFUSED, merge, random_lora, save_kohya, save_peft, save_refused
-from small_scorers import build_scorers, expected_score, remove_vocabulary, remove_weight
+from small_scorers import build_scorers, expected_score, remove_vocabulary, remove_weight, spoil_weights
 from small_world import build_pipeline, draw
 
 
@@ -1025,6 +1025,23 @@ def test_references_of_any_format_are_used_and_other_files_named(script, ready, 
         image = Image.open(row["file"]).convert("RGB")
         expected = expected_score("dinov2", ready, image, "", [Image.new("RGB", (48, 48), "red")])
         assert row["dinov2"] == pytest.approx(expected, rel=0, abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "candidates"])
+def test_images_of_nan_are_refused(script, small, scorers, tmp_path, flag, name):
+    """Saved, they would be black."""
+    model = shutil.copytree(small / "pipeline", tmp_path / "nan")
+    spoil_weights(model / name, "conv_out.bias")
+    flags = drawing(small, scorers, tmp_path / "out", images_per_prompt=1)
+    flags[flag] = model if flag != "candidates" else [f"x={model}"]
+
+    sentence = refused(script, flags)
+
+    source = model if flag != "candidates" else f"x={model}"
+    assert sentence.startswith(f"--{flag} {source} generates no images: NaN in torch.float32, try ")
+    written = {path.parent.name for path in (tmp_path / "out").rglob("*.png")}
+    assert written == ({"base"} if flag == "candidates" else set())
 
 
 @pytest.mark.parametrize("kind", REFUSED)
