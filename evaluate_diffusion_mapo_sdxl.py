@@ -50,6 +50,7 @@ Scorers also work alone: `PickScore("cuda").score(images, prompts)` scores PIL i
 
 import argparse
 import contextlib
+import copy
 import glob
 import hashlib
 import html
@@ -88,7 +89,7 @@ PACKAGES = {"hps": "ftfy", "hps_no_antialias": "ftfy", "siglip": "sentencepiece"
 DEFAULT_SCORERS = ["pickscore", "hps", "aesthetic", "clip"]
 SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete")
 SCHEDULERS += ("DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "KDPM2AncestralDiscrete")
-SCHEDULERS += ("DEISMultistep", "UniPCMultistep", "DPMSolverSDE", "EDMEuler")
+SCHEDULERS += ("DEISMultistep", "UniPCMultistep", "DPMSolverSDE")
 # Stands for each prompt's category in a path.
 CATEGORY = "{category}"
 PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
@@ -739,6 +740,19 @@ def add_branch(layer, down, up):
     layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
 
 
+def try_scheduler(scheduler, num_steps):
+    """Denoise some noise: a scheduler may lack a package, or not fit its config or the number of steps."""
+    scheduler = copy.deepcopy(scheduler)
+    with naming(f"--num_inference_steps {num_steps} with {type(scheduler).__name__}", "does not work"):
+        scheduler.set_timesteps(num_steps)
+        latents = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            noise = torch.zeros_like(scheduler.scale_model_input(latents, timestep))
+            latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+        if not latents.isfinite().all():
+            raise ValueError("it gives NaN")
+
+
 def warn_of_long_prompts(prompts, tokenizer):
     """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
     limit = tokenizer.model_max_length
@@ -751,7 +765,25 @@ def load_base(args, *_, **parts):
     return load_sdxl(args.pretrained_model_name_or_path, args.variant, **parts)
 
 
+# What models must have in common to be sampled by one scheduler, with the defaults of configs that lack it.
+SCHEDULE = {
+    "prediction_type": "epsilon",
+    "beta_start": None,
+    "beta_end": None,
+    "beta_schedule": None,
+    "rescale_betas_zero_snr": False,
+}
+
+
 def load_whole(args, source, **parts):
+    """Another pipeline, which must fit the base's scheduler."""
+    own = EulerDiscreteScheduler.load_config(source, subfolder="scheduler")
+    base = EulerDiscreteScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
+    for key, default in SCHEDULE.items():
+        if own.get(key, default) != base.get(key, default):
+            raise ValueError(
+                f"its scheduler's {key} is {own.get(key, default)}, not {base.get(key, default)} as in the base"
+            )
     return load_sdxl(source, **parts)
 
 
@@ -829,7 +861,10 @@ def load_shared_parts(args, accelerator):
             parts["vae"] = load_complete(AutoencoderKL, vae, dtype=dtype)
     with naming(f"--pretrained_model_name_or_path {base}"):
         config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
+        if args.scheduler is not None and "beta_start" not in config:
+            raise EvaluationError(f"--scheduler {args.scheduler} does not fit {base}, whose scheduler has no betas.")
         parts["scheduler"] = getattr(diffusers, args.scheduler or config["_class_name"]).from_config(config)
+    try_scheduler(parts["scheduler"], args.num_inference_steps)
     return parts
 
 
@@ -914,10 +949,15 @@ def draw_images(args, pipeline, prompts, places):
     return pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
 
 
+def load_pipeline(args, system, model, parts):
+    """The pipeline of a system's model, on the CPU."""
+    with naming(system.shown):
+        return model.load(args, model.source, **parts)
+
+
 def draw_batches(args, accelerator, system, model, prompts, batches, parts):
     """Draw these batches of places and write the images that do not exist yet."""
-    with naming(system.shown):
-        pipeline = model.load(args, model.source, **parts).to(accelerator.device)
+    pipeline = load_pipeline(args, system, model, parts).to(accelerator.device)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
@@ -942,6 +982,14 @@ def draw_missing(args, accelerator, systems, prompts, places, settings, parts):
                 batches = in_batches(its_places, args.batch_size)
                 batches = [b for b in batches if not all(system.image(prompts, place).exists() for place in b)]
                 jobs.append((system, used, model, batches))
+
+    # Load every model once: if one cannot be loaded, images of the models before it would be generated in vain.
+    with failing_together():
+        if accelerator.is_main_process:
+            for system, _, model, batches in jobs:
+                if batches:
+                    load_pipeline(args, system, model, parts)
+
     for system, used, model, batches in jobs:
         with failing_together():
             if accelerator.is_main_process:

@@ -23,6 +23,7 @@ draws with an aligned model, for another round. The same command resumes, on any
 
 import argparse
 import contextlib
+import copy
 import glob
 import io
 import json
@@ -554,6 +555,19 @@ def add_branch(layer, down, up):
     layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
 
 
+def try_scheduler(scheduler, num_steps):
+    """Denoise some noise: a scheduler may lack a package, or not fit its config or the number of steps."""
+    scheduler = copy.deepcopy(scheduler)
+    with naming(f"--num_inference_steps {num_steps} with {type(scheduler).__name__}", "does not work"):
+        scheduler.set_timesteps(num_steps)
+        latents = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            noise = torch.zeros_like(scheduler.scale_model_input(latents, timestep))
+            latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+        if not latents.isfinite().all():
+            raise ValueError("it gives NaN")
+
+
 def warn_of_long_prompts(prompts, tokenizer):
     """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
     limit = tokenizer.model_max_length
@@ -575,6 +589,7 @@ def load_pipeline(args, device, dtype, files):
             parts["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=folder)
     with naming(f"--{BASE} {base}"):
         pipeline = load_sdxl(base, args.variant, **parts)
+    try_scheduler(pipeline.scheduler, args.num_inference_steps)
     if args.lora:
         with naming(f"--lora {args.lora}"):
             add_lora(pipeline, read_lora(files["lora"], pipeline.unet.config))

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, command_line, load_script, save_lora
 from conftest import run as run_script
 from cpu_cluster import run_ranks
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, PngImagePlugin
@@ -815,6 +815,7 @@ def test_wrong_prompts(script, ready, tmp_path, monkeypatch, name, text, sentenc
         (["--pretrained_model_name_or_path", "m", "--images", "base=b"], "need different names, not base, base"),
         (["--images", "a=b", "--resolution", "100"], "--resolution must be a multiple of 8"),
         (["--images", "a=b", "--scorers", "dinov2"], "--scorers dinov2 needs --reference_images"),
+        (["--images", "a=b", "--scheduler", "EDMEulerScheduler"], "--scheduler: invalid choice: 'EDMEulerScheduler'"),
         (["--images", "a=b", "--batch_size", "0"], "argument --batch_size: '0' is not a whole number of at least 1"),
         (["--images", "a=b", "--guidance_scale", "nan"], "--guidance_scale must be a number of at least 0"),
         (["--images", "a=b", "--reference_images", "x/{category}"], "{category} in a path needs --category_column"),
@@ -1027,6 +1028,73 @@ def test_references_of_any_format_are_used_and_other_files_named(script, ready, 
         assert row["dinov2"] == pytest.approx(expected, rel=0, abs=0.5)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_inference_steps": 1001}, "--num_inference_steps 1001 with EulerDiscreteScheduler does not work: "),
+        ({"scheduler": "DDIMScheduler", "num_inference_steps": 1001}, "with DDIMScheduler does not work: "),
+    ],
+)
+def test_a_scheduler_that_cannot_sample_is_refused(script, small, scorers, tmp_path, change, words):
+    flags = drawing(small, scorers, tmp_path / "out", **change)
+
+    sentence = refused(script, flags)
+
+    assert words in sentence
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_schedulers_that_miss_a_package_are_refused(script, small, scorers, tmp_path, monkeypatch):
+    def set_timesteps(self, num_steps):
+        raise ImportError("\nDDIMScheduler requires the scipy library")
+
+    monkeypatch.setattr(DDIMScheduler, "set_timesteps", set_timesteps)
+    flags = drawing(small, scorers, tmp_path / "out", scheduler="DDIMScheduler")
+
+    sentence = refused(script, flags)
+
+    expected = "--num_inference_steps 2 with DDIMScheduler does not work: DDIMScheduler requires the scipy library"
+    assert sentence == expected
+
+
+def test_schedulers_with_betas_are_refused_for_a_base_without(script, small, scorers, tmp_path):
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    EDMEulerScheduler().save_pretrained(base / "scheduler")
+    flags = drawing(small, scorers, tmp_path / "out", pretrained_model_name_or_path=base, scheduler="DDIMScheduler")
+
+    sentence = refused(script, flags)
+
+    assert sentence == f"--scheduler DDIMScheduler does not fit {base}, whose scheduler has no betas."
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_pipeline_of_another_prediction_type_is_refused(script, small, scorers, tmp_path):
+    """One scheduler samples all models, and would make noise of this one's predictions."""
+    build_pipeline(tmp_path / "other", prediction_type="v_prediction")
+    flags = drawing(small, scorers, tmp_path / "out", candidates=[f"x={tmp_path / 'other'}"])
+
+    sentence = refused(script, flags)
+
+    reason = "its scheduler's prediction_type is v_prediction, not epsilon as in the base"
+    assert sentence == f"--candidates x={tmp_path / 'other'} cannot be loaded: {reason}"
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "unet", "pipeline"])
+def test_a_candidate_that_cannot_be_loaded_is_refused_before_images_are_generated(
+    script, small, scorers, tmp_path, kind
+):
+    model = shutil.copytree(small / {"lora": "lora", "unet": "unet", "pipeline": "other"}[kind], tmp_path / "model")
+    for file in model.rglob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    flags = drawing(small, scorers, tmp_path / "out", candidates=[f"x={model}"])
+
+    sentence = refused(script, flags)
+
+    assert sentence.startswith(f"--candidates x={model} cannot be loaded: ")
+    assert not list(tmp_path.rglob("*.png"))
+
+
 @pytest.mark.parametrize("name", ["unet", "vae"])
 @pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "candidates"])
 def test_images_of_nan_are_refused(script, small, scorers, tmp_path, flag, name):
@@ -1054,6 +1122,7 @@ def test_a_lora_that_cannot_be_applied_as_a_whole_is_refused(script, small, scor
 
     assert sentence.startswith(f"--candidates x={file} cannot be loaded: ")
     assert REFUSED[kind] in sentence
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_candidates_that_are_the_base(script, small, scorers, ready, tmp_path):

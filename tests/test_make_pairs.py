@@ -26,7 +26,12 @@ import yaml
 from conftest import ROOT, command_line, load_script, save_lora, scalars
 from conftest import run as run_script
 from cpu_cluster import Fault, killed, run_ranks, with_faults
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub.utils import filter_repo_objects
 from packaging.specifiers import SpecifierSet
 from PIL import Image
@@ -739,7 +744,7 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
 
 SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_model"]
 SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl", "warn_of_long_prompts", "find_file", "find_lora", "find_alpha"]
-SHARED_FUNCTIONS += ["apply_alphas", "read_lora", "add_lora", "add_branch"]
+SHARED_FUNCTIONS += ["apply_alphas", "read_lora", "add_lora", "add_branch", "try_scheduler"]
 
 
 @pytest.mark.parametrize("name", SHARED_FUNCTIONS)
@@ -839,6 +844,21 @@ def test_a_lora_that_cannot_be_applied_as_a_whole_is_refused(maker, small, flags
     assert sentence.startswith(f"--lora {file} cannot be loaded: ")
     assert REFUSED.get(kind, "") in sentence
     assert not list((flags["output_dir"] / "pairs_made").glob("*.parquet"))
+
+
+def test_a_scheduler_that_cannot_sample_is_refused(maker, small, flags, tmp_path):
+    base = shutil.copytree(small / "pipeline", tmp_path / "base")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(base / "scheduler")
+    index = (base / "model_index.json").read_text()
+    index = index.replace("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+    (base / "model_index.json").write_text(index)
+
+    steps = refused(maker, flags | {"num_inference_steps": 1001})
+    flow = refused(maker, flags | {"pretrained_model_name_or_path": base})
+
+    assert steps.startswith("--num_inference_steps 1001 with EulerDiscreteScheduler does not work: ")
+    assert flow.startswith("--num_inference_steps 2 with FlowMatchEulerDiscreteScheduler does not work: ")
+    assert not list(flags["output_dir"].rglob("0*.parquet"))
 
 
 def test_a_vae_of_other_latents_is_refused(maker, small, flags, tmp_path):
