@@ -834,6 +834,16 @@ def find_model(source, shown, kinds):
     raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
 
 
+def find_vae(source):
+    """The version of --pretrained_vae_model_name_or_path; EvaluationError if there is none."""
+    file = find_file(source, "config.json")
+    if file is None:
+        raise EvaluationError(
+            f"--pretrained_vae_model_name_or_path {source} is no folder or reachable hub id with config.json."
+        )
+    return version_of(source, file, "config.json", file.parent.glob("*.safetensors"))
+
+
 def find_systems(args, prompts):
     """All that is evaluated, the base first."""
     base, systems = args.pretrained_model_name_or_path, []
@@ -876,7 +886,7 @@ def describe(system):
     return models.get(None, models)
 
 
-def collect_settings(args, systems, prompts, scorers, parts):
+def collect_settings(args, systems, prompts, scorers, parts, vae):
     """The flags, and all else that the results depend on."""
     settings = {
         **vars(args),
@@ -887,6 +897,7 @@ def collect_settings(args, systems, prompts, scorers, parts):
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }
     if parts:
+        settings["vae"] = vae
         settings["dtype"] = str(parts["dtype"])
         settings["scheduler"] = type(parts["scheduler"]).__name__
         settings["scheduler_config"] = json.loads(parts["scheduler"].to_json_string())
@@ -897,7 +908,7 @@ def image_settings(settings, systems, system, prompts):
     """
     What the images of one system depend on. Batches, processes and the libraries' versions only move their rounding.
     """
-    names = ["pretrained_vae_model_name_or_path", "variant", "seed", "num_inference_steps", "guidance_scale"]
+    names = ["vae", "variant", "seed", "num_inference_steps", "guidance_scale"]
     names += ["resolution", "dtype", "scheduler", "scheduler_config"]
     versions = {name: {str(c): m.version for c, m in s.models.items()} for name, s in systems.items()}
     return {
@@ -1574,12 +1585,15 @@ def main(args):
     scorers = decided_once(accelerator, partial(check_inputs, args, systems, prompts, places))
     drawn = [system for system in systems if system.models]
     parts = {}
+    vae = None  # the base's own
+    if drawn and args.pretrained_vae_model_name_or_path is not None:
+        vae = decided_once(accelerator, partial(find_vae, args.pretrained_vae_model_name_or_path))
     if drawn:
         parts = load_shared_parts(args, accelerator)
         with naming(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
             tokenizer = load_tokenizers(args.pretrained_model_name_or_path)["tokenizer"]
         warn_of_long_prompts([prompt.text for prompt in prompts], tokenizer)
-    settings = collect_settings(args, systems, prompts, scorers, parts)
+    settings = collect_settings(args, systems, prompts, scorers, parts, vae)
     draw_missing(args, accelerator, drawn, prompts, places, settings, parts)
     records = decided_once(accelerator, partial(list_records, systems, prompts, places))
     score_images(args, accelerator, records, scorers)

@@ -735,6 +735,21 @@ def build_accelerator(args):
     return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+def fingerprint(flag, file):
+    """What changes with a model's weights, by its file of find_models: the commit, or names, sizes and times."""
+    if "snapshots" in file.parts:
+        return Hasher.hash(str(file.parts[-3:]))
+
+    if flag == "lora":
+        weights = [file]
+    elif flag == BASE:
+        weights = sorted(file.parent.parent.glob("*/*.safetensors"))
+    else:
+        weights = sorted(file.parent.glob("*.safetensors"))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return Hasher.hash(str(stats))
+
+
 def collect_settings(args, dtype, captions, photos, files):
     """All that the pairs depend on, by the names of the flags; what lies on this machine is not named."""
     flags = vars(args.evaluation).items() if args.scorer else ()
@@ -742,9 +757,7 @@ def collect_settings(args, dtype, captions, photos, files):
     sources |= {flag: getattr(args, flag) for flag in files}
     settings = {f"--{flag}": "a local one" if os.path.exists(path) else path for flag, path in sources.items()}
     for flag, file in files.items():
-        # The cache's paths of hub models hold their commit; training writes a UNet's config with its weights.
-        version = file.parts[-3:] if "snapshots" in file.parts else (file.stat().st_size, file.stat().st_mtime_ns)
-        settings[f"--{flag}"] += f", version {Hasher.hash(str(version))}"
+        settings[f"--{flag}"] += f", version {fingerprint(flag, file)}"
     settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
     if photos:
         version = Hasher.hash(b"".join(photo.tobytes() for photo in photos))

@@ -637,6 +637,23 @@ def test_weights_are_known_by_their_content(script, small, scorers, tmp_path, mo
     assert "lora was drawn with another model (" in refused(script, {**flags, "candidates": [f"lora={copied}"]})
 
 
+def test_a_vae_is_known_by_its_weights(script, small, scorers, tmp_path):
+    """Copied to another place it is the same; with other weights under its path it is not."""
+    vae = shutil.copytree(small / "pipeline" / "vae", tmp_path / "vae")
+    flags = drawing(small, scorers, tmp_path / "out", max_prompts=1, pretrained_vae_model_name_or_path=vae)
+    run_script(script, flags)
+    before = state(tmp_path / "out")
+    copied = shutil.copytree(vae, tmp_path / "copied", copy_function=shutil.copyfile)
+
+    run_script(script, {**flags, "pretrained_vae_model_name_or_path": copied})
+    (file,) = vae.glob("*.safetensors")
+    shutil.copy(small / "other" / "vae" / file.name, file)
+    sentence = refused(script, flags)
+
+    assert state(tmp_path / "out") == before
+    assert sentence.startswith(f"{tmp_path / 'out' / 'images' / 'base'} was drawn with another vae (")
+
+
 def test_scores_are_kept(script, ready, monkeypatch):
     """The next run, with another scorer, one more model or after an error, scores what is new."""
     seen = []
@@ -1160,8 +1177,9 @@ def test_wrong_candidates(script, small, scorers, tmp_path):
     save_file(hide(weights, "conv_in.weight"), unet / "diffusion_pytorch_model.safetensors")
     sentence = refused(script, {**flags, "candidates": [f"x={unet}"]})
     assert sentence.startswith(f"--candidates x={unet} cannot be loaded: ") and "conv_in.weight" in sentence
-    missing = refused(script, {**flags, "pretrained_model_name_or_path": tmp_path / "nothing"})
-    assert missing.startswith(f"--pretrained_model_name_or_path {tmp_path / 'nothing'} is no folder")
+    for flag in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        sentence = refused(script, {**flags, flag: tmp_path / "nothing"})
+        assert sentence.startswith(f"--{flag} {tmp_path / 'nothing'} is no folder")
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])

@@ -549,6 +549,28 @@ def test_retrained_weights_and_other_photos_are_noticed(maker, small, flags, tmp
     assert "made with --lora a local one, version " in refused(maker, flags)
 
 
+@pytest.mark.parametrize(
+    ("flag", "folder"),
+    [
+        ("pretrained_model_name_or_path", "text_encoder"),
+        ("pretrained_vae_model_name_or_path", "vae"),
+        ("unet", "unet"),
+    ],
+)
+def test_other_weights_under_the_same_path_are_noticed(maker, small, flags, tmp_path, flag, folder):
+    """Although the config beside them has not changed."""
+    model = shutil.copytree(small / "pipeline", tmp_path / "model")
+    source = model if flag == "pretrained_model_name_or_path" else model / folder
+    flags |= {flag: source, "max_prompts": 1}
+    run_script(maker, flags)
+    (file,) = (model / folder).glob("*.safetensors")
+    os.utime(file, ns=(0, 0))
+
+    sentence = refused(maker, flags)
+
+    assert f"made with --{flag} a local one, version " in sentence
+
+
 def test_flags_of_a_run_without_pairs_may_change(maker, flags, monkeypatch):
     """E.g. a batch that was too large."""
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
