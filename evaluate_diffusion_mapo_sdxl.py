@@ -103,12 +103,12 @@ def count(text):
 
 
 def named_source(text):
-    """Parse NAME=PATH for argparse."""
+    """Parse NAME=PATH or NAME=PATH+PATH for argparse."""
     match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
     name, path = match.groups()
-    return name, PATH(path)
+    return name, "+".join(PATH(part) for part in path.split("+"))
 
 
 def add_image_arguments(parser):
@@ -137,7 +137,7 @@ def add_image_arguments(parser):
     add("--pretrained_vae_model_name_or_path", type=PATH, help="VAE of all, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
     shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training; "
-    shown += "a LoRA may also be a .safetensors file."
+    shown += "a LoRA may also be a .safetensors file. NAME=UNET+LORA is a LoRA that was trained on another UNet."
     add("--candidates", **named, metavar="NAME=PATH", help=shown)
     schedulers = [f"{kind}Scheduler" for kind in SCHEDULERS]
     add("--scheduler", choices=schedulers, help="Scheduler of all models. Without it, the base's.")
@@ -236,6 +236,7 @@ from huggingface_hub.errors import (
 )
 from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -622,6 +623,13 @@ def find_lora(source):
     return file
 
 
+def read_lora_config(file):
+    """The peft config in the metadata of a LoRA's file: {"PART.NAME": value}, empty if it has none."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+
+
 def find_alpha(config, layer):
     """The alpha of a layer by the peft config in a file's metadata, or None. Patterns match as in peft."""
     part, _, name = layer.partition(".")
@@ -670,14 +678,11 @@ def read_lora(file, unet_config):
 
     `up` is that of the file times alpha / rank, layer by layer. Files that contain anything else are refused.
     """
-    with safe_open(file, "pt") as opened:
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}
-        metadata = opened.metadata() or {}
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    config = read_lora_config(file)
     for name, value in config.items():
         if name.endswith((".use_dora", ".use_rslora")) and value:
             raise ValueError(f"{name.partition('.')[2]} is not supported")
-    weights = apply_alphas(weights, config)
+    weights = apply_alphas(load_file(file), config)
 
     # Give all layers names in peft's way. diffusers knows the other formats, and leaves out what is in two of them.
     number = len(weights)
@@ -804,6 +809,13 @@ def load_with_lora(args, source, **parts):
     return pipeline
 
 
+def load_with_unet_and_lora(args, source, unet, lora, **parts):
+    """The base with another UNet, or another pipeline, and with a LoRA."""
+    pipeline = unet.load(args, unet.source, **parts)
+    add_lora(pipeline, read_lora(find_lora(lora.source), pipeline.unet.config))
+    return pipeline
+
+
 # The first of these files that a model holds tells its kind, and who makes a pipeline of it on the CPU.
 BASE = {"model_index.json": ("base", load_base)}
 CANDIDATES = {
@@ -812,6 +824,9 @@ CANDIDATES = {
     LORA_FILE: ("lora", load_with_lora),
     "config.json": ("unet", load_with_unet),
 }
+# The two parts of UNET+LORA.
+UNETS = {name: kind for name, kind in CANDIDATES.items() if name != LORA_FILE}
+LORAS = {LORA_FILE: CANDIDATES[LORA_FILE]}
 
 
 def find_model(source, shown, kinds):
@@ -834,6 +849,25 @@ def find_model(source, shown, kinds):
     raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
 
 
+def find_candidate(args, name, source):
+    """The Model of --candidates NAME=PATH, or of NAME=UNET+LORA if no path is called so."""
+    shown = f"--candidates {name}={source}"
+    if "+" in source and not Path(source).exists():
+        unet_source, _, lora_source = source.rpartition("+")
+        unet = find_model(unet_source, f"{shown}: {unet_source}", UNETS)
+        lora = find_model(lora_source, f"{shown}: {lora_source}", LORAS)
+        load = partial(load_with_unet_and_lora, unet=unet, lora=lora)
+        return Model("unet and lora", load, source, digest([unet.version, lora.version]))
+
+    model = find_model(source, shown, CANDIDATES)
+    if model.kind == "lora":
+        with naming(shown):
+            unet = read_lora_config(find_lora(source)).get("unet.base_model_name_or_path")
+        if unet not in (None, "", args.pretrained_model_name_or_path):
+            logger.warning(f"{shown} was trained on another UNet, with which it is {name}={unet}+{source}.")
+    return model
+
+
 def find_vae(source):
     """The version of --pretrained_vae_model_name_or_path; EvaluationError if there is none."""
     file = find_file(source, "config.json")
@@ -846,14 +880,21 @@ def find_vae(source):
 
 def find_systems(args, prompts):
     """All that is evaluated, the base first."""
-    base, systems = args.pretrained_model_name_or_path, []
-    asked = [] if base is None else [("base", base, f"--pretrained_model_name_or_path {base}", BASE)]
-    asked += [(name, source, f"--candidates {name}={source}", CANDIDATES) for name, source in args.candidates]
-    for name, source, shown, kinds in asked:
-        categories = dict.fromkeys(prompt.category for prompt in prompts) if CATEGORY in source else [None]
-        models = {c: find_model(source.replace(CATEGORY, str(c)), shown, kinds) for c in categories}
-        systems.append(System(name, shown, Path(args.output_dir) / "images" / name, models))
-    return systems + [System(name, f"--images {name}={folder}", Path(folder), {}) for name, folder in args.images]
+    systems = []
+    images = Path(args.output_dir) / "images"
+    base = args.pretrained_model_name_or_path
+    if base is not None:
+        shown = f"--pretrained_model_name_or_path {base}"
+        systems.append(System("base", shown, images / "base", {None: find_model(base, shown, BASE)}))
+    for name, source in args.candidates:
+        categories = [None]
+        if CATEGORY in source:
+            categories = dict.fromkeys(prompt.category for prompt in prompts)
+        models = {c: find_candidate(args, name, source.replace(CATEGORY, str(c))) for c in categories}
+        systems.append(System(name, f"--candidates {name}={source}", images / name, models))
+    for name, folder in args.images:
+        systems.append(System(name, f"--images {name}={folder}", Path(folder), {}))
+    return systems
 
 
 # Drawing -------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ from huggingface_hub.errors import (
 )
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -364,6 +365,12 @@ def find_models(args):
         same = all(config.get(key) == configs[BASE].get(key) for key in ("cross_attention_dim", "in_channels"))
         if config.get("addition_embed_type") != "text_time" or not same:
             raise PairsError(f"--{flag} {getattr(args, flag)}: its UNet does not take SDXL's prompts and latents.")
+
+    if args.lora is not None and args.unet is None:
+        with naming(f"--lora {args.lora}"):
+            unet = read_lora_config(files["lora"]).get("unet.base_model_name_or_path")
+        if unet not in (None, "", getattr(args, BASE)):
+            logger.warning(f"--lora {args.lora} was trained on the UNet of {unet}: add --unet {unet}.")
     return files
 
 
@@ -437,6 +444,13 @@ def find_lora(source):
     return file
 
 
+def read_lora_config(file):
+    """The peft config in the metadata of a LoRA's file: {"PART.NAME": value}, empty if it has none."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+
+
 def find_alpha(config, layer):
     """The alpha of a layer by the peft config in a file's metadata, or None. Patterns match as in peft."""
     part, _, name = layer.partition(".")
@@ -485,14 +499,11 @@ def read_lora(file, unet_config):
 
     `up` is that of the file times alpha / rank, layer by layer. Files that contain anything else are refused.
     """
-    with safe_open(file, "pt") as opened:
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}
-        metadata = opened.metadata() or {}
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    config = read_lora_config(file)
     for name, value in config.items():
         if name.endswith((".use_dora", ".use_rslora")) and value:
             raise ValueError(f"{name.partition('.')[2]} is not supported")
-    weights = apply_alphas(weights, config)
+    weights = apply_alphas(load_file(file), config)
 
     # Give all layers names in peft's way. diffusers knows the other formats, and leaves out what is in two of them.
     number = len(weights)

@@ -449,6 +449,57 @@ def test_each_layer_of_a_lora_has_its_own_alpha_and_rank(script, small, scorers,
     assert distance(Image.open(output_dir / "images" / "base" / "00000_0.png"), expected) > 8
 
 
+@pytest.mark.parametrize("below", ["trained", "unet", "other"])
+def test_a_unet_and_a_lora_are_one_candidate(script, small, scorers, tmp_path, below):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / ("other" if below == "other" else "pipeline"))
+    pipeline.unet = UNet2DConditionModel.from_pretrained(small / "other", subfolder="unet")
+    lora = random_lora(pipeline)
+    save_kohya(lora, tmp_path / "x.safetensors")
+    candidates = [f"both={small / below}+{tmp_path / 'x.safetensors'}"]
+    flags = drawing(small, scorers, tmp_path / "out", candidates=candidates, max_prompts=1, images_per_prompt=1)
+
+    output_dir = run_script(script, flags)
+
+    expected = plain_image(script, merge(pipeline, lora), (0, 0))
+    assert distance(Image.open(output_dir / "images" / "both" / "00000_0.png"), expected) <= 1
+    settings = json.loads((output_dir / "results.json").read_text())["settings"]
+    assert settings["models"]["both"]["kind"] == "unet and lora"
+
+
+def test_other_weights_of_a_unet_or_a_lora_are_noticed(script, small, scorers, tmp_path):
+    unet = shutil.copytree(small / "trained", tmp_path / "unet")
+    lora = shutil.copytree(small / "lora", tmp_path / "lora")
+    flags = drawing(small, scorers, tmp_path / "out", candidates=[f"x={unet}+{lora}"], max_prompts=1)
+    run_script(script, flags)
+
+    for folder in (unet / "unet", lora):
+        (file,) = folder.glob("*.safetensors")
+        before = file.read_bytes()
+        save_file({name: weight * 1.1 for name, weight in load_file(file).items()}, file)
+        assert "x was drawn with another model (" in refused(script, flags)
+        file.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("unet", "prefix", "warned"),
+    [("trained", "", True), ("trained", "trained+", False), ("pipeline", "", False), (None, "", False)],
+    ids=["another UNet", "that UNet", "the base's", "not said"],
+)
+def test_a_lora_of_another_unet_is_warned_of(script, small, scorers, tmp_path, caplog, unet, prefix, warned):
+    file = tmp_path / "x.safetensors"
+    config = {"unet.lora_alpha": 2, "unet.base_model_name_or_path": unet and str(small / unet)}
+    weights = load_file(small / "lora" / "pytorch_lora_weights.safetensors")
+    save_file(weights, file, {"lora_adapter_metadata": json.dumps(config)})
+    source = f"{small / 'trained'}+{file}" if prefix else str(file)
+    flags = drawing(small, scorers, tmp_path / "out", candidates=[f"x={source}"], max_prompts=1)
+
+    run_script(script, flags)
+
+    warning = f"--candidates x={file} was trained on another UNet, with which it is x={small / 'trained'}+{file}."
+    assert (warning in caplog.text) == warned
+    assert ("another UNet" in caplog.text) == warned
+
+
 def test_small_changes_of_text_encoders_survive_bfloat16(script, small, tmp_path):
     """Added to bfloat16 weights, 85 % of this one would be rounded away."""
     base = str(small / "pipeline")
@@ -858,11 +909,11 @@ def test_home_is_expanded_in_every_path_flag(script, monkeypatch):
     names += ["reference_images", "clip_model", "hps_weights"]
     words = [f"--{name}=~/{name}" for name in names]
 
-    args = script.parse_args([*words, "--images", "a=~/images", "--candidates", "b=~/lora"])
+    args = script.parse_args([*words, "--images", "a=~/images", "--candidates", "b=~/lora", "c=~/unet+~/lora"])
 
     assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
     assert args.images == [("a", "/home/me/images")]
-    assert args.candidates == [("b", "/home/me/lora")]
+    assert args.candidates == [("b", "/home/me/lora"), ("c", "/home/me/unet+/home/me/lora")]
 
 
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--prompts", "p.txt", "--scorer", "clip"], 2)])
@@ -1167,6 +1218,9 @@ def test_candidates_that_are_the_base(script, small, scorers, ready, tmp_path):
 def test_wrong_candidates(script, small, scorers, tmp_path):
     flags = drawing(small, scorers, tmp_path / "out")
     assert "--candidates x=" in refused(script, {**flags, "candidates": [f"x={tmp_path}"]})
+    for pair in (f"{tmp_path}+{small / 'lora'}", f"{small / 'lora'}+{tmp_path}"):
+        sentence = refused(script, {**flags, "candidates": [f"x={pair}"]})
+        assert sentence.startswith(f"--candidates x={pair}: ") and " is no folder or reachable hub id" in sentence
     unet = shutil.copytree(small / "unet", tmp_path / "narrow")
     config = json.loads((unet / "config.json").read_text())
     narrow = UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768})

@@ -293,6 +293,20 @@ def test_each_layer_of_a_lora_has_its_own_alpha_and_rank(maker, small, flags, tm
     assert distance(decoded(row)[1], expected) <= 1
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["without its UNet", "with its UNet"])
+def test_a_lora_of_another_unet_is_warned_of(maker, small, flags, tmp_path, caplog, given):
+    file = tmp_path / "x.safetensors"
+    config = {"unet.lora_alpha": 2, "unet.base_model_name_or_path": str(small / "trained")}
+    weights = load_file(small / "lora" / "pytorch_lora_weights.safetensors")
+    save_file(weights, file, {"lora_adapter_metadata": json.dumps(config)})
+    unet = small / "trained" if given else None
+
+    run_script(maker, flags | {"lora": file, "unet": unet, "max_prompts": 1})
+
+    warning = f"--lora {file} was trained on the UNet of {small / 'trained'}: add --unet {small / 'trained'}."
+    assert (warning in caplog.text) == (not given)
+
+
 @pytest.fixture
 def spied(maker, monkeypatch):
     """The pipelines that the script loads, as it uses them."""
@@ -766,6 +780,7 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
 
 SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_model"]
 SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl", "warn_of_long_prompts", "find_file", "find_lora", "find_alpha"]
+SHARED_FUNCTIONS += ["read_lora_config"]
 SHARED_FUNCTIONS += ["apply_alphas", "read_lora", "add_lora", "add_branch", "try_scheduler"]
 
 
