@@ -4,6 +4,7 @@ import collections
 import itertools
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -251,7 +252,7 @@ def test_the_key_knows_all_that_changes_what_is_stored(script, flags, tmp_path, 
     assert len(cache_folders(flags) - seen) == 1
 
 
-# Values that a VAE gives -------------------------------------------------------------------------------------------
+# What a VAE is given and gives --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cached", [True, None], ids=["cached", "uncached"])
 def test_a_vae_without_finite_latents_is_named_at_once(script, flags, monkeypatch, cached):
     load_pipeline, steps = script.load_pipeline, []
@@ -318,3 +319,21 @@ def test_encoders_are_moved_off_the_device(script, flags, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", to_meta)
     run(script, flags)
     assert set(moved) == {"AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"}
+
+
+# Rounding -----------------------------------------------------------------------------------------------------------
+def test_pixels_are_scaled_in_float32(script):
+    """In bfloat16, half a grey level would be lost before the VAE sees the image."""
+    seen = []
+    posterior = SimpleNamespace(mean=torch.zeros(1, 4, 2, 2), std=torch.zeros(1, 4, 2, 2))
+    vae = SimpleNamespace(
+        dtype=torch.bfloat16,
+        encode=lambda pixels: seen.append(pixels) or SimpleNamespace(latent_dist=posterior),
+    )
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
+
+    script.encode_images(vae, pixels, batch_size=1)
+
+    exact = pixels.double() / 127.5 - 1
+    assert torch.equal(seen[0], exact.float().to(torch.bfloat16))
+    assert not torch.equal(seen[0], pixels.to(torch.bfloat16) / 127.5 - 1)

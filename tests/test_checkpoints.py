@@ -478,7 +478,7 @@ def test_failed_save_leaves_the_older_checkpoint_alone(script, flags, tmp_path, 
     full = partial(raising, OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
         install(Fault("checkpoint", (2,), full), patch.setattr)
-        with pytest.raises(script.TrainingError, match="checkpoint-4 could not be written, older .*No space"):
+        with pytest.raises(script.TrainingError, match="checkpoint-4 could not be written; older .*No space"):
             run(script, flags)
     out = flags["output_dir"]
     assert (out / "checkpoint-4").exists() and checkpoints(out) == [2]
