@@ -468,7 +468,7 @@ def test_bad_step_of_one_process_is_left_out_and_its_full_disk_ends_all(short_fl
     statuses, output = launch_config(kind, short_flags, {rank: [bad, full]})
     out = short_flags["output_dir"]
     assert statuses == [1] and "No finite gradient in 1 steps up to step 2, not applied." in output, output
-    assert f"error: {out / 'checkpoint-4'} could not be written, older checkpoints are untouched" in output, output
+    assert f"error: {out / 'checkpoint-4'} could not be written; older checkpoints are untouched" in output, output
     assert checkpoints(out) == [1, 2, 3]
     assert_equal(trained(out / "checkpoint-1"), trained(out / "checkpoint-2"))
     before, after = trained(out / "checkpoint-2"), trained(out / "checkpoint-3")
