@@ -368,8 +368,9 @@ def load_configs(args):
         with explain(f"{flag} cannot be loaded"):
             location = find_part(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
             other = AutoencoderKL.load_config(**location)
-        if other.get("scaling_factor") != vae.get("scaling_factor"):
-            raise TrainingError(f"{flag}: its scaling_factor is not that of {name}, so its latents differ.")
+        for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):  # AutoencoderKL's defaults
+            if other.get(key, default) != vae.get(key, default):
+                raise TrainingError(f"{flag}: its {key} is not that of {name}, so its latents differ.")
         vae = other
     if args.init_lora is not None:
         check_lora(args, unet)
@@ -809,7 +810,7 @@ def describe(error):
     """An error's type and text in one line. PyTorch wraps errors of loader workers: take the last line of those."""
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
-    # `datasets` says what is wrong, and in which file, in the cause of its error, or else in the error itself.
+    # `datasets` hides the reason in the cause of this error, and logs the file.
     if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -1177,8 +1178,6 @@ def require_package(parser, package, flag):
 # A pair is a row of an index: (shard, row in the shard, hash of the caption). The order of the pairs depends only on
 # seed, epoch and the run's Layout, and every random choice about a pair only on seed and position in that order. So
 # Layout and number of pairs seen are all that a checkpoint needs to know about the data, on any number of processes.
-
-
 INDEX_VERSION = 2  # to be raised when the format of the index changes
 MAX_SKIPPED = 100  # unusable rows in a row, before a dataset is given up
 
@@ -1413,7 +1412,7 @@ def open_pairs(args, split, split_flag, revision):
 
 
 def hold_out(index, number):
-    """The first `number` pairs of an index, if the pairs of a caption followed its first one."""
+    """The first `number` pairs of an index, counted caption by caption, so that captions stay together."""
     _, first_pair, caption = np.unique(index[:, 2], return_index=True, return_inverse=True)
     by_caption = np.argsort(first_pair[caption], kind="stable")
     return index[np.sort(by_caption[:number])]
@@ -1824,7 +1823,7 @@ def add_lora(args, parts):
         inject_adapter_in_model(config, part)
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # peft would copy activations to float32, autocast back
+                module.cast_input_dtype_enabled = False  # autocast would undo peft's cast of activations to float32
         cast_training_params(part, torch.float32)
 
     if weights:

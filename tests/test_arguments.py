@@ -488,6 +488,15 @@ def test_vae_whose_config_leaves_defaults_out_is_the_same(script, flags, world, 
     assert channels == 4
 
 
+@pytest.mark.parametrize("changes", [{"scaling_factor": 0.18215}, {"latent_channels": 16}], ids=str)
+def test_vae_with_other_latents_is_refused(script, flags, world, no_weights, tmp_path, changes):
+    folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae", {"config.json": changes})
+
+    sentence = complaint(script, flags | {"pretrained_vae_model_name_or_path": folder})
+
+    assert f"{folder}: its {next(iter(changes))} is not that of" in sentence
+
+
 @pytest.mark.parametrize(("changes", "word"), OTHER_BASES.values(), ids=OTHER_BASES)
 def test_bases_of_other_kinds_by_their_configs_alone(script, flags, world, no_weights, tmp_path, changes, word):
     folder = copy_configs(world / "pipeline", tmp_path / "other", changes)

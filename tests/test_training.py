@@ -433,6 +433,21 @@ def test_seed_that_was_not_given_is_drawn_and_reported(script, flags, tmp_path, 
     assert_same(tmp_path / "first", run(script, {**flags, "seed": drawn[0]}))
 
 
+def test_gradients_are_not_clipped_at_norm_0_or_inf(script, flags, tmp_path):
+    """As with a norm that no gradient reaches, and unlike a run whose gradients are clipped."""
+    outs = []
+    for norm in (0, "inf", 1e6):
+        outs.append(
+            run(script, {**flags, "adam_epsilon": 1.0, "max_grad_norm": norm, "output_dir": tmp_path / str(norm)})
+        )
+    clipped = run(script, {**flags, "adam_epsilon": 1.0, "max_grad_norm": 1e-3})
+
+    assert_same(outs[0], outs[1])
+    assert_same(outs[0], outs[2])
+    weights, others = trained(outs[0]), trained(clipped)
+    assert any(not torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
 def test_epochs_give_the_number_of_steps(script, flags):
     flags.update(max_train_steps=None, num_train_epochs=2, train_batch_size=20)
     assert list(curves(run(script, flags))["loss"]) == [1, 2, 3, 4, 5]
