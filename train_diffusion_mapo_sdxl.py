@@ -102,7 +102,6 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import check_min_version
-from diffusers.utils.hub_utils import populate_model_card
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_kohya,
@@ -333,14 +332,14 @@ def generate_images(args, accelerator, pipeline):
     return [by_prompt[number] for number, _ in prompts]
 
 
-def load_configs(args):
+def load_configs(args, commit):
     """
     Shape of the latents `(channels, height, width)`, and the noise scheduler.
 
     Reads configs and tokenizers only, so that an unsupported model is refused before its weights are downloaded.
     """
     name = args.pretrained_model_name_or_path
-    hub = {"cache_dir": args.cache_dir, "revision": args.revision}
+    hub = {"cache_dir": args.cache_dir, "revision": commit}
     with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
@@ -429,7 +428,7 @@ def load_part(model_class, name, subfolder, args, dtype, revision=None):
     return model_class.from_pretrained(**options)
 
 
-def load_pipeline(args, accelerator):
+def load_pipeline(args, accelerator, commit):
     """The SDXL pipeline on the device: frozen parts in `weight_dtype` unless they would overflow."""
     name = args.pretrained_model_name_or_path
     message = f"--pretrained_model_name_or_path {name} cannot be loaded"
@@ -449,7 +448,7 @@ def load_pipeline(args, accelerator):
             parts["unet"] = load_part(UNet2DConditionModel, unet_name, "unet", args, unet_dtype)
     else:
         with explain(message):
-            parts["unet"] = load_part(UNet2DConditionModel, name, "unet", args, unet_dtype, args.revision)
+            parts["unet"] = load_part(UNet2DConditionModel, name, "unet", args, unet_dtype, commit)
     if args.pretrained_vae_model_name_or_path is not None:
         vae_name = args.pretrained_vae_model_name_or_path
         with explain(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
@@ -458,7 +457,7 @@ def load_pipeline(args, accelerator):
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name,
             **parts,
-            revision=args.revision,
+            revision=commit,
             variant=args.variant,
             cache_dir=args.cache_dir,
             use_safetensors=True,
@@ -487,10 +486,11 @@ def check_vae(vae, pair, batch_size):
         )
 
 
-def warn_about_long_captions(tokenizer, captions):
+def warn_about_long_captions(tokenizer, rows):
     """SDXL reads 77 tokens of a caption, including those that mark its beginning and end."""
-    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
-    too_long = sum(length > 77 for length in lengths)
+    _, frame = rows.read_texts(rows.files[0], [rows.columns.caption])
+    captions = [caption for caption in frame[rows.columns.caption][:1000] if isinstance(caption, str)]
+    too_long = sum(len(ids) > 77 for ids in tokenizer(captions).input_ids)
     if too_long > 0:
         logger.warning(
             f"{too_long} of the first {len(captions)} captions have more than 77 tokens; SDXL ignores the rest."
@@ -568,7 +568,6 @@ class StopSignal:
 
     def __init__(self):
         self.requested = False
-        self.training = True
         for stop_signal in STOP_SIGNALS:
             if signal.getsignal(stop_signal) != signal.SIG_IGN:  # shells let background jobs ignore Ctrl-C
                 signal.signal(stop_signal, self.note)
@@ -576,9 +575,8 @@ class StopSignal:
     def note(self, number, frame):
         self.requested = True
         if number == signal.SIGINT:
-            task = b"this step and saving a checkpoint" if self.training else b"and saving the results"
             # `print` could be interrupted in the middle of its own work, so write directly.
-            os.write(2, b"\nFinishing " + task + b". Press Ctrl-C again to quit immediately.\n")
+            os.write(2, b"\nFinishing and saving. Press Ctrl-C again to quit immediately.\n")
             # torchrun passes the second Ctrl-C on as SIGTERM.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -991,7 +989,7 @@ def add_pair_arguments(parser):
     add("--no_hflip", action="store_true", help="Do not flip images at random.")
     add("--cache_latents", action="store_true", help="Encode all pairs before training. Later runs reuse them.")
     add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that read and decode images.")
-    add("--vae_encode_batch_size", type=COUNT, default=8, help="Images per forward pass of the VAE.")
+    add("--vae_encode_batch_size", type=COUNT, default=1, help="Images per forward pass of the VAE.")
 
 
 def add_training_arguments(parser):
@@ -1254,111 +1252,112 @@ def open_parquet(file):
         yield parquet
 
 
-class PairSource:
-    """
-    The rows of a split, by shard and row, their images still encoded.
+class PreparedRows:
+    """Rows of a dataset on disk, as one memory-mapped shard. Their images are still encoded."""
 
-    A prepared dataset is a single shard, memory-mapped. A streamed one has a shard for each parquet row group; the
-    latest `shards_kept` row groups of each lane stay in memory.
-    """
+    files = [None]
 
-    def __init__(self, columns, fingerprint=(), commit=None, prepared=None, files=(), shards_kept=1):
+    def __init__(self, dataset, columns):
         self.columns = columns
-        self.fingerprint = [*fingerprint, columns.all()]  # of the data that is read
-        self.commit = commit  # of a dataset on the hub
-        self.prepared = None
-        if prepared is not None:
-            self.prepared = prepared.select_columns(columns.all()).with_format("arrow")  # leaves images encoded
+        self.table = dataset.select_columns(columns.all()).with_format("arrow")  # leaves images encoded
+
+    def record(self, shard, row, lane):
+        """One row as a dict."""
+        return self.table[int(row)].to_pylist()[0]
+
+    def read_texts(self, file, names):
+        """Number of rows of each shard of a file, and a DataFrame of these columns."""
+        return [len(self.table)], self.table.select_columns(names)[:].to_pandas()
+
+    def row_name(self, shard, row):
+        """How messages name a row."""
+        return f"row {row}"
+
+
+class StreamedRows:
+    """
+    Rows of parquet files, read when they are needed. A shard is a row group; their images are still encoded.
+
+    Of each lane, the latest `shards_kept` row groups stay in memory. A process may read several lanes after a restart.
+    """
+
+    def __init__(self, files, columns, shards_kept):
         self.files = files
+        self.columns = columns
         self.shards_kept = shards_kept
-        self.row_groups = []  # (file, row group) of each shard of a stream
+        self.row_groups = []  # (number of the file, row group) of each shard
         self.kept = {}  # {lane: {shard: table}}, oldest shard first
 
-    def record(self, shard, row, lane=0):
-        """One row as a dict."""
-        if self.prepared is not None:
-            return self.prepared[int(row)].to_pylist()[0]
-
-        # Each lane has its own row groups in memory, because a process may read several lanes after a restart.
+    def record(self, shard, row, lane):
         kept = self.kept.setdefault(lane, {})
         if shard not in kept:
             if len(kept) == self.shards_kept:
                 oldest = next(iter(kept))
                 del kept[oldest]
-            kept[shard] = self.read_row_group(shard, self.columns.all())
+            file, row_group = self.row_groups[shard]
+            with open_parquet(self.files[file]) as parquet:
+                kept[shard] = parquet.read_row_group(row_group, self.columns.all())
         return kept[shard].slice(int(row), 1).to_pylist()[0]
 
-    def read_row_group(self, shard, names):
-        file, row_group = self.row_groups[shard]
-        with open_parquet(self.files[file]) as parquet:
-            return parquet.read_row_group(row_group, names)
+    def read_texts(self, file, names):
+        with open_parquet(file) as parquet:
+            sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
+            return sizes, parquet.read(names).to_pandas()
 
     def row_name(self, shard, row):
-        """How messages name a row."""
-        return f"row {row}" if self.prepared is not None else f"row {row} of shard {shard}"
+        return f"row {row} of shard {shard}"
 
-    def first_captions(self):
-        """Up to 1,000 captions, in a stream those of its first row group."""
-        if self.prepared is not None:
-            table = self.prepared.select_columns([self.columns.caption])[:1000]
-        else:
-            table = self.read_row_group(0, [self.columns.caption])
-        captions = table[self.columns.caption].to_pylist()[:1000]
-        return [caption for caption in captions if isinstance(caption, str)]
 
-    def read_labels(self, file):
-        """[(labels `(rows, 2)`, hashes of the captions `(rows,)`)] for each shard of a file. No image is read."""
-        names = [self.columns.caption, *self.columns.labels]
-        if self.prepared is not None:
-            frames = [self.prepared.select_columns(names)[:].to_pandas()]
-        else:
-            with open_parquet(file) as parquet:
-                frames = [parquet.read_row_group(n, names).to_pandas() for n in range(parquet.num_row_groups)]
+def read_index(rows, file, remove_ties):
+    """The part of an index that belongs to a file, its shards counted from 0, and their number. No image is read."""
+    columns = rows.columns
+    sizes, frame = rows.read_texts(file, list(dict.fromkeys([columns.caption, *columns.labels])))
+    with explain(f"Column {columns.caption} must contain text"):
+        captions = frame[columns.caption].astype(str).to_numpy(object)
+    caption_hashes = pd.util.hash_array(captions, categorize=False).view("int64")
+    shards = np.repeat(np.arange(len(sizes)), sizes)
+    numbers = np.concatenate([np.arange(size) for size in sizes])
+    index = np.stack([shards, numbers, caption_hashes], axis=1)
 
-        shards = []
-        for frame in frames:
-            labels = np.tile((1.0, 0.0), (len(frame), 1))
-            if self.columns.labels:
-                with explain(f"The label columns {self.columns.labels} must contain numbers"):
-                    labels = frame[list(self.columns.labels)].astype("float64").to_numpy()
-            with explain(f"Column {self.columns.caption} must contain text"):
-                captions = frame[self.columns.caption].astype(str)
-            shards.append((labels, pd.util.hash_array(captions.to_numpy(object), categorize=False).view("int64")))
-        return shards
+    if columns.labels:
+        with explain(f"The label columns {columns.labels} must contain numbers"):
+            labels = frame[list(columns.labels)].astype("float64").to_numpy()
+        if remove_ties:
+            index = index[labels[:, 0] != labels[:, 1]]
+    return index, len(sizes)
 
-    def build_index(self, remove_ties):
-        """Index of all pairs, and (file, row group) of each shard. Files are read in 16 threads."""
-        files = self.files if self.prepared is None else [None]
-        index = []
-        row_groups = []
-        with multiprocessing.pool.ThreadPool(16) as pool:
-            labels_of_files = pool.imap(self.read_labels, files)
-            bar = tqdm(labels_of_files, desc="Reading labels", total=len(files), disable=len(files) == 1)
-            for file, shards in enumerate(bar):
-                for row_group, (labels, captions) in enumerate(shards):
-                    shard = np.full(len(labels), len(row_groups))
-                    pairs = np.stack([shard, np.arange(len(labels)), captions], axis=1)
-                    index.append(pairs[labels[:, 0] != labels[:, 1]] if remove_ties else pairs)
-                    row_groups.append((file, row_group))
-        return {"index": torch.from_numpy(np.concatenate(index)), "row_groups": torch.tensor(row_groups)}
 
-    def load_index(self, remove_ties, cache_dir):
-        """`(pairs, 3)` shard, row and caption hash of all pairs, built once and kept on disk."""
-        key = Hasher.hash([self.fingerprint, remove_ties, INDEX_VERSION])
-        path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One process builds the index. The others wait for the lock, which unlike a barrier has no time limit.
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                tensors = self.build_index(remove_ties)
-                write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside))
-        tensors = safetensors.torch.load_file(path)
-        self.row_groups = tensors["row_groups"].tolist()
-        return tensors["index"].numpy()
+def build_index(rows, remove_ties):
+    """Index of all pairs, and (file, row group) of each shard. Files are read in 16 threads."""
+    parts = []
+    row_groups = []
+    with multiprocessing.pool.ThreadPool(16) as pool:
+        indexes = pool.imap(lambda file: read_index(rows, file, remove_ties), rows.files)
+        bar = tqdm(indexes, desc="Reading labels", total=len(rows.files), disable=len(rows.files) == 1)
+        for file, (index, num_shards) in enumerate(bar):
+            index[:, 0] += len(row_groups)
+            parts.append(index)
+            row_groups += [(file, row_group) for row_group in range(num_shards)]
+    return {"index": torch.from_numpy(np.concatenate(parts)), "row_groups": torch.tensor(row_groups)}
+
+
+def load_index(rows, fingerprint, remove_ties, cache_dir):
+    """`(pairs, 3)` shard, row and caption hash of all pairs, built once and kept on disk."""
+    key = Hasher.hash([fingerprint, remove_ties, INDEX_VERSION])
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One process builds the index. The others wait for the lock, which unlike a barrier has no time limit.
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            tensors = build_index(rows, remove_ties)
+            write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside))
+    tensors = safetensors.torch.load_file(path)
+    rows.row_groups = tensors["row_groups"].tolist()
+    return tensors["index"].numpy()
 
 
 def open_dataset(name, config_name, cache_dir, revision):
-    """The builder of a folder, a file, or a dataset on the hub at a commit (`revision`), or at its latest one."""
+    """The builder of a folder, or of a dataset on the hub at a commit (`revision`), or at its latest one."""
     if not os.path.exists(name):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
         if revision is not None and builder.hash != revision:
@@ -1369,46 +1368,58 @@ def open_dataset(name, config_name, cache_dir, revision):
     if glob.has_magic(name):
         raise TrainingError(f"--dataset_name: `datasets` reads *, ? and [ as patterns; rename {name}.")
     if os.path.isfile(name):
-        kind = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(name).suffix)
-        if kind is None:
-            raise TrainingError(f"--dataset_name {name}: give a folder, or a file in parquet, CSV or JSON.")
-        return datasets.load_dataset_builder(kind, data_files=name, cache_dir=cache_dir)
+        raise TrainingError(f"--dataset_name {name} is a file. Give the folder that contains it.")
     return datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir)
 
 
-def open_pairs(args, split, split_flag, revision):
-    """Open a split, or several: a+b. Returns its PairSource, its index, and the names of its splits."""
-    name = args.dataset_name
-    builder = open_dataset(name, args.dataset_config_name, args.cache_dir, revision)
-    streams = builder.as_streaming_dataset()
-    if split is None:
-        split = next(iter(streams)) if len(streams) == 1 else "train"
-    splits = split.split("+")
-    for part in splits:
-        if part not in streams:
-            raise TrainingError(f"--{split_flag}: {name} has no split {part!r} (splits: {list(streams)}).")
+class Split(NamedTuple):
+    """The pairs of a split, or of several."""
 
-    fingerprint = [builder.cache_dir, split, args.streaming]
-    commit = builder.hash if builder.repo_id is not None else None
+    names: list
+    rows: PreparedRows | StreamedRows
+    index: np.ndarray
+    fingerprint: list  # of the data, for caches
+    commit: str | None  # of a dataset on the hub
+
+
+def open_split(args, name, flag, revision):
+    """Open the split `name` that `flag` gives, or several: a+b."""
+    dataset_name = args.dataset_name
+    builder = open_dataset(dataset_name, args.dataset_config_name, args.cache_dir, revision)
+    streams = builder.as_streaming_dataset()
+    if name is None:
+        name = next(iter(streams)) if len(streams) == 1 else "train"
+    names = name.split("+")
+    for part in names:
+        if part not in streams:
+            raise TrainingError(f"--{flag}: {dataset_name} has no split {part!r} (splits: {list(streams)}).")
+
+    features = streams[names[0]].features
     if args.streaming:
         if builder.config.data_files is None:  # it comes from the local cache, which has no original files
             raise TrainingError(
-                f"--streaming: {name} cannot be reached, and is only in the cache. Leave out --streaming."
+                f"--streaming: {dataset_name} cannot be reached, and is only in the cache. Leave out --streaming."
             )
-        files = list(itertools.chain.from_iterable(builder.config.data_files[part] for part in splits))
+        files = list(itertools.chain.from_iterable(builder.config.data_files[part] for part in names))
         if not all(file.endswith(".parquet") for file in files):
-            raise TrainingError(f"--streaming reads parquet files only, but {name} has others.")
-        columns = find_columns(args, streams[splits[0]].features)
-        source = PairSource(columns, fingerprint, commit, files=files, shards_kept=args.shuffle_shards)
+            raise TrainingError(f"--streaming reads parquet files only, but {dataset_name} has others.")
+        rows = StreamedRows(files, find_columns(args, features), args.shuffle_shards)
     else:
         # Some formats, like JSON lines, have features only after they are prepared.
-        features = streams[splits[0]].features
         if features is not None:
             find_columns(args, features)
         builder.download_and_prepare()
-        prepared = builder.as_dataset(split)
-        source = PairSource(find_columns(args, prepared.features), fingerprint, commit, prepared=prepared)
-    return source, source.load_index(args.remove_ties, args.cache_dir), splits
+        prepared = builder.as_dataset(name)
+        rows = PreparedRows(prepared, find_columns(args, prepared.features))
+
+    fingerprint = [builder.cache_dir, name, args.streaming, rows.columns.all()]
+    return Split(
+        names=names,
+        rows=rows,
+        index=load_index(rows, fingerprint, args.remove_ties, args.cache_dir),
+        fingerprint=fingerprint,
+        commit=builder.hash if builder.repo_id is not None else None,
+    )
 
 
 def hold_out(index, number):
@@ -1420,24 +1431,24 @@ def hold_out(index, number):
 
 def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
     """The PairDatasets of the training pairs and of the held-out ones."""
-    source, index, splits = open_pairs(args, args.dataset_split_name, "dataset_split_name", revision)
+    split = open_split(args, args.dataset_split_name, "dataset_split_name", revision)
 
-    # Hold out the first captions with all their pairs, or another split. No held-out caption is trained on.
+    # Hold out the first captions with all their pairs, or another split.
     if args.validation_split is None:
-        held_out_source = source
-        held_out = hold_out(index, args.num_validation_pairs or 0)
+        held_out_split = split
+        held_out = hold_out(split.index, args.num_validation_pairs or 0)
     else:
-        held_out_source, held_out, held_out_splits = open_pairs(
-            args, args.validation_split, "validation_split", source.commit
-        )
-        held_out = held_out[: args.num_validation_pairs]
-        if set(splits) & set(held_out_splits):
+        held_out_split = open_split(args, args.validation_split, "validation_split", split.commit)
+        held_out = held_out_split.index[: args.num_validation_pairs]
+        if set(split.names) & set(held_out_split.names):
             raise TrainingError(f"--validation_split {args.validation_split} is also trained on.")
-    shared = np.isin(index[:, 2], held_out[:, 2])
+
+    # No held-out caption is trained on.
+    shared = np.isin(split.index[:, 2], held_out[:, 2])
+    index = split.index[~shared]
     left_out = shared.sum() - (len(held_out) if args.validation_split is None else 0)
     if left_out > 0:
         logger.warning(f"{left_out} training pairs are left out, because their captions are held out.")
-    index = index[~shared]
 
     if args.max_train_samples is not None:
         subset = np.random.default_rng(args.seed).permutation(len(index))[: args.max_train_samples]
@@ -1447,8 +1458,8 @@ def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
             f"--dataset_name {args.dataset_name}: {len(index)} pairs left for training, {len(held_out)} held out."
         )
     return (
-        PairDataset(args, source, index, latent_shape, num_train_timesteps),
-        PairDataset(args, held_out_source, held_out, latent_shape, num_train_timesteps, held_out=True),
+        PairDataset(args, split, index, latent_shape, num_train_timesteps),
+        PairDataset(args, held_out_split, held_out, latent_shape, num_train_timesteps, held_out=True),
     )
 
 
@@ -1566,9 +1577,10 @@ def load_pair(record, columns, resolution, crop_fractions, flip):
 class PairDataset(Dataset):
     """Turns visits into tensors. Unusable rows are reported, and replaced by the next one."""
 
-    def __init__(self, args, source, index, latent_shape, num_train_timesteps, held_out=False):
-        self.source = source
-        self.index = index
+    def __init__(self, args, split, index, latent_shape, num_train_timesteps, held_out=False):
+        self.split = split
+        self.rows = split.rows
+        self.index = index  # of the split's pairs, those that this dataset contains
         self.latent_shape = latent_shape
         self.num_train_timesteps = num_train_timesteps
         self.held_out = held_out
@@ -1583,7 +1595,7 @@ class PairDataset(Dataset):
 
     def row_name(self, pair):
         shard, row = self.index[pair, :2]
-        name = self.source.row_name(shard, row)
+        name = self.rows.row_name(shard, row)
         return f"held-out {name}" if self.held_out else name
 
     def cached_file(self, pair):
@@ -1621,10 +1633,10 @@ class PairDataset(Dataset):
             tensors = read_cached(self.cached_file(visit.pair), flipped)
         else:
             shard, row = self.index[visit.pair, :2]
-            record = self.source.record(shard, row, visit.lane)
+            record = self.rows.record(shard, row, visit.lane)
             if not self.crop_at_random:
                 crop_fractions = (0.5, 0.5)
-            tensors = load_pair(record, self.source.columns, self.resolution, crop_fractions, flipped)
+            tensors = load_pair(record, self.rows.columns, self.resolution, crop_fractions, flipped)
 
         # Decide which image is the chosen one.
         first, second = tensors.pop("labels")
@@ -1984,10 +1996,10 @@ class PairsToEncode(Dataset):
 
     def __getitem__(self, pair):
         dataset = self.dataset
-        columns = dataset.source.columns
+        columns = dataset.rows.columns
         shard, row = dataset.index[pair, :2]
         try:
-            record = dataset.source.record(shard, row)
+            record = dataset.rows.record(shard, row, lane=0)
             item = load_pair(record, columns, dataset.resolution, (0.5, 0.5), flip=False)
             orientations = [item["pixel_values"]]
             if dataset.flip_at_random:
@@ -2059,7 +2071,7 @@ def describe_encoders(args, pipeline):
 def fill_cache(args, accelerator, pipeline, pairs, encoders):
     """Encode the pairs of a dataset that are not yet in its cache: a folder per setting, with a file per pair."""
     # One folder and one list for all processes, made before any of them writes.
-    key = Hasher.hash([encoders, pairs.source.fingerprint, pairs.index, pairs.flip_at_random])
+    key = Hasher.hash([encoders, pairs.split.fingerprint, pairs.index, pairs.flip_at_random])
     pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
@@ -2122,6 +2134,7 @@ class Progress:
     run_id: str
     layout: Layout
     index_hash: str  # of the training pairs
+    model_commit: str | None = None  # of a base model on the hub
     dataset_commit: str | None = None  # of a dataset on the hub
     step: int = 0
     pairs_seen: int = 0
@@ -2249,20 +2262,21 @@ def check_settings(checkpoint, settings):
         logger.warning(f"--resume_from_checkpoint: {name} changed from {old} to {new}.")
 
 
-def start_progress(args, accelerator, checkpoint, pairs):
+def start_progress(args, accelerator, checkpoint, pairs, model_commit):
     """Progress of a new run, or that of the checkpoint."""
     index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
             logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
-        return checkpoint.progress
+        return replace(checkpoint.progress, model_commit=model_commit)
 
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
     return Progress(
         run_id=from_main_process(new_run_id),
         layout=Layout(shards_mixed=args.shuffle_shards, lanes=lanes, turn=args.train_batch_size),
         index_hash=index_hash,
-        dataset_commit=pairs.source.commit,
+        model_commit=model_commit,
+        dataset_commit=pairs.split.commit,
     )
 
 
@@ -2453,23 +2467,25 @@ def save_grid(run, grid):
 
 # Results -------------------------------------------------------------------------------------------------------------
 MODEL_CARD = """---
-{data}
+{{ card_data }}
 ---
 
-# {name}
+# {{ name }}
 
-{kind} of `{base}`, fine-tuned for {step} steps on the preference pairs of `{dataset}` with
-[MaPO](https://arxiv.org/abs/2406.06424), objective `{loss_type}` at beta {beta}.
-{picture}
+{{ kind }} of `{{ base }}`, fine-tuned for {{ step }} steps on the preference pairs of `{{ dataset }}` with
+[MaPO](https://arxiv.org/abs/2406.06424), objective `{{ loss_type }}` at beta {{ beta }}.
+{{ picture }}
 ```python
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{base}")
-pipeline.{load}
+pipeline = StableDiffusionXLPipeline.from_pretrained("{{ base }}")
+pipeline.{{ load }}
 image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 ```
 
-{details}
+```json
+{{ details }}
+```
 """
 
 
@@ -2485,7 +2501,7 @@ def without_local_paths(args):
     return flags
 
 
-def write_model_card(args, metrics, step):
+def write_model_card(args, metrics, progress):
     """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
     output_dir = Path(args.output_dir)
     card = output_dir / "README.md"
@@ -2494,42 +2510,47 @@ def write_model_card(args, metrics, step):
         return
 
     flags = without_local_paths(args)
-    kind = "UNet"
-    kind_tag = "unet"
-    load = 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
-    if args.rank is not None:
-        kind = f"LoRA of rank {args.rank}"
-        kind_tag = "lora"
+    other_unet = flags["pretrained_unet_name_or_path"]
+    if args.rank is None:
+        load = 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
+    elif other_unet is None:
         load = 'load_lora_weights("FOLDER_OR_REPO")'
-        if args.pretrained_unet_name_or_path is not None:
-            unet = flags["pretrained_unet_name_or_path"]
-            load = f'unet = UNet2DConditionModel.from_pretrained("{unet}", subfolder="unet")\npipeline.{load}'
-    picture = f"validation/step-{step:06d}.png"
-    has_picture = (output_dir / picture).exists()
-
-    details = [f"- {name}: {value}" for name, value in metrics.items()]
-    details += [f"- `--{name}`: {value}" for name, value in flags.items() if value is not None]
-    for library in (torch, diffusers, transformers, datasets):
-        details.append(f"- {library.__name__}: {library.__version__}")
+    else:
+        load = (
+            f'unet = UNet2DConditionModel.from_pretrained("{other_unet}", subfolder="unet")\n'
+            'pipeline.load_lora_weights("FOLDER_OR_REPO")'
+        )
+    picture = f"validation/step-{progress.step:06d}.png"
+    details = {
+        "metrics": metrics,
+        "flags": flags,
+        "commits": {"model": progress.model_commit, "dataset": progress.dataset_commit},
+        "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)},
+    }
 
     # The hub refuses a local folder as the base model.
     base = args.pretrained_model_name_or_path
-    data = ModelCardData(base_model=None if os.path.exists(base) else base, license="openrail++")
-    text = MODEL_CARD.format(
-        data=data.to_yaml(),
+    kind_tag = "unet" if args.rank is None else "lora"
+    data = ModelCardData(
+        base_model=None if os.path.exists(base) else base,
+        license="openrail++",
+        library_name="diffusers",
+        tags=["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag],
+    )
+    ModelCard.from_template(
+        data,
+        template_str=MODEL_CARD,
         name=output_dir.resolve().name,
-        kind=kind,
+        kind="UNet" if args.rank is None else f"LoRA of rank {args.rank}",
         base=flags["pretrained_model_name_or_path"],
-        step=step,
+        step=progress.step,
         dataset=flags["dataset_name"],
         loss_type=args.loss_type,
         beta=args.beta_mapo,
-        picture=f"\n![base model and fine-tuned model]({picture})\n" if has_picture else "",
+        picture=f"\n![base model and fine-tuned model]({picture})\n" if (output_dir / picture).exists() else "",
         load=load,
-        details="\n".join(details),
-    )
-    tags = ["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag]
-    populate_model_card(ModelCard(text), tags=tags).save(card)
+        details=json.dumps(details, indent=2),
+    ).save(card)
 
 
 def write_kohya_lora(folder):
@@ -2577,7 +2598,7 @@ def finish(run):
     metrics = validate(run)
     with raise_on_all_ranks(f"{args.output_dir}/README.md could not be written; the weights are saved"):
         if run.accelerator.is_main_process:
-            write_model_card(args, metrics, progress.step)
+            write_model_card(args, metrics, progress)
     logger.info(f"{progress.rows_bad} of {progress.rows_read} rows read could not be used.")
 
 
@@ -2745,17 +2766,15 @@ def choose_seed(seed, checkpoint):
     return seed
 
 
-def pin_revision(args, checkpoint):
-    """Commit of a base model on the hub, kept in checkpoints so that a later push does not change the run."""
+def find_model_commit(args, checkpoint):
+    """Commit of a base model on the hub. A resumed run keeps its own, so that a later push does not change it."""
     name = args.pretrained_model_name_or_path
     if os.path.exists(name):
-        return args.revision
-    if (
-        checkpoint is not None
-        and args.revision is None
-        and checkpoint.settings["pretrained_model_name_or_path"] == name
-    ):
-        return checkpoint.settings["revision"]
+        return None
+    if checkpoint is not None:
+        settings = checkpoint.settings
+        if (settings["pretrained_model_name_or_path"], settings["revision"]) == (name, args.revision):
+            return checkpoint.progress.model_commit
     with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
         _, commit = UNet2DConditionModel.load_config(
             name,
@@ -2829,10 +2848,10 @@ def set_up(args, accelerator):
     # Find out where to start. Only the main process looks, because machines may see different folders.
     checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
-    args.revision = from_main_process(pin_revision, args, checkpoint)
+    model_commit = from_main_process(find_model_commit, args, checkpoint)
     if checkpoint is not None:
         check_settings(checkpoint, checkpoint_settings(args, accelerator))
-    latent_shape, noise_scheduler = load_configs(args)
+    latent_shape, noise_scheduler = load_configs(args, model_commit)
 
     # Open the pairs, those of the hub at the commit with which the run began.
     commit = None
@@ -2840,7 +2859,7 @@ def set_up(args, accelerator):
         commit = checkpoint.progress.dataset_commit
     with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be read"):
         pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, commit)
-    progress = start_progress(args, accelerator, checkpoint, pairs)
+    progress = start_progress(args, accelerator, checkpoint, pairs, model_commit)
     if args.max_train_steps is None:
         pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs.index) / pairs_per_step)
@@ -2862,12 +2881,11 @@ def set_up(args, accelerator):
         first_pair = pairs[first_visits[0]]
 
     # Load the models, and encode the pairs with --cache_latents.
-    pipeline = load_pipeline(args, accelerator)
+    pipeline = load_pipeline(args, accelerator, model_commit)
     with raise_on_all_ranks(f"The VAE cannot encode {first_pair['row']}"):
         check_vae(pipeline.vae, first_pair, args.vae_encode_batch_size)
     with explain(f"--dataset_name {args.dataset_name} cannot be read"):
-        captions = pairs.source.first_captions()
-    warn_about_long_captions(pipeline.tokenizer, captions)
+        warn_about_long_captions(pipeline.tokenizer, pairs.rows)
     if args.cache_latents:
         fill_caches(args, accelerator, pipeline, pairs, held_out)
 
@@ -2896,7 +2914,6 @@ def main(args):
 
         stop = StopSignal()
         completed = train(run, batches, stop)
-        stop.training = False
         if completed:
             finish(run)
 

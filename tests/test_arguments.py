@@ -21,7 +21,7 @@ REQUIRED = ["--pretrained_model_name_or_path", "model", "--dataset_name", "pairs
 # What the diffusers SDXL trainers share, with their defaults.
 DEFAULTS = {"pretrained_vae_model_name_or_path": None, "revision": None, "variant": None, "cache_dir": None}
 DEFAULTS |= {"dataset_split_name": None, "max_train_samples": None, "dataloader_num_workers": 0, "seed": None}
-DEFAULTS |= {"resolution": 1024, "random_crop": False, "no_hflip": False, "vae_encode_batch_size": 8, "lr_power": 1.0}
+DEFAULTS |= {"resolution": 1024, "random_crop": False, "no_hflip": False, "vae_encode_batch_size": 1, "lr_power": 1.0}
 DEFAULTS |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None}
 DEFAULTS |= {"gradient_checkpointing": False, "mixed_precision": None, "allow_tf32": False, "rank": None}
 DEFAULTS |= {"scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1}
@@ -484,7 +484,7 @@ def copy_configs(folder, copy, changes):
 def test_vae_whose_config_leaves_defaults_out_is_the_same(script, flags, world, tmp_path):
     folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae", {"config.json": {"latent_channels": ...}})
     flags.update(pretrained_vae_model_name_or_path=folder)
-    (channels, *_), _ = script.load_configs(script.parse_args(command_line(flags)))
+    (channels, *_), _ = script.load_configs(script.parse_args(command_line(flags)), None)
     assert channels == 4
 
 

@@ -337,3 +337,24 @@ def test_pixels_are_scaled_in_float32(script):
     exact = pixels.double() / 127.5 - 1
     assert torch.equal(seen[0], exact.float().to(torch.bfloat16))
     assert not torch.equal(seen[0], pixels.to(torch.bfloat16) / 127.5 - 1)
+
+
+def test_cached_latents_equal_those_of_a_vae_that_rounds_by_batch(script, flags, tmp_path, monkeypatch):
+    """Large VAEs in bfloat16 round differently in another batch. By default, each image is encoded alone."""
+    encode = script.AutoencoderKL.encode
+
+    def round_by_batch(vae, pixels):
+        output = encode(vae, pixels)
+        output.latent_dist.mean += 1e-3 * len(pixels)
+        return output
+
+    monkeypatch.setattr(script.AutoencoderKL, "encode", round_by_batch)
+    flags.update(resolution=32, num_validation_pairs=None)
+
+    def losses(**changes):
+        out = run(script, {**flags, **changes, "output_dir": tmp_path / f"{len(list(tmp_path.iterdir()))}"})
+        return scalars(out)["loss"]
+
+    uncached = losses(cache_latents=None)
+    assert losses() == uncached
+    assert losses(cache_latents=None, vae_encode_batch_size=4) != uncached

@@ -94,13 +94,14 @@ def load_pairs(script, folder, **flags):
 
 def make_pairs(script, rows, held_out=False, **flags):
     """The `PairDataset` of hand-made rows."""
-    source = SimpleNamespace(
+    rows_in_memory = SimpleNamespace(
         columns=script.Columns("caption", IMAGES, LABELS),
         record=lambda shard, row, lane: rows[row],
         row_name=lambda shard, row: f"row {row}",
     )
     index = np.stack([np.zeros(len(rows), int), np.arange(len(rows)), np.arange(len(rows))], axis=1)
-    return script.PairDataset(make_args(script, **flags), source, index, (4, 8, 8), 1000, held_out)
+    split = script.Split(["train"], rows_in_memory, index, fingerprint=[], commit=None)
+    return script.PairDataset(make_args(script, **flags), split, index, (4, 8, 8), 1000, held_out)
 
 
 def visits(pairs, first=0):

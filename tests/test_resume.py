@@ -1,6 +1,7 @@
 """What a resumed run must not depend on, and what must never be mistaken for a checkpoint or a result."""
 
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -280,24 +281,26 @@ def test_processes_wait_hours_for_each_other(script, flags):
     ("lanes", "processes", "workers", "bound"),
     [(64, 4, 8, 8), (64, 8, 8, 4), (64, 1, 0, 256), (8, 1, 2, 16)],
 )
-def test_process_keeps_the_row_groups_of_its_own_lanes_only(script, lanes, processes, workers, bound):
+def test_process_keeps_the_row_groups_of_its_own_lanes_only(script, monkeypatch, lanes, processes, workers, bound):
     """A run that began with 64 lanes (8 GPUs x 8 workers), resumed on 4 x 8, keeps 2 lanes x 4 row groups in each."""
     sizes = 512 * [10]
     index = np.array([(shard, row, 0) for shard, size in enumerate(sizes) for row in range(size)])
     layout = script.Layout(shards_mixed=4, lanes=lanes, turn=2)
-    source = script.PairSource(SimpleNamespace(all=list), shards_kept=4)
-    source.read_row_group = lambda shard, names: shard
+    rows = script.StreamedRows(["file"], SimpleNamespace(all=list), shards_kept=4)
+    rows.row_groups = [(0, shard) for shard in range(len(sizes))]
+    row_group = SimpleNamespace(read_row_group=lambda number, names: number)
+    monkeypatch.setattr(script, "open_parquet", lambda file: contextlib.nullcontext(row_group))
     most = 0
 
     for worker in range(max(workers, 1)):
-        source.kept = {}
+        rows.kept = {}
         batches = script.training_batches(index, 0, layout, 2, 0, process_index=0, num_processes=processes)
         for number, batch in enumerate(itertools.islice(batches, 600)):
             if number % max(workers, 1) == worker:
                 for visit in batch:
                     with pytest.raises(AttributeError):  # a number stands for the row group
-                        source.record(index[visit.pair, 0], 0, visit.lane)
-                most = max(most, sum(len(kept) for kept in source.kept.values()))
+                        rows.record(index[visit.pair, 0], 0, visit.lane)
+                most = max(most, sum(len(kept) for kept in rows.kept.values()))
 
     assert most <= bound
     assert most > bound / 4

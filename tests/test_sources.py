@@ -186,9 +186,8 @@ def test_captions_of_more_tokens_than_sdxl_reads_are_counted(script, flags, tmp_
 
     run(script, flags)
 
-    expected = "2 of the first 5" if streaming else "3 of the first 8"
     (warning,) = [record.getMessage() for record in caplog.records if "77 tokens" in record.getMessage()]
-    assert warning.endswith(f"] {expected} captions have more than 77 tokens; SDXL ignores the rest.")
+    assert warning.endswith("] 3 of the first 8 captions have more than 77 tokens; SDXL ignores the rest.")
 
 
 def test_short_captions_and_those_behind_the_first_1000_are_not_told_of(script, flags, tmp_path, caplog):
@@ -292,7 +291,7 @@ def test_the_index_is_built_from_labels_once(script, tmp_path, monkeypatch, stre
     else:
         assert columns == [["caption", *IMAGES, *LABELS], ["caption", *LABELS]]
     with monkeypatch.context() as patched:
-        patched.setattr(script.PairSource, "read_labels", refuse)
+        patched.setattr(script, "build_index", refuse)
         assert len(load_pairs(script, tmp_path / "data", streaming=streaming).index) == 12
         with pytest.raises(AssertionError, match="called"):
             load_pairs(script, tmp_path / "data", streaming=streaming, **{"no-remove_ties": True})
@@ -346,22 +345,13 @@ def test_training_pairs_with_captions_of_the_validation_split_are_left_out(scrip
     assert "2 training pairs are left out" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "JSON"])
-def test_dataset_may_be_a_single_file(script, tmp_path, monkeypatch, kind):
-    """Or the current folder."""
+def test_dataset_may_be_the_current_folder_but_not_a_file(script, tmp_path, monkeypatch):
     write_groups(tmp_path / "data", [[3]])
     monkeypatch.chdir(tmp_path / "data")
 
-    if kind == "parquet":
-        for name in (tmp_path / "data" / "train-0.parquet", "train-0.parquet", "."):
-            found = summaries(script, tmp_path / "data", dataset_name=name)
-            assert found == [expected_pair(number) for number in range(3)]
-    else:
-        file = tmp_path / f"pairs.{kind}"
-        file.write_text("caption,label_0\nred,1\n")
-        sentence = "has no column 'jpg_0'" if kind == "csv" else "give a folder, or a file in parquet, CSV or JSON"
-        with pytest.raises(script.TrainingError, match=sentence):
-            load_pairs(script, tmp_path / "data", dataset_name=file)
+    assert summaries(script, tmp_path / "data", dataset_name=".") == [expected_pair(number) for number in range(3)]
+    with pytest.raises(script.TrainingError, match="train-0.parquet is a file. Give the folder that contains it."):
+        load_pairs(script, tmp_path / "data", dataset_name="train-0.parquet")
 
 
 @pytest.fixture
@@ -384,7 +374,7 @@ def test_dataset_of_the_hub_is_used_from_the_cache_at_the_commit_of_the_run(scri
     pairs, _ = script.load_pairs(args, (4, 1, 1), 1000)
 
     assert [summary(tensors) for tensors in visits(pairs)] == [expected_pair(number) for number in range(4)]
-    assert pairs.source.commit == 40 * "a"
+    assert pairs.split.commit == 40 * "a"
     script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "a")
     with pytest.raises(script.TrainingError, match="commit b+ of the original run is not available"):
         script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "b")
@@ -395,7 +385,8 @@ def test_dataset_of_the_hub_is_used_from_the_cache_at_the_commit_of_the_run(scri
 def test_every_pair_is_as_likely_to_be_sampled(script, monkeypatch):
     """At 1,000 seeds; the bound is 4.5 standard deviations."""
     index, seen = np.stack([np.zeros(20, int), np.arange(20), np.arange(20)], axis=1), np.zeros(20)
-    monkeypatch.setattr(script, "open_pairs", lambda *args: (None, index, ["train"]))
+    split = script.Split(["train"], None, index, fingerprint=[], commit=None)
+    monkeypatch.setattr(script, "open_split", lambda *args: split)
     args = make_args(script, max_train_samples=5)
     for args.seed in range(1000):
         sample = script.load_pairs(args, (4, 1, 1), 1000)[0].index
@@ -431,7 +422,7 @@ def test_the_higher_label_wins_ties_are_dropped_and_nulls_are_no_ties(script, tm
     expected = [("pair 0", (0, 0, 1), (0, 1, 0)), ("pair 3", (3, 1, 0), (3, 0, 1))]
     assert [summary(pairs[script.Visit(0, number)]) for number in (0, 1)] == expected
     for place in pairs.index[2:]:
-        assert reason(script, pairs.source.record(*place[:2])) == "has no label_0"
+        assert reason(script, pairs.rows.record(*place[:2], lane=0)) == "has no label_0"
     kept = load_pairs(script, folder, streaming=streaming, **{"no-remove_ties": True})
     assert [row for _, row, _ in kept.index] == list(range(6))
 
@@ -444,7 +435,7 @@ def test_a_stream_keeps_as_many_row_groups_as_it_mixes(script, tmp_path, monkeyp
     for epoch in range(3):
         for pair in script.epoch_order(pairs.index, 0, epoch, script.Layout(3, 1, 4)):
             pairs[script.Visit(0, int(pair))]
-            held.append(len(pairs.source.kept[0]))
+            held.append(len(pairs.rows.kept[0]))
         # Those kept from the epoch before may be used again.
         assert 9 <= len(read) <= 12 and len(set(read)) == len(read)
         read.clear()

@@ -250,19 +250,23 @@ def test_tensorboard_gets_scalars_images_and_settings_but_no_token(finished):
     assert not files_with(TOKEN, out)
 
 
+def card_details(out):
+    return json.loads(re.search(r"```json\n(.*?)\n```", (out / "README.md").read_text(), re.DOTALL)[1])
+
+
 def test_model_card_tells_what_was_done(script, finished):
     out, rank = finished["output_dir"], finished["rank"]
     _, head, text = (out / "README.md").read_text().split("---\n", 2)
     head = yaml.safe_load(head)
+    details = card_details(out)
     assert {"mapo", "text-to-image", "lora" if rank else "unet"} <= set(head["tags"])
     assert "objective `mapo_v1` at beta 0.25" in text and "of `pipeline`" in text and "pairs of `pairs`" in text
     for name in ("learning_rate", "seed", "max_train_steps", "resolution", "lr_scheduler"):
-        assert f"`--{name}`: {finished.get(name, 'constant')}\n" in text
+        assert details["flags"][name] == finished.get(name, "constant")
     for library in (torch, script.diffusers, script.transformers, script.datasets):
-        assert f"{library.__name__}: {library.__version__}\n" in text
+        assert details["versions"][library.__name__] == library.__version__
     for name in EVAL_METRICS:
-        (written,) = re.findall(rf"{name}: (\S+)", text)
-        assert float(written) == pytest.approx(scalars(out)[name][4], rel=1e-6)
+        assert details["metrics"][name] == pytest.approx(scalars(out)[name][4], rel=1e-6)
     assert (out / re.search(r"!\[.*\]\((.*)\)", text)[1]).is_file()
     assert ("load_lora_weights(" if rank else "unet = UNet2DConditionModel.from_pretrained(") in text
 
@@ -319,13 +323,15 @@ def test_readme_of_somebody_else_is_kept(script, flags, caplog):
         assert f"fine-tuned for {steps} steps" in (out / "README.md").read_text()
 
 
-def test_base_model_stays_at_the_commit_of_the_first_start(script, flags, world, tmp_path):
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_base_model_stays_at_the_commit_of_the_first_start(script, flags, world, tmp_path, revision):
     """A later push does not change a run that is resumed."""
     repo = tmp_path / "cache" / "models--some--sdxl"
     shutil.copytree(world / "pipeline", repo / "snapshots" / (40 * "a"))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(40 * "a")
     flags.update(pretrained_model_name_or_path="some/sdxl", cache_dir=tmp_path / "cache", checkpointing_steps=2)
+    flags["revision"] = revision
     whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
     run(script, {**flags, "max_train_steps": 2})
 
@@ -334,7 +340,7 @@ def test_base_model_stays_at_the_commit_of_the_first_start(script, flags, world,
     out = run(script, {**flags, "resume_from_checkpoint": "latest"})
 
     assert_equal(trained(out), trained(whole))
-    assert f"`--revision`: {40 * 'a'}" in (out / "README.md").read_text()
+    assert card_details(out)["commits"]["model"] == 40 * "a"
 
 
 # Trackers -----------------------------------------------------------------------------------------------------------

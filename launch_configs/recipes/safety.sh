@@ -15,7 +15,7 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
     --dataset_name mapo-t2i/pick-safety --cache_latents \
     --beta_mapo 64 --learning_rate 1e-7 --lr_scheduler cosine --lr_warmup_steps 0 \
     --train_batch_size 4 --gradient_accumulation_steps 8 --max_train_steps 2000 \
-    --use_8bit_adam --gradient_checkpointing --mixed_precision bf16 --vae_encode_batch_size 8 \
+    --use_8bit_adam --gradient_checkpointing --mixed_precision bf16 \
     --num_validation_pairs 64 --run_validation --validation_steps 200 --checkpointing_steps 500 \
     --seed 0 --output_dir "$OUTPUT" "$@"
 

@@ -135,7 +135,7 @@ def print_memory(folder):
     for seen, _ in enumerate(batches(args, pairs), start=1):
         if 4 * seen in MOMENTS:
             print(
-                f"| {4 * seen:,} | {process.memory_info().rss / 2**20:.0f} | {len(pairs.source.kept[0])} |", flush=True
+                f"| {4 * seen:,} | {process.memory_info().rss / 2**20:.0f} | {len(pairs.rows.kept[0])} |", flush=True
             )
         if 4 * seen == LONG:
             return
