@@ -52,6 +52,7 @@ The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pa
 #   Main             everything is put together
 
 import argparse
+import collections
 import contextlib
 import gc
 import glob
@@ -100,7 +101,7 @@ from datasets.fingerprint import Hasher
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import cast_training_params
+from diffusers.training_utils import cast_training_params, offload_models
 from diffusers.utils import check_min_version
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
@@ -176,8 +177,8 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 # SDXL ----------------------------------------------------------------------------------------------------------------
 #
 # What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
-# belong to them. To train another model, change this section. SDXL's sizes and crops (`add_time_ids`) also come from
-# "Pairs", its pipeline and text encoders also appear under "Trained weights", "Cache", "Results" and "Main".
+# belong to them. To train another model, change this section first. "Pairs" computes SDXL's sizes and crops
+# (`add_time_ids`); "Trained weights", "Cache" and "Results" name its pipeline and text encoders.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -192,7 +193,7 @@ def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, n
     Args:
         model: the UNet, or `UNetWithTextEncoders`.
         latents: `(2 * pairs, channels, height, width)` in float32, the chosen images first.
-        text, added_cond_kwargs: what the model is conditioned on, as returned by `encode_pairs`.
+        text, added_cond_kwargs: what the model is conditioned on, as returned by `encode_captions`.
         noise, timesteps: `(pairs, channels, height, width)` and `(pairs,)`, shared by the two images of a pair.
     """
     noise = noise.repeat(2, 1, 1, 1)
@@ -207,36 +208,36 @@ def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, n
     return errors.chunk(2)
 
 
-def encode_pairs(run, batch):
-    """
-    Encode a batch for `denoising_errors`.
-
-    Returns:
-        Latents `(2 * pairs, channels, height, width)`, the chosen images first; the prompt embeddings of both images
-        (with --train_text_encoder token ids instead, for the model to encode); and SDXL's added conditions.
-    """
-    # Sample the latents from the VAE's posterior, with the noise of the pair.
+def sample_latents(vae, batch, batch_size):
+    """Latents `(2 * pairs, channels, height, width)` of a batch, sampled from the VAE's posterior."""
     if "moments" in batch:
         moments = batch["moments"]
     else:
         with torch.no_grad():
-            moments = encode_images(run.pipeline.vae, batch["pixel_values"], run.args.vae_encode_batch_size)
+            moments = encode_images(vae, batch["pixel_values"], batch_size)
     mean, std = moments.float().unbind(dim=1)
-    latents = (mean + std * batch["posterior_noise"]) * run.pipeline.vae.config.scaling_factor
+    return (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
 
-    # Both images of a pair have the same conditions. Pipelines cast the sizes to this dtype as well.
-    time_ids = batch["add_time_ids"].repeat(2, 1).to(weight_dtype(run.accelerator))
+
+def encode_captions(pipeline, batch, dtype, train_text_encoder):
+    """
+    What the model is conditioned on, for both images of each pair: the prompt embeddings and SDXL's added conditions.
+
+    With --train_text_encoder it is the token ids of each pair, which the model encodes itself.
+    """
+    # Pipelines cast the sizes to this dtype as well.
+    time_ids = batch["add_time_ids"].repeat(2, 1).to(dtype)
     if "prompt_embeds" in batch:
         prompt_embeds = batch["prompt_embeds"]
         pooled_prompt_embeds = batch["pooled_prompt_embeds"]
     else:
-        input_ids = tokenize(run.pipeline, batch["caption"]).to(time_ids.device, non_blocking=True)
-        if run.args.train_text_encoder:
-            return latents, input_ids, {"time_ids": time_ids}
+        input_ids = tokenize(pipeline, batch["caption"]).to(time_ids.device, non_blocking=True)
+        if train_text_encoder:
+            return input_ids, {"time_ids": time_ids}
         with torch.no_grad():
-            prompt_embeds, pooled_prompt_embeds = encode_prompts(run.pipeline, input_ids)
+            prompt_embeds, pooled_prompt_embeds = encode_prompts(pipeline, input_ids)
     text_embeds = pooled_prompt_embeds.repeat(2, 1)
-    return latents, prompt_embeds.repeat(2, 1, 1), {"text_embeds": text_embeds, "time_ids": time_ids}
+    return prompt_embeds.repeat(2, 1, 1), {"text_embeds": text_embeds, "time_ids": time_ids}
 
 
 def encode_images(vae, pixel_values, batch_size):
@@ -256,18 +257,18 @@ def tokenize(pipeline, prompts):
     return torch.stack([first, second], dim=1)
 
 
-def encode_prompts(encoders, input_ids):
+def encode_prompts(owner, input_ids):
     """
     `prompt_embeds` `(prompts, 77, dim)` and `pooled_prompt_embeds` `(prompts, pooled_dim)` of token ids.
 
-    `encoders` has both text encoders as attributes: the pipeline, or `UNetWithTextEncoders`.
+    `owner` has both text encoders as attributes: the pipeline, or `UNetWithTextEncoders`.
     """
     prompt_embeds = []
     pooled_prompt_embeds = []
     # One prompt at a time, so that an embedding does not depend on the batch, and equals a cached one.
     for ids in input_ids:
-        first = encoders.text_encoder(ids[:1], output_hidden_states=True)
-        second = encoders.text_encoder_2(ids[1:], output_hidden_states=True)
+        first = owner.text_encoder(ids[:1], output_hidden_states=True)
+        second = owner.text_encoder_2(ids[1:], output_hidden_states=True)
         prompt_embeds.append(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1))
         pooled_prompt_embeds.append(second.text_embeds)
     return torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds)
@@ -301,15 +302,14 @@ class UNetWithTextEncoders(torch.nn.Module):
 
 @torch.no_grad()
 def generate_images(args, accelerator, pipeline):
-    """One image for each validation prompt, its number as the seed. The prompts are split between the processes."""
-    # With --cache_latents the encoders are on the CPU.
-    encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    home = pipeline.vae.device
-    pipeline.to(accelerator.device)
-
+    """One image per validation prompt, seeded with its number. The prompts are split between the processes."""
     images = []
     prompts = list(enumerate(args.validation_prompts))
-    with accelerator.split_between_processes(prompts, apply_padding=True) as own_prompts:
+    encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    with (
+        offload_models(*encoders, device=accelerator.device, offload=args.cache_latents),
+        accelerator.split_between_processes(prompts, apply_padding=True) as own_prompts,
+    ):
         for number, prompt in own_prompts:
             with autocast(args, accelerator):
                 latents = pipeline(
@@ -326,8 +326,6 @@ def generate_images(args, accelerator, pipeline):
             pixels = pipeline.vae.decode(latents, return_dict=False)[0]
             images.append((number, pipeline.image_processor.postprocess(pixels.float())[0]))
 
-    for encoder in encoders:
-        encoder.to(home)
     by_prompt = dict(gather_object(images))  # padding repeats a prompt
     return [by_prompt[number] for number, _ in prompts]
 
@@ -346,31 +344,33 @@ def load_configs(args, commit):
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **hub)
         text_width = check_text_encoders(name, hub)
 
-    not_sdxl = f"--pretrained_model_name_or_path {name} is not an SDXL base model"
+    # The base model.
+    refusal = f"--pretrained_model_name_or_path {name} is not an SDXL base model"
+    # EDM schedulers have sigmas instead of betas.
     is_continuous = scheduler.get("timestep_type") == "continuous"
     if "beta_start" not in scheduler or scheduler.get("use_flow_sigmas") or is_continuous:
-        raise TrainingError(f"{not_sdxl}: schedulers for EDM and flow matching are not supported.")
+        raise TrainingError(f"{refusal}: schedulers for EDM and flow matching are not supported.")
     if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise TrainingError(f"{not_sdxl}: its prediction type is neither epsilon nor v_prediction.")
+        raise TrainingError(f"{refusal}: its prediction type is neither epsilon nor v_prediction.")
     channels = vae.get("latent_channels", 4)
-    check_unet(unet, channels, text_width, not_sdxl)
+    check_unet(unet, channels, text_width, refusal)
 
-    # Check the parts that replace those of the base model.
+    # What replaces its UNet and VAE.
     if args.pretrained_unet_name_or_path is not None:
         flag = f"--pretrained_unet_name_or_path {args.pretrained_unet_name_or_path}"
         with explain(f"{flag} cannot be loaded"):
-            location = find_part(UNet2DConditionModel, args.pretrained_unet_name_or_path, "unet", args.cache_dir)
+            location = find_component(UNet2DConditionModel, args.pretrained_unet_name_or_path, "unet", args.cache_dir)
             unet = UNet2DConditionModel.load_config(**location)
         check_unet(unet, channels, text_width, f"{flag} is not an SDXL UNet for this base model")
     if args.pretrained_vae_model_name_or_path is not None:
         flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
+        base_vae = vae
         with explain(f"{flag} cannot be loaded"):
-            location = find_part(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
-            other = AutoencoderKL.load_config(**location)
+            location = find_component(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
+            vae = AutoencoderKL.load_config(**location)
         for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):  # AutoencoderKL's defaults
-            if other.get(key, default) != vae.get(key, default):
-                raise TrainingError(f"{flag}: its {key} is not that of {name}, so its latents differ.")
-        vae = other
+            if vae.get(key, default) != base_vae.get(key, default):
+                raise TrainingError(f"{flag}: its {key} is not that of {name}, so their latents are incompatible.")
     if args.init_lora is not None:
         check_lora(args, unet)
 
@@ -380,12 +380,12 @@ def load_configs(args, commit):
 
 
 def check_text_encoders(name, hub):
-    """Check that tokenizers and text encoders belong together. Returns the width of the prompt embeddings."""
+    """Check that each tokenizer matches its text encoder. Returns the width of the prompt embeddings."""
     width = 0
     for suffix in ("", "_2"):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=f"tokenizer{suffix}", **hub)
         config = transformers.CLIPTextConfig.from_pretrained(name, subfolder=f"text_encoder{suffix}", **hub)
-        # Without its vocabulary file, transformers builds a tokenizer that knows no words, without an error.
+        # Without its vocabulary file, transformers silently builds an empty tokenizer.
         if len(tokenizer) != config.vocab_size:
             raise TrainingError(
                 f"--pretrained_model_name_or_path {name}: tokenizer{suffix} has {len(tokenizer)} tokens, but "
@@ -398,17 +398,17 @@ def check_text_encoders(name, hub):
 def check_unet(config, channels, text_width, refusal):
     """Raise an error that begins with `refusal` if this is not the config of an SDXL UNet."""
     if config.get("addition_embed_type") != "text_time":
-        raise TrainingError(f"{refusal}: its UNet does not take SDXL's image sizes and crops.")
+        raise TrainingError(f"{refusal}: its UNet is not conditioned on image sizes and crops (addition_embed_type).")
     if config.get("in_channels", 4) != channels or config.get("out_channels", 4) != channels:
-        raise TrainingError(f"{refusal}: the channels of its UNet are not those of the VAE's latents.")
+        raise TrainingError(f"{refusal}: its UNet does not have the channels of the VAE's latents.")
     if config.get("cross_attention_dim", 1280) != text_width:
-        raise TrainingError(f"{refusal}: its UNet does not take the embeddings of these text encoders.")
+        raise TrainingError(f"{refusal}: its cross_attention_dim does not match the text encoders.")
 
 
-def find_part(model_class, name, subfolder, cache_dir, revision=None):
+def find_component(model_class, name, subfolder, cache_dir, revision=None):
     """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or directly the folder `name`."""
     if os.path.isdir(name):
-        # Name the exact folder, or diffusers would report a missing file as missing in the folder above.
+        # Name the exact folder, otherwise diffusers reports missing files in the parent folder.
         folder = os.path.join(name, subfolder)
         return {"pretrained_model_name_or_path": folder if os.path.isdir(folder) else name}
     location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir, "revision": revision}
@@ -418,9 +418,9 @@ def find_part(model_class, name, subfolder, cache_dir, revision=None):
     return location
 
 
-def load_part(model_class, name, subfolder, args, dtype, revision=None):
+def load_component(model_class, name, subfolder, args, dtype, revision=None):
     """A UNet or VAE, in the base model's variant if it has it."""
-    options = find_part(model_class, name, subfolder, args.cache_dir, revision)
+    options = find_component(model_class, name, subfolder, args.cache_dir, revision)
     options.update(use_safetensors=True, dtype=dtype)
     if args.variant is not None:
         with contextlib.suppress(OSError, ValueError):
@@ -441,22 +441,22 @@ def load_pipeline(args, accelerator, commit):
     transformers.integrations.unset_hf_deepspeed_config()
 
     # Load the UNet first: while it is cast, its file is in memory as well, and other parts would add to that peak.
-    parts = {}
+    components = {}
     if args.pretrained_unet_name_or_path is not None:
         unet_name = args.pretrained_unet_name_or_path
         with explain(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
-            parts["unet"] = load_part(UNet2DConditionModel, unet_name, "unet", args, unet_dtype)
+            components["unet"] = load_component(UNet2DConditionModel, unet_name, "unet", args, unet_dtype)
     else:
         with explain(message):
-            parts["unet"] = load_part(UNet2DConditionModel, name, "unet", args, unet_dtype, commit)
+            components["unet"] = load_component(UNet2DConditionModel, name, "unet", args, unet_dtype, commit)
     if args.pretrained_vae_model_name_or_path is not None:
         vae_name = args.pretrained_vae_model_name_or_path
         with explain(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-            parts["vae"] = load_part(AutoencoderKL, vae_name, "vae", args, torch.float32)
+            components["vae"] = load_component(AutoencoderKL, vae_name, "vae", args, torch.float32)
     with explain(message):
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name,
-            **parts,
+            **components,
             revision=commit,
             variant=args.variant,
             cache_dir=args.cache_dir,
@@ -476,18 +476,18 @@ def load_pipeline(args, accelerator, commit):
 
 
 @torch.no_grad()
-def check_vae(vae, pair, batch_size):
+def check_vae(vae, example, batch_size):
     """Fail early if the VAE overflows, instead of at the first NaN loss."""
-    moments = encode_images(vae, pair["pixel_values"].to(vae.device), batch_size)
+    moments = encode_images(vae, example["pixel_values"].to(vae.device), batch_size)
     if not moments.isfinite().all():
         raise TrainingError(
-            f"--pretrained_vae_model_name_or_path: the VAE encodes the images of {pair['row']} to NaN in {vae.dtype}; "
-            "madebyollin/sdxl-vae-fp16-fix does not overflow."
+            f"--pretrained_vae_model_name_or_path: the VAE encodes the images of {example['row']} to NaN in "
+            f"{vae.dtype}; madebyollin/sdxl-vae-fp16-fix does not overflow."
         )
 
 
 def warn_about_long_captions(tokenizer, rows):
-    """SDXL reads 77 tokens of a caption, including those that mark its beginning and end."""
+    """Warn about captions that exceed SDXL's 77 tokens, start and end tokens included."""
     _, frame = rows.read_texts(rows.files[0], [rows.columns.caption])
     captions = [caption for caption in frame[rows.columns.caption][:1000] if isinstance(caption, str)]
     too_long = sum(len(ids) > 77 for ids in tokenizer(captions).input_ids)
@@ -502,7 +502,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STOPPED = 75  # exit status of a run that a signal stopped (EX_TEMPFAIL: run it again)
-MIN_BAD_ROWS = 10  # fewer say little about their share
+MIN_BAD_ROWS = 10  # of fewer, the share is not meaningful
 
 
 @dataclass
@@ -515,13 +515,13 @@ class Run:
     noise_scheduler: DDPMScheduler
     model: torch.nn.Module  # the UNet or UNetWithTextEncoders, wrapped for DDP, FSDP or DeepSpeed
     parts: dict  # the trained modules by name: `unet` and, if they are trained, the text encoders
-    parameters: list  # those that are trained
+    parameters: list  # the trainable ones
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    held_out: Dataset  # a PairDataset
+    held_out: "PairDataset"
     base_images: list  # of the validation prompts, before training
     pairs_per_step: int
-    progress: object  # a Progress
+    progress: "Progress"
 
 
 @dataclass
@@ -534,22 +534,20 @@ class StepResult:
 
 
 class StepBatches:
-    """The batches of each optimizer step. Those of the next step are read while the GPU computes this one."""
+    """Batches, read one optimizer step ahead: those of the next step while the GPU computes this one."""
 
-    def __init__(self, batches, accumulation_steps):
+    def __init__(self, batches):
         self.batches = batches
-        self.accumulation_steps = accumulation_steps
-        self.current = []
+        self.ready = collections.deque()
         self.error = None
 
-    def advance(self):
-        """Read the next step's batches. An error is kept for later, because the step in progress is still good."""
-        self.current = []
-        try:
-            for _ in range(self.accumulation_steps):
-                self.current.append(next(self.batches))
-        except Exception as error:  # file systems raise all kinds
-            self.error = error
+    def read(self):
+        """Read one more batch. An error is kept for later, because the step in progress is still good."""
+        if self.error is None:
+            try:
+                self.ready.append(next(self.batches))
+            except Exception as error:  # file systems raise all kinds
+                self.error = error
 
     def check(self, message):
         """Raise on all processes if one of them could not read its batches."""
@@ -560,10 +558,10 @@ class StepBatches:
 
 class StopSignal:
     """
-    Notes Ctrl-C, and the SIGTERM or SIGUSR1 of SLURM and cloud preemption, so that the step can be completed.
+    Records Ctrl-C, SIGTERM or SIGUSR1 (SLURM, cloud preemption), so that the current step is completed first.
 
-    After training, the first such signal has no effect, so that it does not cost the results. torchrun kills its
-    processes 30 s after it passed a signal on.
+    After training the results are saved all the same, because nothing asks for the signal any more. torchrun kills its
+    processes 30 s after it forwarded a signal.
     """
 
     def __init__(self):
@@ -582,34 +580,13 @@ class StopSignal:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class LogWindow:
-    """Means and speed of the steps since metrics were last logged."""
-
-    def __init__(self, pairs_per_step):
-        self.pairs_per_step = pairs_per_step
-        self.clear()
-
-    def clear(self):
-        self.seconds = 0.0
-        self.metrics = []
-
-    def add(self, metrics, seconds):
-        self.seconds += seconds
-        self.metrics.append(metrics)
-
-    def summarize(self):
-        """Return what to log, and start over."""
-        logs = {
-            "pairs_per_second": len(self.metrics) * self.pairs_per_step / self.seconds,
-            "grad_norm": self.metrics[-1]["grad_norm"],
-            "lr": self.metrics[-1]["lr"],
-        }
-        for name in METRICS:
-            values = [metrics[name] for metrics in self.metrics if name in metrics]
-            if values:
-                logs[name] = sum(values) / len(values)
-        self.clear()
-        return logs
+def summarize(steps, pairs_per_step):
+    """What to log of some steps, given their metrics and `seconds`: means, and the last gradient norm."""
+    logs = pd.DataFrame(steps).mean().to_dict()  # skipped steps lack the METRICS
+    logs["pairs_per_second"] = pairs_per_step / logs.pop("seconds")
+    logs["grad_norm"] = steps[-1]["grad_norm"]
+    logs["lr"] = steps[-1]["lr"]
+    return logs
 
 
 def weight_dtype(accelerator):
@@ -618,7 +595,7 @@ def weight_dtype(accelerator):
 
 
 def autocast(args, accelerator):
-    """Autocast as accelerate does it in the model's forward pass, but everywhere, and under DeepSpeed as well."""
+    """The autocast of accelerate's forward pass, also for sampling and under DeepSpeed, where accelerate has none."""
     return torch.autocast(
         accelerator.device.type,
         dtype=weight_dtype(accelerator),
@@ -631,7 +608,9 @@ def preference_loss(run, batch):
     """The objective on a batch: the scalar loss, and METRICS `(len(METRICS), pairs)` in float64."""
     args = run.args
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
-    latents, text, added_cond_kwargs = encode_pairs(run, batch)
+    latents = sample_latents(run.pipeline.vae, batch, args.vae_encode_batch_size)
+    dtype = weight_dtype(run.accelerator)
+    text, added_cond_kwargs = encode_captions(run.pipeline, batch, dtype, args.train_text_encoder)
     with autocast(args, run.accelerator):
         chosen_errors, rejected_errors = denoising_errors(
             run.model,
@@ -650,13 +629,13 @@ def preference_loss(run, batch):
         losses, margin = mapo_v1_loss(
             chosen_errors, rejected_errors, args.beta_mapo, args.snr_value, num_train_timesteps
         )
-    metrics = [losses, chosen_errors, rejected_errors, margin, chosen_errors < rejected_errors]
-    metrics = torch.stack([metric.double() for metric in metrics])
+    values = [losses, chosen_errors, rejected_errors, margin, chosen_errors < rejected_errors]
+    metrics = torch.stack([value.double() for value in values])
     return losses.mean().float(), metrics.detach()
 
 
 def clip_gradients(accelerator, parameters, max_grad_norm):
-    """Clip the gradients to a norm, 0 meaning not at all. Returns their norm before as a float64 tensor."""
+    """Clip gradients to `max_grad_norm` (0 disables clipping). Returns their norm before, a float64 tensor."""
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
@@ -675,23 +654,25 @@ def train_step(run, batches, stop):
     progress = run.progress
 
     # Forward and backward over the accumulated batches. accelerate counts them to know when to reduce the gradients,
-    # and keeps its count in checkpoints, where it is wrong for a run that resumes with another accumulation.
+    # and restores its count from checkpoints, which is wrong if --gradient_accumulation_steps has changed.
     accelerator.step = 0
     metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=accelerator.device)
     rows = []
     bad_rows = 0
-    for batch in batches.current:
+    last = progress.step + 1 == args.max_train_steps
+    for _ in range(args.gradient_accumulation_steps):
+        batch = batches.ready.popleft()
         with accelerator.accumulate(run.model):
             loss, pair_metrics = preference_loss(run, batch)
             accelerator.backward(loss)
         metrics += pair_metrics.mean(dim=1) / args.gradient_accumulation_steps
         rows += batch["row"]
         bad_rows += int(batch["skipped"].sum())
-    grad_norm = clip_gradients(accelerator, run.parameters, args.max_grad_norm)
 
-    # Read the next step's batches while the GPU is still busy with this one.
-    if progress.step + 1 < args.max_train_steps:
-        batches.advance()
+        # Read a batch of the next step while the GPU is busy with this one.
+        if not last:
+            batches.read()
+    grad_norm = clip_gradients(accelerator, run.parameters, args.max_grad_norm)
 
     # Agree. With DDP, this is the step's only communication apart from the gradients, and the only wait for the GPU.
     counts = metrics.new_tensor([bad_rows, batches.error is not None, stop.requested])
@@ -701,8 +682,8 @@ def train_step(run, batches, stop):
     step_metrics = dict(zip([*METRICS, "grad_norm"], means))
     step_metrics["lr"] = run.lr_scheduler.get_last_lr()[0]
 
-    # Update the weights, unless the gradient is not finite. fp16's scaler skips such steps by itself, and learns its
-    # scale from them. DeepSpeed has already updated the weights in `backward`; there, `step` has no effect.
+    # Update the weights, unless the gradient is not finite. fp16's GradScaler skips such steps by itself, and lowers
+    # its scale. DeepSpeed has already updated the weights in `backward`; there, `step` has no effect.
     finite = math.isfinite(step_metrics["grad_norm"])
     if finite or accelerator.scaler is not None:
         run.optimizer.step()
@@ -714,7 +695,7 @@ def train_step(run, batches, stop):
         step_metrics = {name: step_metrics[name] for name in ("grad_norm", "lr")}
         logger.warning(
             f"Step {progress.step}: non-finite gradient, update skipped ({progress.bad_steps} in a row). "
-            f"The pairs of process {accelerator.process_index}: {', '.join(rows)}.",
+            f"Pairs on process {accelerator.process_index}: {', '.join(rows)}.",
             main_process_only=False,
         )
     return StepResult(step_metrics, source_failed=failed > 0, stop_requested=stopped > 0)
@@ -725,7 +706,6 @@ def find_fault(progress, max_bad_steps, max_bad_rows):
     if progress.bad_steps >= max_bad_steps:
         return f"--max_bad_steps {max_bad_steps}: no finite gradient in the last {progress.bad_steps} steps"
 
-    # Few bad rows say little about their share, unless none is allowed.
     enough = progress.rows_bad >= MIN_BAD_ROWS or max_bad_rows == 0
     if enough and progress.rows_bad > max_bad_rows * progress.rows_read:
         return f"--max_bad_rows {max_bad_rows}: {progress.rows_bad} of {progress.rows_read} rows could not be used"
@@ -745,13 +725,13 @@ def train(run, batches, stop):
     accelerator = run.accelerator
     progress = run.progress
 
-    # Read the first batches. All others are read during the step before theirs.
-    unreadable = f"--dataset_name {args.dataset_name} cannot be read any further"
+    # Read the first step's batches. All others are read during the step before theirs.
     if progress.step < args.max_train_steps:
-        batches.advance()
-    batches.check(unreadable)
+        for _ in range(args.gradient_accumulation_steps):
+            batches.read()
+    batches.check(f"--dataset_name {args.dataset_name} cannot be read")
 
-    window = LogWindow(run.pairs_per_step)
+    steps = []  # metrics of the steps since the last log
     bar = tqdm(
         initial=progress.step,
         total=args.max_train_steps,
@@ -761,13 +741,14 @@ def train(run, batches, stop):
     while progress.step < args.max_train_steps:
         started = time.perf_counter()
         result = train_step(run, batches, stop)
-        window.add(result.metrics, time.perf_counter() - started)
+        steps.append({**result.metrics, "seconds": time.perf_counter() - started})
         bar.update()
         last = progress.step == args.max_train_steps
 
         # Log.
         if last or progress.step % args.logging_steps == 0:
-            logs = window.summarize()
+            logs = summarize(steps, run.pairs_per_step)
+            steps.clear()
             logs["skipped_steps"] = progress.skipped_steps
             logs["peak_memory_gib"] = peak_memory(accelerator.device) / 2**30
             shown = ("loss", "accuracy", "pairs_per_second")
@@ -775,18 +756,23 @@ def train(run, batches, stop):
             with ignoring_tracker_errors(accelerator):
                 accelerator.log(logs, step=progress.step)
 
-        # Save, also when something ends the run early. The checkpoint of the last step follows the final weights.
+        # Save, also before the run ends early. After the last step, the weights are saved first (see `finish`).
         fault = find_fault(progress, args.max_bad_steps, args.max_bad_rows)
         ends_early = fault is not None or result.source_failed or result.stop_requested
         if ends_early or (progress.step % args.checkpointing_steps == 0 and not last):
             save_checkpoint(run)
-        saved = f"the checkpoint of step {progress.step} is saved"
         if fault is not None:
-            raise TrainingError(f"{fault} ({saved}).")
+            raise TrainingError(f"{fault} (the checkpoint of step {progress.step} is saved).")
         if result.source_failed:
-            batches.check(f"{unreadable} ({saved})")
+            batches.check(
+                f"--dataset_name {args.dataset_name} cannot be read any further "
+                f"(the checkpoint of step {progress.step} is saved)"
+            )
         if result.stop_requested:
-            logger.warning(f"Stopped by a signal ({saved}). Resume with --resume_from_checkpoint latest.")
+            logger.warning(
+                f"Stopped by a signal (the checkpoint of step {progress.step} is saved). Resume with "
+                "--resume_from_checkpoint latest."
+            )
             return False
 
         # Validate.
@@ -801,11 +787,11 @@ class TrainingError(Exception):
 
 
 class UnusableRow(Exception):
-    """Why a row cannot be trained on."""
+    """Raised for a row that cannot be used; the message says why."""
 
 
 def describe(error):
-    """An error's type and text in one line. PyTorch wraps errors of loader workers: take the last line of those."""
+    """An error's type and text in one line. PyTorch wraps errors of loader workers: keep only the last line."""
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
     # `datasets` hides the reason in the cause of this error, and logs the file.
@@ -845,6 +831,18 @@ def raise_on_all_ranks(message):
             raise TrainingError(sentence)
 
 
+def explain_on_all_ranks(accelerator, message):
+    """
+    `raise_on_all_ranks` for a body in which all processes take part.
+
+    With FSDP and DeepSpeed the body gathers weights, where the others would not notice a failure: there, it only
+    explains the error. The process ends, and the launcher ends the others.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return explain(message)
+    return raise_on_all_ranks(message)
+
+
 def from_main_process(function, *args):
     """Call `function` on the main process; return its result, or raise its error, on all processes."""
     result = None
@@ -880,7 +878,7 @@ def write_atomically(path, save):
 
 @contextlib.contextmanager
 def ignoring_tracker_errors(accelerator):
-    """A tracker that fails does not stop training."""
+    """If a tracker fails, training continues without trackers."""
     try:
         yield
     except Exception as error:
@@ -891,7 +889,7 @@ def ignoring_tracker_errors(accelerator):
 # Arguments -----------------------------------------------------------------------------------------------------------
 VALIDATION_PROMPTS = ["a lighthouse at dusk", "an old sailor with a pipe", "a fox in the snow", "a bowl of ramen"]
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
-# Accepted for compatibility with other scripts, and ignored.
+# Accepted for compatibility with other scripts: they ask for what is done anyway.
 WITHOUT_EFFECT = ["center_crop", "random_flip", "mapo_training", "enable_xformers_memory_efficient_attention"]
 
 
@@ -913,7 +911,8 @@ def bounded(kind, low, high, wanted):
 SMALLEST = sys.float_info.min
 LARGEST = sys.float_info.max
 COUNT = bounded(int, 1, sys.maxsize, "a positive whole number")
-COUNT_OR_ZERO = bounded(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+COUNT_OR_ZERO = bounded(int, 0, sys.maxsize, "zero or a positive whole number")
+SEED = bounded(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
 FRACTION = bounded(float, 0, 1, "a number from 0 to 1")
 BELOW_ONE = bounded(float, 0, math.nextafter(1, 0), "a number from 0 to less than 1")
 NOT_NEGATIVE = bounded(float, 0, LARGEST, "zero or a positive number")
@@ -921,6 +920,15 @@ NOT_NEGATIVE_OR_INF = bounded(float, 0, math.inf, "zero, a positive number or in
 POSITIVE = bounded(float, SMALLEST, LARGEST, "a positive number")
 POSITIVE_OR_INF = bounded(float, SMALLEST, math.inf, "a positive number or inf")
 PATH = os.path.expanduser  # leaves hub ids as they are
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except for those that say nothing."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_model_arguments(parser):
@@ -1001,11 +1009,11 @@ def add_training_arguments(parser):
         help="Published objective, or that of the first release.",
     )
     add("--beta_mapo", type=POSITIVE_OR_INF, help="Temperature; `inf` is SFT. Defaults to 8 (mapo_v1: 0.1).")
-    add("--snr_value", type=POSITIVE, default=0.5, help="Scale of the errors in mapo_v1.")
+    add("--snr_value", type=POSITIVE, default=0.5, help="Factor of the errors in mapo_v1.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=COUNT_OR_ZERO, help="Seed of every random choice. Without it, one is chosen and logged.")
-    add("--train_batch_size", type=COUNT, default=4, help="Pairs per process and forward pass.")
+    add("--seed", type=SEED, help="Seed of every random choice. Without it, one is chosen and logged.")
+    add("--train_batch_size", type=COUNT, default=4, help="Pairs per device and forward pass.")
     add("--num_train_epochs", type=COUNT, default=1, help="Passes over the dataset.")
     add("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Forward passes per optimizer step.")
@@ -1020,7 +1028,7 @@ def add_training_arguments(parser):
         "--learning_rate",
         type=POSITIVE,
         default=1e-5,
-        help="Learning rate. diffusers' usual 5e-4 destroys a fully fine-tuned SDXL.",
+        help="Learning rate. Full fine-tuning needs a smaller one than a LoRA; 5e-4 breaks the UNet.",
     )
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="Learning rate of the text encoders.")
     add("--scale_lr", action="store_true", help="Multiply the learning rates by the pairs per optimizer step.")
@@ -1056,7 +1064,7 @@ def add_output_arguments(parser):
     add("--resume_from_checkpoint", type=PATH, help="`latest`, a checkpoint's path, or its name in output_dir.")
     add("--logging_dir", default="logs", help="Folder of the trackers' files, in output_dir.")
     add("--logging_steps", type=COUNT, default=10, help="Optimizer steps between logged metrics.")
-    add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Tracker.")
+    add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Where metrics are logged.")
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
     add("--no_kohya_format", action="store_true", help="Do not also save the LoRA in Kohya format (ComfyUI, A1111).")
     add("--push_to_hub", action="store_true", help="Upload output_dir at the end.")
@@ -1065,13 +1073,13 @@ def add_output_arguments(parser):
     add("--hub_token", help="Token for the upload. Defaults to that of `hf auth login`.")
 
     add = parser.add_argument_group("validation").add_argument
-    add("--run_validation", action="store_true", help="Generate images before and during training.")
+    add("--run_validation", action="store_true", help="Generate images of --validation_prompts.")
     add("--validation_steps", type=COUNT, default=200, help="Optimizer steps between validations.")
     add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, help="Prompts of the generated images.")
     add("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of the generated images.")
     add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance scale of the generated images.")
     add("--validation_split", help="Split of the held-out pairs. Without it, the first pairs are held out.")
-    add("--num_validation_pairs", type=COUNT, help="Number of held-out pairs, for the eval_ metrics.")
+    add("--num_validation_pairs", type=COUNT, help="Number of held-out pairs for the eval_ metrics. None by default.")
 
 
 def parse_args(input_args=None):
@@ -1079,7 +1087,7 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description=__doc__.strip().splitlines()[0],
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --dataset_name PAIRS [...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_model_arguments(parser)
@@ -1117,7 +1125,8 @@ def check_arguments(parser, args):  # noqa: C901
     if logging_dir.is_absolute() or logging_dir == Path() or ".." in logging_dir.parts:
         parser.error(f"--logging_dir {args.logging_dir} must be a folder inside --output_dir")
 
-    # Loader workers use sockets in the folder for temporary files. Their paths must be shorter than 107 characters.
+    # Loader workers use sockets in the folder for temporary files. Their paths must be shorter than 107 characters,
+    # of which about 35 are the sockets' own names.
     if args.dataloader_num_workers > 0 and os.name == "posix" and len(tempfile.gettempdir()) > 70:
         parser.error(f"--dataloader_num_workers: the path in TMPDIR is too long, {tempfile.gettempdir()}")
 
@@ -1156,7 +1165,7 @@ def check_arguments(parser, args):  # noqa: C901
     trackers = TRACKERS[args.report_to]
     if args.hub_token and "wandb" in trackers:
         parser.error(
-            "--report_to wandb records the command line, so --hub_token would be sent; use `hf auth login` instead"
+            "--report_to wandb uploads the command line, and --hub_token with it; use `hf auth login` instead"
         )
     for tracker in trackers:
         require_package(parser, tracker, f"--report_to {args.report_to}")
@@ -1173,11 +1182,13 @@ def require_package(parser, package, flag):
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 #
-# A pair is a row of an index: (shard, row in the shard, hash of the caption). The order of the pairs depends only on
-# seed, epoch and the run's Layout, and every random choice about a pair only on seed and position in that order. So
-# Layout and number of pairs seen are all that a checkpoint needs to know about the data, on any number of processes.
+# A pair is a row of an index, which has the columns SHARD, ROW (in the shard) and CAPTION (its hash). The order of
+# the pairs depends only on seed, epoch and the run's Layout, and every random choice about a pair only on seed and
+# position in that order. So Layout and number of pairs seen are all that a checkpoint needs to know about the data, on
+# any number of processes.
+SHARD, ROW, CAPTION = range(3)
 INDEX_VERSION = 2  # to be raised when the format of the index changes
-MAX_SKIPPED = 100  # unusable rows in a row, before a dataset is given up
+MAX_SKIPPED = 100  # consecutive unusable rows before a dataset is given up
 
 
 class Columns(NamedTuple):
@@ -1192,7 +1203,7 @@ class Columns(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """A pair, its position in the order of the run, and the lane that provides it."""
+    """A pair, its position in the order of the run, and the lane that reads it."""
 
     position: int
     pair: int
@@ -1204,10 +1215,11 @@ class Layout:
     """
     How the pairs of an epoch are ordered: chosen when a run first starts, and kept in its checkpoints.
 
-    A shard is a row group of a stream; a prepared dataset is a single shard. The positions of a run are dealt to
-    lanes, `turn` pairs at a time. Each lane gets its own stretch of the shards, and shuffles the pairs of
-    `shards_mixed` shards at a time. A new run has one lane per reading process, so that each of them streams other
-    row groups. After a restart on fewer processes, a process may read several lanes.
+    Each process that reads a stream should download other row groups than the rest. So there is a lane for each of
+    them, which gets its own stretch of the shards, and shuffles the pairs of `shards_mixed` shards at a time. The
+    lanes take turns of `turn` pairs. After a restart on fewer processes, a process reads several lanes.
+
+    A shard is a row group of a stream. A prepared dataset is a single shard, with a single lane.
     """
 
     shards_mixed: int = 1
@@ -1215,7 +1227,7 @@ class Layout:
     turn: int = 1
 
     def lane(self, position):
-        """Which lane provides the pair at a position, or at each of several positions."""
+        """Which lane reads the pair at a position, or at each of several positions."""
         return position // self.turn % self.lanes
 
 
@@ -1335,7 +1347,7 @@ def build_index(rows, remove_ties):
         indexes = pool.imap(lambda file: read_index(rows, file, remove_ties), rows.files)
         bar = tqdm(indexes, desc="Reading labels", total=len(rows.files), disable=len(rows.files) == 1)
         for file, (index, num_shards) in enumerate(bar):
-            index[:, 0] += len(row_groups)
+            index[:, SHARD] += len(row_groups)
             parts.append(index)
             row_groups += [(file, row_group) for row_group in range(num_shards)]
     return {"index": torch.from_numpy(np.concatenate(parts)), "row_groups": torch.tensor(row_groups)}
@@ -1361,7 +1373,7 @@ def open_dataset(name, config_name, cache_dir, revision):
     if not os.path.exists(name):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
         if revision is not None and builder.hash != revision:
-            raise TrainingError(f"--dataset_name {name}: commit {revision} of the original run is not available.")
+            raise TrainingError(f"--dataset_name {name}: the run used commit {revision}, which is not available.")
         return builder
 
     name = os.path.abspath(name)
@@ -1396,13 +1408,13 @@ def open_split(args, name, flag, revision):
 
     features = streams[names[0]].features
     if args.streaming:
-        if builder.config.data_files is None:  # it comes from the local cache, which has no original files
+        if builder.config.data_files is None:  # loaded from the local cache, without the original files
             raise TrainingError(
                 f"--streaming: {dataset_name} cannot be reached, and is only in the cache. Leave out --streaming."
             )
         files = list(itertools.chain.from_iterable(builder.config.data_files[part] for part in names))
         if not all(file.endswith(".parquet") for file in files):
-            raise TrainingError(f"--streaming reads parquet files only, but {dataset_name} has others.")
+            raise TrainingError(f"--streaming reads parquet files only, and {dataset_name} contains other formats.")
         rows = StreamedRows(files, find_columns(args, features), args.shuffle_shards)
     else:
         # Some formats, like JSON lines, have features only after they are prepared.
@@ -1424,8 +1436,8 @@ def open_split(args, name, flag, revision):
 
 def hold_out(index, number):
     """The first `number` pairs of an index, counted caption by caption, so that captions stay together."""
-    _, first_pair, caption = np.unique(index[:, 2], return_index=True, return_inverse=True)
-    by_caption = np.argsort(first_pair[caption], kind="stable")
+    caption_numbers, _ = pd.factorize(index[:, CAPTION])  # in the order in which captions first appear
+    by_caption = np.argsort(caption_numbers, kind="stable")
     return index[np.sort(by_caption[:number])]
 
 
@@ -1444,9 +1456,11 @@ def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
             raise TrainingError(f"--validation_split {args.validation_split} is also trained on.")
 
     # No held-out caption is trained on.
-    shared = np.isin(split.index[:, 2], held_out[:, 2])
+    shared = np.isin(split.index[:, CAPTION], held_out[:, CAPTION])
     index = split.index[~shared]
-    left_out = shared.sum() - (len(held_out) if args.validation_split is None else 0)
+    left_out = shared.sum()
+    if args.validation_split is None:
+        left_out -= len(held_out)  # these are not left out, but held out
     if left_out > 0:
         logger.warning(f"{left_out} training pairs are left out, because their captions are held out.")
 
@@ -1469,7 +1483,8 @@ def epoch_order(index, seed, epoch, layout):
     rng = np.random.default_rng([seed, epoch])
 
     # 1. Put the shards in a random order; the pairs of a shard stay together.
-    shard_place = rng.permutation(int(index[-1, 0]) + 1)[index[:, 0]]
+    num_shards = int(index[-1, SHARD]) + 1
+    shard_place = rng.permutation(num_shards)[index[:, SHARD]]
     pairs = np.argsort(shard_place, kind="stable")
 
     # 2. Decide which lane fills which slot. Turns continue across epochs, hence the offset.
@@ -1524,7 +1539,7 @@ def decode_image(value):
 
 
 def crop_image(image, resolution, crop_fractions, flip):
-    """Resize the shorter side, flip if asked to, and crop: `(3, resolution, resolution)` uint8, and (top, left)."""
+    """Resize the shorter side, optionally flip, and crop: `(3, resolution, resolution)` uint8, and (top, left)."""
     scale = resolution / min(image.size)
     width = max(resolution, round(image.width * scale))
     height = max(resolution, round(image.height * scale))
@@ -1546,7 +1561,10 @@ def load_pair(record, columns, resolution, crop_fractions, flip):
 
     Returns:
         `caption`, `labels` (two numbers), `pixel_values` `(2, 3, resolution, resolution)` uint8, and `add_time_ids`
-        `(2, 6)`. Raises UnusableRow if one of them is missing or broken.
+        `(2, 6)`.
+
+    Raises:
+        UnusableRow: one of them is missing or broken.
     """
     caption = record[columns.caption]
     if not isinstance(caption, str):
@@ -1554,10 +1572,12 @@ def load_pair(record, columns, resolution, crop_fractions, flip):
 
     labels = [1.0, 0.0]
     if columns.labels:
-        labels = [float("nan" if record[name] is None else record[name]) for name in columns.labels]
-        for name, label in zip(columns.labels, labels):
+        labels = []
+        for name in columns.labels:
+            label = math.nan if record[name] is None else float(record[name])
             if math.isnan(label):
                 raise UnusableRow(f"has no {name}")
+            labels.append(label)
 
     pixel_values = []
     add_time_ids = []
@@ -1586,32 +1606,32 @@ class PairDataset(Dataset):
         self.held_out = held_out
         self.cache = None  # folder of the encoded pairs, with --cache_latents
 
-        # Held-out pairs look the same whenever they are evaluated.
         self.seed = args.seed
         self.resolution = args.resolution
+
+        # Held-out pairs look the same whenever they are evaluated.
         self.flip_at_random = not args.no_hflip and not held_out
         self.crop_at_random = args.random_crop and not held_out
         self.label_noise_prob = 0.0 if held_out else args.label_noise_prob
 
     def row_name(self, pair):
-        shard, row = self.index[pair, :2]
-        name = self.rows.row_name(shard, row)
+        name = self.rows.row_name(self.index[pair, SHARD], self.index[pair, ROW])
         return f"held-out {name}" if self.held_out else name
 
     def cached_file(self, pair):
+        # At most 1,000 files per folder.
         return self.cache / f"{pair // 1000:04d}" / f"{pair % 1000:03d}.safetensors"
 
     def __getitem__(self, visit):
         for skipped in range(min(len(self.index), MAX_SKIPPED)):
             pair = (visit.pair + skipped) % len(self.index)
             try:
-                tensors = self.load(visit._replace(pair=pair))
+                return {**self.load(visit._replace(pair=pair)), "row": self.row_name(pair), "skipped": skipped}
             except UnusableRow as error:
                 reason = str(error)
-                # Workers have no accelerate state, which `logger` needs.
-                logging.getLogger(__name__).warning(f"Skipped {self.row_name(pair)}: it {reason}.")
-            else:
-                return {**tensors, "row": self.row_name(pair), "skipped": skipped}
+            # Workers have no accelerate state, which `logger` needs.
+            logging.getLogger(__name__).warning(f"Skipped {self.row_name(pair)}: it {reason}.")
+
         first = self.row_name(visit.pair)
         raise UnusableRow(f"no row from {first} to {self.row_name(pair)} can be used, the last one {reason}")
 
@@ -1621,7 +1641,7 @@ class PairDataset(Dataset):
         # same numbers under any seed.
         entropy = (0, visit.position) if self.held_out else (1, self.seed, visit.position)
         seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-        label_noise, tie, flip, *crop_fractions = np.random.default_rng(seed).random(5)
+        label_noise, tie, flip, crop_top, crop_left = np.random.default_rng(seed).random(5)
         generator = torch.Generator().manual_seed(int(seed[0]))
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
         latent_noise = torch.randn(self.latent_shape, generator=generator)
@@ -1632,10 +1652,9 @@ class PairDataset(Dataset):
         if self.cache is not None:
             tensors = read_cached(self.cached_file(visit.pair), flipped)
         else:
-            shard, row = self.index[visit.pair, :2]
+            shard, row, _ = self.index[visit.pair]
             record = self.rows.record(shard, row, visit.lane)
-            if not self.crop_at_random:
-                crop_fractions = (0.5, 0.5)
+            crop_fractions = (crop_top, crop_left) if self.crop_at_random else (0.5, 0.5)
             tensors = load_pair(record, self.rows.columns, self.resolution, crop_fractions, flipped)
 
         # Decide which image is the chosen one.
@@ -1685,7 +1704,7 @@ def data_iterator(data, num_workers, **batching):
 
 
 def ignore_stop_signals(worker):
-    """Launchers also signal the loader's workers. The process that reads from them shuts them down."""
+    """Launchers also signal the loader's workers, but the process that reads from them shuts them down."""
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
 
@@ -1709,20 +1728,24 @@ def full_unet_dtype(args):
     return torch.bfloat16 if args.full_bf16 else torch.float32
 
 
-def build_model(args, pipeline):
+def trainable(module):
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def build_model(args, pipeline, parts):
     """Choose what is trained: the full UNet or LoRA adapters. Returns the module for accelerate to prepare."""
     unet = pipeline.unet
     if args.rank is None:
         unet.requires_grad_(True)
     else:
-        add_lora(args, trained_parts(args, pipeline))
+        add_lora(args, parts)
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
         # Blocks are recompiled for each shape, to train and to sample. Past the limit, they would run eagerly.
         torch._dynamo.config.recompile_limit = 64
-        torch._logging.set_logs(graph_breaks=True)
+        torch._logging.set_logs(graph_breaks=True)  # so that a slow compilation explains itself
         unet.compile_repeated_blocks(dynamic=False)  # in place, so that the weights keep their names
 
     return UNetWithTextEncoders(pipeline) if args.train_text_encoder else unet
@@ -1742,7 +1765,7 @@ def find_lora_file(name, cache_dir=None):
 
 
 def read_lora(name, unet_config=None, cache_dir=None):
-    """Read a LoRA in any format that diffusers knows: {name as in peft: weight}, and the set of its alphas."""
+    """Read a LoRA in any format that diffusers loads: {name as in peft: weight}, and the set of its alphas."""
     file = find_lora_file(name, cache_dir)
     with safetensors.safe_open(file, "pt") as tensors:
         if any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors.keys()):
@@ -1797,22 +1820,30 @@ def name_in_file(part, name):
 def choose_lora_layers(args, name, part, weights):
     """Names of the layers of a part that get a LoRA: those of --init_lora, or else those that the flags name."""
     modules = [module for module, _ in part.named_modules()]
-    continued = [m for m in modules if f"{name}.{name_in_file(part, m)}.lora_A.weight" in weights]
-    if continued:
-        return continued  # full names; those below are endings of names
+    layers = [module for module in modules if f"{name}.{name_in_file(part, module)}.lora_A.weight" in weights]
+    if layers:
+        return layers
 
-    layers = []
+    # peft takes these as endings of names.
     if name == "unet":
-        for choice in args.lora_layers or ["all"]:
+        for choice in args.lora_layers:
             if choice not in LORA_LAYERS and not any(f".{module}".endswith(f".{choice}") for module in modules):
                 raise TrainingError(f"--lora_layers {choice} is neither a layer nor one of {list(LORA_LAYERS)}.")
             layers += LORA_LAYERS.get(choice, [choice])
     else:
-        # The last layer of the first text encoder is not used, so it would get no gradient.
+        # The last layer of the first text encoder is not used.
         number = part.config.num_hidden_layers - (1 if name == "text_encoder" else 0)
         for n in range(number):
             layers += [f"layers.{n}.self_attn.{layer}" for layer in TEXT_LORA_LAYERS]
     return layers
+
+
+def freeze_last_layer(text_encoder):
+    """The last layer of the first text encoder is not used. It would get no gradient, which DDP refuses."""
+    last = text_encoder.config.num_hidden_layers - 1
+    for name, parameter in text_encoder.named_parameters():
+        if f"layers.{last}." in name:
+            parameter.requires_grad_(False)
 
 
 def add_lora(args, parts):
@@ -1837,6 +1868,8 @@ def add_lora(args, parts):
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False  # autocast would undo peft's cast of activations to float32
         cast_training_params(part, torch.float32)
+        if name == "text_encoder":
+            freeze_last_layer(part)  # of a LoRA of other scripts
 
     if weights:
         adapted = {name: part for name, part in parts.items() if any(key.startswith(f"{name}.") for key in weights)}
@@ -1852,10 +1885,13 @@ def set_lora_weights(parts, weights):
     for name, part in parts.items():
         own = {}
         for key in get_peft_model_state_dict(part):
-            own[key] = left.pop(f"{name}.{name_in_file(part, key)}")
+            name_of_weight = f"{name}.{name_in_file(part, key)}"
+            if name_of_weight not in left:
+                raise ValueError(f"it lacks {name_of_weight}")
+            own[key] = left.pop(name_of_weight)
         set_peft_model_state_dict(part, own)
     if left:
-        raise ValueError(f"{len(left)} of its weights match no layer, e.g. {next(iter(left))}")
+        raise ValueError(f"{len(left)} of its weights have no matching layer, e.g. {next(iter(left))}")
 
 
 def gather_trained_weights(accelerator, model, parts):
@@ -1865,7 +1901,7 @@ def gather_trained_weights(accelerator, model, parts):
     for name, weight in accelerator.get_state_dict(model, unwrap=False).items():
         state_dict[name.replace("_orig_mod.", "").removeprefix("module.")] = weight
     if len(parts) == 1:
-        return {"unet": state_dict}
+        return {"unet": state_dict}  # the model is the UNet itself
 
     weights = {}
     for part in parts:
@@ -1886,7 +1922,7 @@ def save_trained_weights(run, folder):
 
 
 def save_unet(unet, weights, folder):
-    """Write `unet/`. Whatever the UNet is wrapped in, the names must be those that pipelines load."""
+    """Write `unet/`. `weights` must have the names that pipelines load, without those of wrappers."""
     # `_name_or_path` may be a local path.
     config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}
     with torch.device("meta"):
@@ -1976,7 +2012,7 @@ def build_schedule(args, optimizer, step):
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        # The polynomial schedule divides by the number of steps after the warmup.
+        # The polynomial schedule divides by the number of steps after the warmup, which must not be 0.
         num_training_steps=max(args.max_train_steps, args.lr_warmup_steps + 1),
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
@@ -1985,11 +2021,11 @@ def build_schedule(args, optimizer, step):
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------
-PAIRS_PER_ROUND = 16  # that each process encodes between synchronizations
+PAIRS_PER_ROUND = 16  # pairs per process between synchronizations
 
 
 class PairsToEncode(Dataset):
-    """The images of a pair in all orientations that training asks for, or why the pair cannot be used."""
+    """The images of a pair, unflipped and, if training flips, flipped; or why the pair cannot be used."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -1997,7 +2033,7 @@ class PairsToEncode(Dataset):
     def __getitem__(self, pair):
         dataset = self.dataset
         columns = dataset.rows.columns
-        shard, row = dataset.index[pair, :2]
+        shard, row, _ = dataset.index[pair]
         try:
             record = dataset.rows.record(shard, row, lane=0)
             item = load_pair(record, columns, dataset.resolution, (0.5, 0.5), flip=False)
@@ -2050,7 +2086,7 @@ def encode_to_file(pipeline, item, path, batch_size):
 
 
 def hash_weights(module):
-    """Hash of a module's weights, one after the other to save memory."""
+    """Hash of a module's weights, one tensor after the other to save memory."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
         digest.update(name.encode())
@@ -2068,24 +2104,24 @@ def describe_encoders(args, pipeline):
     return contents
 
 
-def fill_cache(args, accelerator, pipeline, pairs, encoders):
+def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     """Encode the pairs of a dataset that are not yet in its cache: a folder per setting, with a file per pair."""
     # One folder and one list for all processes, made before any of them writes.
-    key = Hasher.hash([encoders, pairs.split.fingerprint, pairs.index, pairs.flip_at_random])
+    key = Hasher.hash([encoder_key, pairs.split.fingerprint, pairs.index, pairs.flip_at_random])
     pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
     # Split them between the processes, and again between the workers of each, so that no two of them read the same
-    # row groups of a stream. The loader asks its workers in turn.
+    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
     num_workers = max(args.dataloader_num_workers, 1)
     order = np.empty(len(own), dtype=np.int64)
-    for worker, part in enumerate(np.array_split(own, num_workers)):
-        order[worker::num_workers] = part
+    for worker, share in enumerate(np.array_split(own, num_workers)):
+        order[worker::num_workers] = share
     order = order.tolist()
     items = data_iterator(PairsToEncode(pairs), args.dataloader_num_workers, batch_size=None, sampler=order)
 
-    # Synchronize after each round, so that the failure of one process soon ends all.
+    # Synchronize after each round, so that all processes stop soon after one fails.
     bar = tqdm(desc="Encoding pairs", total=len(order), disable=not accelerator.is_local_main_process)
     for start in range(0, math.ceil(len(missing) / accelerator.num_processes), PAIRS_PER_ROUND):
         with raise_on_all_ranks(f"--cache_latents: pairs could not be encoded into {pairs.cache}"):
@@ -2096,9 +2132,9 @@ def fill_cache(args, accelerator, pipeline, pairs, encoders):
 
 def fill_caches(args, accelerator, pipeline, *data):
     """Fill the caches of these datasets, and move the encoders off the device."""
-    encoders = from_main_process(describe_encoders, args, pipeline)
+    encoder_key = from_main_process(describe_encoders, args, pipeline)
     for pairs in data:
-        fill_cache(args, accelerator, pipeline, pairs, encoders)
+        fill_cache(args, accelerator, pipeline, pairs, encoder_key)
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.to("cpu")
 
@@ -2108,7 +2144,7 @@ def fill_caches(args, accelerator, pipeline, *data):
 # A checkpoint is complete exactly when its state file can be read: it is written last, after everything else is on the
 # disk, and removed first. It contains the progress and the flags. The other files are the trained weights, in
 # diffusers' format, and the optimizer's state, in accelerate's (FSDP and DeepSpeed add sharded weights).
-STATE = "mapo_state.json"
+STATE_FILE = "mapo_state.json"
 # Settings that must not change when a run resumes, and those that may. All other changes are logged.
 FIXED_ON_RESUME = [
     "rank",
@@ -2165,7 +2201,7 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(folder):
     """The checkpoint in a folder, or None if it is not complete."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError):
         return None
     try:
@@ -2201,30 +2237,30 @@ def find_checkpoint(output_dir, name):
         if checkpoint is None:
             raise TrainingError(f"--resume_from_checkpoint {name}: {folder} is not a complete checkpoint.")
 
-    if checkpoint is None:
-        refuse_other_runs(output_dir, existing, run_id=None, step=0)
-        return None
-
-    # A run is recognized by its id, wherever its checkpoints were moved or linked to. In another folder it becomes a
-    # new run, because it may continue in both.
-    progress = checkpoint.progress
-    if all(other.progress.run_id != progress.run_id for other in existing):
-        progress.run_id = new_run_id()
-    refuse_other_runs(output_dir, existing, progress.run_id, progress.step)
+    # A run is recognized by its id, wherever its checkpoints were moved or linked to. In a folder without any of them
+    # it becomes a new run, because the old one may continue where it was.
+    run_id = None
+    step = 0
+    if checkpoint is not None:
+        progress = checkpoint.progress
+        if all(other.progress.run_id != progress.run_id for other in existing):
+            progress.run_id = os.urandom(4).hex()
+        run_id = progress.run_id
+        step = progress.step
+    refuse_other_runs(output_dir, existing, run_id, step)
     return checkpoint
-
-
-def new_run_id():
-    return os.urandom(4).hex()
 
 
 def refuse_other_runs(output_dir, existing, run_id, step):
     """Refuse a folder that contains the work of another run, or checkpoints of later steps of this run."""
+    own = []
     obstacles = []
     for other in existing:
-        if other.progress.run_id != run_id or other.progress.step > step:
+        if other.progress.run_id == run_id and other.progress.step <= step:
+            own.append(other.folder)
+        else:
             obstacles.append(other.folder)
-    if len(obstacles) == len(existing):  # nothing here belongs to this run
+    if not own:
         for path in (Path(output_dir, LORA_FILE), Path(output_dir, "unet")):
             if path.exists():
                 obstacles.append(path)
@@ -2234,7 +2270,7 @@ def refuse_other_runs(output_dir, existing, run_id, step):
         if existing:
             advice += ", or continue that run with --resume_from_checkpoint latest"
         raise TrainingError(
-            f"--output_dir {output_dir} contains {obstacles[0].name} of another run, or of later steps. {advice}."
+            f"--output_dir {output_dir} contains {obstacles[0].name} of another run, or of a later step. {advice}."
         )
 
 
@@ -2267,23 +2303,17 @@ def start_progress(args, accelerator, checkpoint, pairs, model_commit):
     index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
-            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
+            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs.")
         return replace(checkpoint.progress, model_commit=model_commit)
 
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
     return Progress(
-        run_id=from_main_process(new_run_id),
+        run_id=from_main_process(lambda: os.urandom(4).hex()),
         layout=Layout(shards_mixed=args.shuffle_shards, lanes=lanes, turn=args.train_batch_size),
         index_hash=index_hash,
         model_commit=model_commit,
         dataset_commit=pairs.split.commit,
     )
-
-
-def failing_together(accelerator, message):
-    """`raise_on_all_ranks`, or only `explain` with sharded weights, where the ranks already meet in the body."""
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    return explain(message) if accelerator.distributed_type in sharded else raise_on_all_ranks(message)
 
 
 def save_checkpoint(run):
@@ -2292,7 +2322,7 @@ def save_checkpoint(run):
     folder = Path(args.output_dir, f"checkpoint-{run.progress.step}")
     settings = checkpoint_settings(args, run.accelerator)
     message = f"{folder} could not be written; older checkpoints are untouched"
-    with failing_together(run.accelerator, message):
+    with explain_on_all_ranks(run.accelerator, message):
         folder.mkdir(exist_ok=True)
         save_trained_weights(run, folder)
         run.accelerator.save_state(folder)
@@ -2304,30 +2334,32 @@ def save_checkpoint(run):
             for path in (*folder.rglob("*"), folder):
                 sync_to_disk(path)
             state = json.dumps({**asdict(run.progress), "settings": settings}, indent=2)
-            write_atomically(folder / STATE, lambda aside: aside.write_text(state))
-    with raise_on_all_ranks(f"{folder} is saved, but older checkpoints could not be removed"):
-        if run.accelerator.is_main_process and args.checkpoints_total_limit is not None:
-            remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
+            write_atomically(folder / STATE_FILE, lambda aside: aside.write_text(state))
+    if run.accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
     logger.info(f"Saved {folder}")
 
 
 def remove_old_checkpoints(output_dir, limit):
     for checkpoint in list_checkpoints(output_dir)[:-limit]:
-        if checkpoint.folder.is_symlink():
-            checkpoint.folder.unlink()  # keep what somebody moved elsewhere
-        else:
-            (checkpoint.folder / STATE).unlink()
-            shutil.rmtree(checkpoint.folder)
+        try:
+            if checkpoint.folder.is_symlink():
+                checkpoint.folder.unlink()  # keep what somebody moved elsewhere
+            else:
+                (checkpoint.folder / STATE_FILE).unlink()
+                shutil.rmtree(checkpoint.folder)
+        except OSError as error:
+            logger.warning(f"--checkpoints_total_limit: {checkpoint.folder} cannot be removed ({describe(error)}).")
 
 
 def load_checkpoint(accelerator, parts, optimizer, checkpoint):
     """Load trained weights and optimizer states. Learning rate, betas and decay come from the flags instead."""
     from_flags = []
     for group in optimizer.param_groups:
-        # `fused` belongs to the loaded states, whose step counters may be on the CPU.
+        # `fused` stays as it was saved, because the saved step counters lie where that setting expects them.
         from_flags.append({name: value for name, value in group.items() if name not in ("params", "fused")})
 
-    with failing_together(accelerator, f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
+    with explain_on_all_ranks(accelerator, f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
         if read_checkpoint(checkpoint.folder) is None:
             raise TrainingError(f"{checkpoint.folder} is not on all machines: --output_dir must be on shared storage.")
         if checkpoint.settings["sharding"] == "none":
@@ -2361,7 +2393,10 @@ def held_out_batches(run):
     batches = data_iterator(
         run.held_out, run.args.dataloader_num_workers, batch_sampler=visits, collate_fn=collate_pairs
     )
-    return zip(sizes, batches)
+    for size in sizes:
+        with raise_on_all_ranks("The held-out pairs cannot be read"):
+            batch = next(batches)
+        yield size, batch
 
 
 @torch.no_grad()
@@ -2403,23 +2438,23 @@ def evaluate_pairs(run):
 
 
 def warn_if_diverging(first, last):
-    """Warn about a run that destroys the model, judging by its first and its last held-out metrics."""
+    """Warn if the model diverges, judging by its first and its last held-out metrics."""
     chosen = last["eval_chosen_mse"]
     if not chosen <= 1.01 * first["eval_chosen_mse"]:  # or NaN
         logger.warning(
             f"eval_chosen_mse has risen ({chosen:.4g} at step {last['step']}, {first['eval_chosen_mse']:.4g} at step "
-            f"{first['step']}): --learning_rate is too large, or --beta_mapo too small."
+            f"{first['step']}): try a smaller --learning_rate or a larger --beta_mapo."
         )
     rejected = last["eval_rejected_mse"]
     if not rejected <= max(1, first["eval_rejected_mse"]):
         logger.warning(
             f"eval_rejected_mse is {rejected:.4g} at step {last['step']}. Predicting zero already gives 1, so samples "
-            "are broken: --beta_mapo is too small, or --learning_rate too large."
+            "are broken: try a smaller --learning_rate or a larger --beta_mapo."
         )
 
 
 def validate(run):
-    """Log the eval_ metrics, and the images: the base model's left, the trained model's right. Returns the metrics."""
+    """Log the eval_ metrics, and images from before training (left) and from now (right). Returns the metrics."""
     args = run.args
     accelerator = run.accelerator
     step = run.progress.step
@@ -2433,7 +2468,7 @@ def validate(run):
             run.progress.first_eval = point
         warn_if_diverging(run.progress.first_eval, point)
 
-    # Before training, there is nothing to compare with the base model.
+    # At step 0, both would be the same.
     if run.base_images and step > 0:
         images = generate_images(args, accelerator, run.pipeline)
         cells = []
@@ -2496,7 +2531,7 @@ def without_local_paths(args):
         if name == "hub_token":
             continue
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
-            value = Path(value).resolve().name
+            value = Path(value).absolute().name
         flags[name] = value
     return flags
 
@@ -2506,7 +2541,7 @@ def write_model_card(args, metrics, progress):
     output_dir = Path(args.output_dir)
     card = output_dir / "README.md"
     if card.exists() and "- mapo\n" not in card.read_text():  # our cards have this tag
-        logger.warning(f"{card} is not a model card of this script. It is kept, and no card is written.")
+        logger.warning(f"{card} is not a model card of this script. It is kept, and no model card is written.")
         return
 
     flags = without_local_paths(args)
@@ -2547,7 +2582,7 @@ def write_model_card(args, metrics, progress):
         dataset=flags["dataset_name"],
         loss_type=args.loss_type,
         beta=args.beta_mapo,
-        picture=f"\n![base model and fine-tuned model]({picture})\n" if (output_dir / picture).exists() else "",
+        picture=f"\n![before and after training]({picture})\n" if (output_dir / picture).exists() else "",
         load=load,
         details=json.dumps(details, indent=2),
     ).save(card)
@@ -2567,7 +2602,7 @@ def save_results(run):
     """Write the trained weights to the output folder. They get their names only when they are complete."""
     output_dir = Path(run.args.output_dir)
     aside = output_dir / ".incomplete"
-    with failing_together(run.accelerator, f"{output_dir} could not be written; the checkpoints are untouched"):
+    with explain_on_all_ranks(run.accelerator, f"{output_dir} could not be written; the checkpoints are untouched"):
         if run.accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -2577,6 +2612,7 @@ def save_results(run):
                 write_kohya_lora(aside)
             for path in aside.rglob("*"):
                 sync_to_disk(path)
+            (output_dir / KOHYA_FILE).unlink(missing_ok=True)  # that of an earlier run
             for path in sorted(aside.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
@@ -2724,7 +2760,7 @@ def build_accelerator(args):
             f"--output_dir or --cache_dir: {error.filename} cannot be written: {error.strerror}."
         ) from error
     except ValueError as error:
-        raise TrainingError(f"accelerate refuses --mixed_precision {args.mixed_precision}: {error}") from error
+        raise TrainingError(f"accelerate rejects --mixed_precision {args.mixed_precision}: {error}") from error
 
     # Refuse what would fail later.
     if accelerator.mixed_precision not in DTYPES:
@@ -2745,11 +2781,11 @@ def build_accelerator(args):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
+    # Logging, and PyTorch's global switches. By default, PyTorch uses TF32 in convolutions only.
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
-    # By default, PyTorch uses TF32 in convolutions only.
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
@@ -2797,26 +2833,27 @@ def check_steps(args, step):
             f"training; the learning rate will peak at {peak:.0%}."
         )
     if args.loss_type == "mapo" and args.beta_mapo < 1:
-        logger.warning(f"--beta_mapo {args.beta_mapo} is a value for --loss_type mapo_v1; the paper uses 8 to 64.")
+        logger.warning(
+            f"--beta_mapo {args.beta_mapo} looks like a value for --loss_type mapo_v1; the paper uses 8 to 64."
+        )
 
 
-def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, checkpoint):
+def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_step, progress, checkpoint):
     """Build what is trained, sample with it before training, and only then load the checkpoint, if any."""
-    pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    # The model and its optimizer.
     torch.manual_seed(args.seed)  # for the initial weights of a LoRA
-    model = build_model(args, pipeline)
     parts = trained_parts(args, pipeline)
-    parameters_of_parts = []
-    for part in parts.values():
-        parameters_of_parts.append([parameter for parameter in part.parameters() if parameter.requires_grad])
-    number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    model = build_model(args, pipeline, parts)
+    parameters_of_parts = [trainable(part) for part in parts.values()]
+    number = sum(parameter.numel() for parameter in itertools.chain(*parameters_of_parts))
     logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
-
     optimizer = build_optimizer(args, parameters_of_parts, pairs_per_step)
     model, prepared_optimizer = accelerator.prepare(model, optimizer)
     prepared_optimizer.defaults = optimizer.defaults  # for the polynomial schedule; DeepSpeed's optimizer lacks them
+
     # Collected before any forward pass, after which FSDP shows unsharded copies of some of them.
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trainable(model)
+
     base_images = []
     if args.run_validation:
         base_images = generate_images(args, accelerator, pipeline)
@@ -2845,7 +2882,7 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, 
 
 def set_up(args, accelerator):
     """Check and load everything that training needs. Returns a Run and its StepBatches."""
-    # Find out where to start. Only the main process looks, because machines may see different folders.
+    # Find out where to start. Only the main process looks, because nodes may not share the folder.
     checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     model_commit = from_main_process(find_model_commit, args, checkpoint)
@@ -2853,15 +2890,15 @@ def set_up(args, accelerator):
         check_settings(checkpoint, checkpoint_settings(args, accelerator))
     latent_shape, noise_scheduler = load_configs(args, model_commit)
 
-    # Open the pairs, those of the hub at the commit with which the run began.
+    # Open the pairs, those of the hub at the commit that the run started from.
     commit = None
     if checkpoint is not None and checkpoint.settings["dataset_name"] == args.dataset_name:
         commit = checkpoint.progress.dataset_commit
     with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be read"):
         pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, commit)
     progress = start_progress(args, accelerator, checkpoint, pairs, model_commit)
+    pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.max_train_steps is None:
-        pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs.index) / pairs_per_step)
     check_steps(args, progress.step)
     logger.info(f"{len(pairs.index)} pairs to train on, {len(held_out.index)} held out.")
@@ -2878,25 +2915,25 @@ def set_up(args, accelerator):
     )
     first_visits = next(visits)
     with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be trained on"):
-        first_pair = pairs[first_visits[0]]
+        example = pairs[first_visits[0]]
 
     # Load the models, and encode the pairs with --cache_latents.
     pipeline = load_pipeline(args, accelerator, model_commit)
-    with raise_on_all_ranks(f"The VAE cannot encode {first_pair['row']}"):
-        check_vae(pipeline.vae, first_pair, args.vae_encode_batch_size)
+    with raise_on_all_ranks(f"The VAE cannot encode {example['row']}"):
+        check_vae(pipeline.vae, example, args.vae_encode_batch_size)
     with explain(f"--dataset_name {args.dataset_name} cannot be read"):
         warn_about_long_captions(pipeline.tokenizer, pairs.rows)
     if args.cache_latents:
         fill_caches(args, accelerator, pipeline, pairs, held_out)
 
-    run = build_run(args, accelerator, pipeline, noise_scheduler, held_out, progress, checkpoint)
+    run = build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_step, progress, checkpoint)
     batches = data_iterator(
         pairs,
         args.dataloader_num_workers,
         batch_sampler=itertools.chain([first_visits], visits),
         collate_fn=collate_pairs,
     )
-    return run, StepBatches(batches, args.gradient_accumulation_steps)
+    return run, StepBatches(batches)
 
 
 def main(args):
@@ -2924,7 +2961,7 @@ def main(args):
     with ignoring_tracker_errors(accelerator):
         accelerator.end_training()
 
-    # No process waits for the upload.
+    # Upload last, so that no other process has to wait.
     if not completed:
         return STOPPED
     if repo_id is not None and accelerator.is_main_process:

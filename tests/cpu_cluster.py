@@ -81,6 +81,7 @@ PLACES = {
     "picture": (TensorBoardTracker, "log_images", {True, False}),
     "end": (TensorBoardTracker, "finish", {True, False}),
     "source": (pq.ParquetFile, "read_row_group", {True, False}),
+    "held out": (pq.ParquetFile, "read_row_group", {False}),
     "lora": (StableDiffusionXLPipeline, "save_lora_weights", {True, False}),
     "weights": (Accelerator, "get_state_dict", {True, False}),
     "clip": (Accelerator, "clip_grad_norm_", {True, False}),

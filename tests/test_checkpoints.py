@@ -471,6 +471,19 @@ def test_newest_checkpoints_are_kept(script, flags, limit, kept):
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith("checkpoint-")) == others
 
 
+def test_old_checkpoint_that_cannot_be_removed_ends_no_run(script, flags, monkeypatch, caplog):
+    def refuse(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(folder))
+
+    monkeypatch.setattr(script.shutil, "rmtree", refuse)
+
+    out = run(script, {**flags, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_train_steps": 2})
+
+    assert f"--checkpoints_total_limit: {out / 'checkpoint-1'} cannot be removed" in caplog.text
+    assert (out / "checkpoint-2" / STATE).exists()
+
+
 def test_failed_save_leaves_the_older_checkpoint_alone(script, flags, tmp_path, monkeypatch):
     """Then a folder without its state is passed over, and completed when the run comes by again."""
     flags.update(checkpointing_steps=2, checkpoints_total_limit=1, max_train_steps=5)

@@ -321,8 +321,8 @@ def test_ranks_meet_while_they_fill_a_cache(script, flags, tmp_path):
     pairs = tmp_path / "pairs"
     draw_pairs(pairs, num_pairs=3 * script.PAIRS_PER_ROUND, num_shards=1)
     flags.update(dataset_name=pairs, cache_dir=tmp_path / "cache", cache_latents=True, train_batch_size=2)
-    # The first image that a rank encodes is a trial.
-    fault = Fault("encode", (2,), partial(raising, RuntimeError("out of memory")))
+    # The first two images that a rank encodes are a trial.
+    fault = Fault("encode", (3,), partial(raising, RuntimeError("out of memory")))
     statuses, outputs = run_ranks(flags, {1: [fault]})
     assert_one_sentence(statuses, outputs, "--cache_latents: pairs could not be encoded into ", "out of memory")
     assert len(list(tmp_path.glob("cache/mapo_latents/*/*/*.safetensors"))) == script.PAIRS_PER_ROUND
@@ -387,7 +387,7 @@ def test_bad_steps_in_a_row_end_the_run(script, flags, monkeypatch, caplog):
     rows = script.epoch_order(pairs.index, 0, 0, script.Layout(4, 1, 4))[16:20]
     named = ", ".join(sorted(f"row {row}" for row in rows))
     assert "--max_bad_steps 2: no finite gradient in the last 2 steps (the checkpoint of step 5" in str(error.value)
-    warned = re.findall(r"Step 5: .* The pairs of process 0: (.*)\.", caplog.text)
+    warned = re.findall(r"Step 5: .* Pairs on process 0: (.*)\.", caplog.text)
     assert [", ".join(sorted(rows.split(", "))) for rows in warned] == [named]
     assert checkpoints(flags["output_dir"]) == [4, 5]
 
@@ -397,9 +397,7 @@ def test_ranks_agree_on_a_bad_step_of_one(flags):
     statuses, outputs = run_ranks(flags, {1: [Fault("step", (2, 4, 5), partial(not_finite, "loss"))]})
     assert_one_sentence(statuses, outputs, "--max_bad_steps 2: no finite gradient in the last 2 steps")
     for rank, output in enumerate(outputs):
-        (rows,) = re.findall(
-            rf"Step 5: non-finite gradient.* The pairs of process {rank}: (row \d+, row \d+)\.", output
-        )
+        (rows,) = re.findall(rf"Step 5: non-finite gradient.* Pairs on process {rank}: (row \d+, row \d+)\.", output)
     out = flags["output_dir"]
     assert checkpoints(out) == [1, 2, 3, 4, 5]
     assert_nothing_trained_between(out, 1, 2)
@@ -532,11 +530,18 @@ def test_source_that_fails_on_one_rank_stops_all(flags, uninterrupted, own_pairs
     assert_exact(whole, run_ranks_well({**flags, "resume_from_checkpoint": "latest"}))
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"), [(1, "cannot be trained on"), (2, "cannot be read"), (3, "cannot be read any further")]
-)
+def test_held_out_pairs_that_one_rank_cannot_read_stop_all(flags):
+    flags.update(streaming=True, train_batch_size=2, num_validation_pairs=8)
+    fault = Fault("held out", (1,), partial(raising, ConnectionError("gone")))
+
+    statuses, outputs = run_ranks(flags, {1: [fault]})
+
+    assert_one_sentence(statuses, outputs, "The held-out pairs cannot be read", "gone")
+
+
+@pytest.mark.parametrize(("call", "sentence"), [(1, "cannot be trained on"), (2, "cannot be read")])
 def test_source_that_fails_before_the_first_step(script, flags, own_pairs, monkeypatch, call, sentence):
-    """In the first pair, which is tried, in the first captions, or in the first batch, which needs two row groups."""
+    """In the first pair, which is tried, or in the first batch, which needs two row groups."""
     flags.update(STREAMED, train_batch_size=8)
     script.load_pairs(script.parse_args(command_line(flags)), (4, 8, 8), 1000)
     install(Fault("source", (call,), partial(raising, ConnectionError("gone"))), monkeypatch.setattr)

@@ -234,6 +234,26 @@ def test_text_encoders_are_trained_alike_on_two_processes(script, flags, tmp_pat
     assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-5
 
 
+def test_two_processes_continue_a_lora_of_all_layers_of_the_text_encoders(script, flags, tmp_path):
+    """sd-scripts also adapts the last layer of the first one, which is not used: it would get no gradient."""
+    first = run(script, {**flags, **TEXT, "max_train_steps": 1})
+    weights = load_file(first / DIFFUSERS)
+    for name, weight in list(weights.items()):
+        if name.startswith("text_encoder.") and ".layers.0." in name:
+            weights[name.replace(".layers.0.", ".layers.1.")] = weight.clone()
+    with safe_open(first / DIFFUSERS, "pt") as file:
+        save_file(weights, first / DIFFUSERS, file.metadata())
+    changes = {"train_batch_size": 2, "init_lora": first, "output_dir": tmp_path / "second"}
+
+    statuses, outputs = run_ranks([SCRIPT, *command_line({**flags, **TEXT, **changes})])
+
+    assert statuses == [0, 0], "\n".join(outputs)
+    continued = load_file(tmp_path / "second" / DIFFUSERS)
+    unused = [name for name in weights if name.startswith("text_encoder.") and ".layers.1." in name]
+    assert continued.keys() == weights.keys() and len(unused) == 8
+    assert all(torch.equal(continued[name], weights[name]) for name in unused)
+
+
 def test_new_unet_starts_from_the_one_named(script, flags, tmp_path):
     flags["rank"] = None
     first = run(script, flags)

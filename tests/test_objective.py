@@ -174,12 +174,15 @@ def test_step_means_over_pairs_and_has_metrics_of_each(script, monkeypatch, name
     """
     chosen, rejected = [0.125, 0.5, 0.75, 0.25], [0.25, 0.5, 0.5, 1.0]
     errors = torch.tensor([chosen, rejected], requires_grad=True)
-    monkeypatch.setattr(script, "encode_pairs", lambda *_: (None, None, None))
+    monkeypatch.setattr(script, "sample_latents", lambda *_: None)
+    monkeypatch.setattr(script, "encode_captions", lambda *_: (None, None))
     monkeypatch.setattr(script, "denoising_errors", lambda *_: errors.unbind())
     kind, beta = ("mapo_v1", 0.1) if name == "mapo_v1" else ("mapo", 8.0 if name == "mapo" else math.inf)
     args = SimpleNamespace(loss_type=kind, beta_mapo=beta, snr_value=SNR, gradient_checkpointing=False)
+    args.vae_encode_batch_size, args.train_text_encoder = 1, False
     config = SimpleNamespace(num_train_timesteps=STEPS)
     run = SimpleNamespace(args=args, model=None, noise_scheduler=SimpleNamespace(config=config))
+    run.pipeline = SimpleNamespace(vae=None)
     run.accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
     loss, metrics = script.preference_loss(run, {"noise": None, "timesteps": None})
     margins = [SCORES[name](w) - SCORES[name](r) for w, r in zip(chosen, rejected)]

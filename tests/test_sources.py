@@ -376,7 +376,7 @@ def test_dataset_of_the_hub_is_used_from_the_cache_at_the_commit_of_the_run(scri
     assert [summary(tensors) for tensors in visits(pairs)] == [expected_pair(number) for number in range(4)]
     assert pairs.split.commit == 40 * "a"
     script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "a")
-    with pytest.raises(script.TrainingError, match="commit b+ of the original run is not available"):
+    with pytest.raises(script.TrainingError, match="the run used commit b+, which is not available"):
         script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "b")
     with pytest.raises(script.TrainingError, match="--streaming: me/pairs cannot be reached"):
         script.load_pairs(make_args(script, tmp_path / "none", streaming=True, **flags), (4, 1, 1), 1000)

@@ -411,6 +411,17 @@ def test_images_may_pass_the_vae_one_by_one(script, flags, tmp_path, monkeypatch
     assert_close(at_once, one_by_one)
 
 
+def test_each_batch_of_the_next_step_is_read_behind_one_of_this_step(script, flags, monkeypatch):
+    """While the GPU computes: all of them at the end would keep it waiting for decoded images."""
+    events, read, preference_loss = [], script.StepBatches.read, script.preference_loss
+    monkeypatch.setattr(script.StepBatches, "read", lambda batches: events.append("read") or read(batches))
+    monkeypatch.setattr(script, "preference_loss", lambda *args: events.append("loss") or preference_loss(*args))
+
+    run(script, {**flags, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3})
+
+    assert events == ["read", "read", *4 * ["loss", "read"], "loss", "loss"]
+
+
 def test_seed_decides_the_run(script, flags, tmp_path):
     first = run(script, flags)
     assert_same(first, run(script, {**flags, "output_dir": tmp_path / "same"}))

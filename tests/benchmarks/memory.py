@@ -242,7 +242,7 @@ def build_models(recipe, unet_config, device):
         flags = ["--pretrained_model_name_or_path=sdxl", "--dataset_name=pairs"]
         flags += [f"--rank={recipe.rank}", f"--lora_layers={recipe.layers}"] if recipe.rank else []
         flags += ["--gradient_checkpointing"] if recipe.checkpointing else []
-        script.build_model(script.parse_args(flags), argparse.Namespace(unet=unet))
+        script.build_model(script.parse_args(flags), argparse.Namespace(unet=unet), {"unet": unet})
     elif recipe.checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.train(), encoders
