@@ -146,6 +146,7 @@ def add_image_arguments(parser):
     add("--resolution", type=count, default=1024, help="Side of the images in pixels.")
     add("--seed", type=int, default=0, help="Seed of the images' noise.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks, for less work of the CPU.")
 
 
 def add_scorer_arguments(parser):
@@ -1011,6 +1012,12 @@ def draw_batches(args, accelerator, system, model, prompts, batches, parts):
     """Draw these batches of places and write the images that do not exist yet."""
     pipeline = load_pipeline(args, system, model, parts).to(accelerator.device)
     pipeline.vae.enable_slicing()
+    if args.compile:
+        # Blocks are compiled for each shape. Past the limit, they would run eagerly. What was compiled for the model
+        # before this one would be used again, without the hooks by which a LoRA is applied.
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64
+        pipeline.unet.compile_repeated_blocks(dynamic=False)
     pipeline.set_progress_bar_config(disable=True)
     for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
         with naming(system.shown, "generates no images"):

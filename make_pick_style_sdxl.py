@@ -135,6 +135,7 @@ def add_arguments(parser):
     add("--seed", type=int, default=0, help="Seed of the noise and of the sides.")
     add("--batch_size", type=int, default=4, help="Images per process and forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks, for less work of the CPU.")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=PATH, default="pairs", help="Folder for everything that the run writes.")
     add("--push_to_hub", action="store_true", help="Upload the pairs and their card at the end.")
@@ -609,6 +610,10 @@ def load_pipeline(args, device, dtype, files):
     pipeline.vae.to(device, torch.float32 if pipeline.vae.config.force_upcast else dtype).enable_slicing()
     for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         model.to(device, dtype)
+    if args.compile:
+        # Blocks are compiled for each shape. Past the limit, they would run eagerly.
+        torch._dynamo.config.recompile_limit = 64
+        pipeline.unet.compile_repeated_blocks(dynamic=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -24,7 +24,7 @@ A LoRA, on one 24 GB GPU:
     accelerate launch train_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --dataset_name mapo-t2i/pick-style-cartoon --beta_mapo 64 --rank 16 --train_batch_size 1 \
-        --gradient_accumulation_steps 16 --max_train_steps 1000 --gradient_checkpointing --use_8bit_adam \
+        --gradient_accumulation_steps 16 --max_train_steps 1000 --gradient_checkpointing --compile \
         --mixed_precision bf16 --num_validation_pairs 64 --run_validation --output_dir mapo-lora
 
 The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pairs per step):
@@ -48,8 +48,8 @@ The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pa
 #   Cache            pairs encoded once, before training
 #   Checkpoints      saving, finding and loading them
 #   Validation       held-out metrics and sample images
-#   Results          model card, files for other programs, upload
-#   Main             everything is put together
+#   Results          final weights, Kohya format, model card, upload
+#   Main             puts everything together
 
 import argparse
 import collections
@@ -98,7 +98,13 @@ from accelerate.utils import (
     send_to_device,
 )
 from datasets.fingerprint import Hasher
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionXLPipeline,
+    Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import FrozenDict
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, offload_models
@@ -140,7 +146,8 @@ def mapo_loss(chosen_errors, rejected_errors, beta):
         L = l_w - 1/beta * log sigmoid(phi_beta(l_w) - phi_beta(l_l)),   phi_beta(l) = (l / (exp(l) - 1)) ** beta
 
     Args:
-        chosen_errors, rejected_errors: `(pairs,)` mean squared errors l_w and l_l of the denoiser.
+        chosen_errors, rejected_errors: `(pairs,)` squared errors l_w and l_l of the denoiser, each the mean over all
+            elements of a latent. Both images of a pair must have the same noise and timestep.
         beta: temperature of the score; `inf` is supervised fine-tuning on the chosen images.
 
     Returns:
@@ -177,8 +184,13 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 # SDXL ----------------------------------------------------------------------------------------------------------------
 #
 # What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
-# belong to them. To train another model, change this section first. "Pairs" computes SDXL's sizes and crops
-# (`add_time_ids`); "Trained weights", "Cache" and "Results" name its pipeline and text encoders.
+# belong to them. To train another model, change this section first, and then what else knows SDXL:
+#
+#   Pairs            `load_pair` computes SDXL's sizes and crops, `PairDataset.load` samples integer timesteps
+#   Trained weights  `build_model`, the layers and names of `add_lora`, `read_lora`, `save_unet` and `save_lora`
+#   Cache            `encode_to_file`, `read_cached` and `describe_encoders` store what the encoders return
+#   Results          MODEL_CARD loads a pipeline
+#   Main             `find_model_commit`, and `alphas_cumprod` in `build_run`
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -193,7 +205,8 @@ def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, n
     Args:
         model: the UNet, or `UNetWithTextEncoders`.
         latents: `(2 * pairs, channels, height, width)` in float32, the chosen images first.
-        text, added_cond_kwargs: what the model is conditioned on, as returned by `encode_captions`.
+        text: prompt embeddings, or token ids for `UNetWithTextEncoders`, as returned by `encode_captions`.
+        added_cond_kwargs: SDXL's other conditions, as returned by `encode_captions`.
         noise, timesteps: `(pairs, channels, height, width)` and `(pairs,)`, shared by the two images of a pair.
     """
     noise = noise.repeat(2, 1, 1, 1)
@@ -208,13 +221,13 @@ def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, n
     return errors.chunk(2)
 
 
-def sample_latents(vae, batch, batch_size):
+def sample_latents(vae, batch, vae_batch_size):
     """Latents `(2 * pairs, channels, height, width)` of a batch, sampled from the VAE's posterior."""
     if "moments" in batch:
         moments = batch["moments"]
     else:
         with torch.no_grad():
-            moments = encode_images(vae, batch["pixel_values"], batch_size)
+            moments = encode_images(vae, batch["pixel_values"], vae_batch_size)
     mean, std = moments.float().unbind(dim=1)
     return (mean + std * batch["posterior_noise"]) * vae.config.scaling_factor
 
@@ -225,7 +238,7 @@ def encode_captions(pipeline, batch, dtype, train_text_encoder):
 
     With --train_text_encoder it is the token ids of each pair, which the model encodes itself.
     """
-    # Pipelines cast the sizes to this dtype as well.
+    # As at inference, the sizes get the dtype of the embeddings.
     time_ids = batch["add_time_ids"].repeat(2, 1).to(dtype)
     if "prompt_embeds" in batch:
         prompt_embeds = batch["prompt_embeds"]
@@ -240,10 +253,10 @@ def encode_captions(pipeline, batch, dtype, train_text_encoder):
     return prompt_embeds.repeat(2, 1, 1), {"text_embeds": text_embeds, "time_ids": time_ids}
 
 
-def encode_images(vae, pixel_values, batch_size):
+def encode_images(vae, pixel_values, vae_batch_size):
     """Mean and standard deviation of the posterior of `(images, 3, h, w)` uint8: `(images, 2, channels, h/8, w/8)`."""
     moments = []
-    for pixels in pixel_values.split(batch_size):
+    for pixels in pixel_values.split(vae_batch_size):
         distribution = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype)).latent_dist
         moments.append(torch.stack([distribution.mean, distribution.std], dim=1))
     return torch.cat(moments)
@@ -302,7 +315,7 @@ class UNetWithTextEncoders(torch.nn.Module):
 
 @torch.no_grad()
 def generate_images(args, accelerator, pipeline):
-    """One image per validation prompt, seeded with its number. The prompts are split between the processes."""
+    """One image per validation prompt, seeded with the prompt's index. Processes share the prompts."""
     images = []
     prompts = list(enumerate(args.validation_prompts))
     encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
@@ -334,7 +347,7 @@ def load_configs(args, commit):
     """
     Shape of the latents `(channels, height, width)`, and the noise scheduler.
 
-    Reads configs and tokenizers only, so that an unsupported model is refused before its weights are downloaded.
+    Reads configs, tokenizers and --init_lora only, so that what does not fit is refused before weights are downloaded.
     """
     name = args.pretrained_model_name_or_path
     hub = {"cache_dir": args.cache_dir, "revision": commit}
@@ -355,7 +368,7 @@ def load_configs(args, commit):
     channels = vae.get("latent_channels", 4)
     check_unet(unet, channels, text_width, refusal)
 
-    # What replaces its UNet and VAE.
+    # A UNet or VAE that replaces the base model's.
     if args.pretrained_unet_name_or_path is not None:
         flag = f"--pretrained_unet_name_or_path {args.pretrained_unet_name_or_path}"
         with explain(f"{flag} cannot be loaded"):
@@ -419,7 +432,7 @@ def find_component(model_class, name, subfolder, cache_dir, revision=None):
 
 
 def load_component(model_class, name, subfolder, args, dtype, revision=None):
-    """A UNet or VAE, in the base model's variant if it has it."""
+    """A UNet or VAE, in --variant if it has it."""
     options = find_component(model_class, name, subfolder, args.cache_dir, revision)
     options.update(use_safetensors=True, dtype=dtype)
     if args.variant is not None:
@@ -429,7 +442,11 @@ def load_component(model_class, name, subfolder, args, dtype, revision=None):
 
 
 def load_pipeline(args, accelerator, commit):
-    """The SDXL pipeline on the device: frozen parts in `weight_dtype` unless they would overflow."""
+    """
+    The SDXL pipeline, with frozen parts in `weight_dtype` unless they would overflow.
+
+    The UNet stays on the CPU, because encoding a cache with both on the GPU would need more memory than training.
+    """
     name = args.pretrained_model_name_or_path
     message = f"--pretrained_model_name_or_path {name} cannot be loaded"
     if args.variant is None and any(Path(name).glob("unet/*.fp16.*")):
@@ -467,7 +484,7 @@ def load_pipeline(args, accelerator, commit):
 
     # Freeze everything for now. force_upcast marks VAEs that overflow in half precision.
     vae_dtype = torch.float32 if pipeline.vae.config.force_upcast else frozen_dtype
-    pipeline.unet.requires_grad_(False).to(accelerator.device, unet_dtype)
+    pipeline.unet.requires_grad_(False).to(unet_dtype)
     pipeline.vae.requires_grad_(False).to(accelerator.device, vae_dtype)
     pipeline.text_encoder.requires_grad_(False).to(accelerator.device, frozen_dtype)
     pipeline.text_encoder_2.requires_grad_(False).to(accelerator.device, frozen_dtype)
@@ -476,9 +493,9 @@ def load_pipeline(args, accelerator, commit):
 
 
 @torch.no_grad()
-def check_vae(vae, example, batch_size):
+def check_vae(vae, example, vae_batch_size):
     """Fail early if the VAE overflows, instead of at the first NaN loss."""
-    moments = encode_images(vae, example["pixel_values"].to(vae.device), batch_size)
+    moments = encode_images(vae, example["pixel_values"].to(vae.device), vae_batch_size)
     if not moments.isfinite().all():
         raise TrainingError(
             f"--pretrained_vae_model_name_or_path: the VAE encodes the images of {example['row']} to NaN in "
@@ -490,7 +507,7 @@ def warn_about_long_captions(tokenizer, rows):
     """Warn about captions that exceed SDXL's 77 tokens, start and end tokens included."""
     _, frame = rows.read_texts(rows.files[0], [rows.columns.caption])
     captions = [caption for caption in frame[rows.columns.caption][:1000] if isinstance(caption, str)]
-    too_long = sum(len(ids) > 77 for ids in tokenizer(captions).input_ids)
+    too_long = sum(len(tokenizer(caption).input_ids) > 77 for caption in captions)
     if too_long > 0:
         logger.warning(
             f"{too_long} of the first {len(captions)} captions have more than 77 tokens; SDXL ignores the rest."
@@ -502,7 +519,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STOPPED = 75  # exit status of a run that a signal stopped (EX_TEMPFAIL: run it again)
-MIN_BAD_ROWS = 10  # of fewer, the share is not meaningful
+MIN_BAD_ROWS = 10  # below this number, --max_bad_rows is not checked
 
 
 @dataclass
@@ -518,10 +535,10 @@ class Run:
     parameters: list  # the trainable ones
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    held_out: "PairDataset"
+    held_out: Dataset  # a PairDataset
     base_images: list  # of the validation prompts, before training
     pairs_per_step: int
-    progress: "Progress"
+    progress: object  # a Progress
 
 
 @dataclass
@@ -560,8 +577,8 @@ class StopSignal:
     """
     Records Ctrl-C, SIGTERM or SIGUSR1 (SLURM, cloud preemption), so that the current step is completed first.
 
-    After training the results are saved all the same, because nothing asks for the signal any more. torchrun kills its
-    processes 30 s after it forwarded a signal.
+    A signal after the last step is ignored, because the results are being saved. torchrun kills its processes 30 s
+    after it forwarded a signal, so a step and a checkpoint must fit into that time.
     """
 
     def __init__(self):
@@ -581,7 +598,7 @@ class StopSignal:
 
 
 def summarize(steps, pairs_per_step):
-    """What to log of some steps, given their metrics and `seconds`: means, and the last gradient norm."""
+    """Average the metrics and `seconds` of steps for logging. Gradient norm and learning rate are the last ones."""
     logs = pd.DataFrame(steps).mean().to_dict()  # skipped steps lack the METRICS
     logs["pairs_per_second"] = pairs_per_step / logs.pop("seconds")
     logs["grad_norm"] = steps[-1]["grad_norm"]
@@ -659,7 +676,7 @@ def train_step(run, batches, stop):
     metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=accelerator.device)
     rows = []
     bad_rows = 0
-    last = progress.step + 1 == args.max_train_steps
+    is_last_step = progress.step + 1 == args.max_train_steps  # it is counted below
     for _ in range(args.gradient_accumulation_steps):
         batch = batches.ready.popleft()
         with accelerator.accumulate(run.model):
@@ -670,7 +687,7 @@ def train_step(run, batches, stop):
         bad_rows += int(batch["skipped"].sum())
 
         # Read a batch of the next step while the GPU is busy with this one.
-        if not last:
+        if not is_last_step:
             batches.read()
     grad_norm = clip_gradients(accelerator, run.parameters, args.max_grad_norm)
 
@@ -681,10 +698,10 @@ def train_step(run, batches, stop):
     means = [total / accelerator.num_processes for total in totals[:-3]]
     step_metrics = dict(zip([*METRICS, "grad_norm"], means))
     step_metrics["lr"] = run.lr_scheduler.get_last_lr()[0]
+    finite = math.isfinite(step_metrics["grad_norm"])
 
     # Update the weights, unless the gradient is not finite. fp16's GradScaler skips such steps by itself, and lowers
-    # its scale. DeepSpeed has already updated the weights in `backward`; there, `step` has no effect.
-    finite = math.isfinite(step_metrics["grad_norm"])
+    # its scale. DeepSpeed has already updated the weights in `backward`, or skipped the update; here it does nothing.
     if finite or accelerator.scaler is not None:
         run.optimizer.step()
     run.lr_scheduler.step()
@@ -692,7 +709,8 @@ def train_step(run, batches, stop):
 
     progress.count_step(run.pairs_per_step, int(total_bad_rows), finite)
     if not finite:
-        step_metrics = {name: step_metrics[name] for name in ("grad_norm", "lr")}
+        for name in METRICS:
+            del step_metrics[name]
         logger.warning(
             f"Step {progress.step}: non-finite gradient, update skipped ({progress.bad_steps} in a row). "
             f"Pairs on process {accelerator.process_index}: {', '.join(rows)}.",
@@ -702,7 +720,7 @@ def train_step(run, batches, stop):
 
 
 def find_fault(progress, max_bad_steps, max_bad_rows):
-    """Why training should not continue, or None."""
+    """Reason to stop training, or None."""
     if progress.bad_steps >= max_bad_steps:
         return f"--max_bad_steps {max_bad_steps}: no finite gradient in the last {progress.bad_steps} steps"
 
@@ -743,10 +761,10 @@ def train(run, batches, stop):
         result = train_step(run, batches, stop)
         steps.append({**result.metrics, "seconds": time.perf_counter() - started})
         bar.update()
-        last = progress.step == args.max_train_steps
+        is_last_step = progress.step == args.max_train_steps
 
         # Log.
-        if last or progress.step % args.logging_steps == 0:
+        if is_last_step or progress.step % args.logging_steps == 0:
             logs = summarize(steps, run.pairs_per_step)
             steps.clear()
             logs["skipped_steps"] = progress.skipped_steps
@@ -759,7 +777,7 @@ def train(run, batches, stop):
         # Save, also before the run ends early. After the last step, the weights are saved first (see `finish`).
         fault = find_fault(progress, args.max_bad_steps, args.max_bad_rows)
         ends_early = fault is not None or result.source_failed or result.stop_requested
-        if ends_early or (progress.step % args.checkpointing_steps == 0 and not last):
+        if ends_early or (progress.step % args.checkpointing_steps == 0 and not is_last_step):
             save_checkpoint(run)
         if fault is not None:
             raise TrainingError(f"{fault} (the checkpoint of step {progress.step} is saved).")
@@ -776,12 +794,16 @@ def train(run, batches, stop):
             return False
 
         # Validate.
-        if progress.step % args.validation_steps == 0 and not last:
+        if progress.step % args.validation_steps == 0 and not is_last_step:
             validate(run)
     return True
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
+#
+# A failure that can hit a single process, such as a full disk or an unreadable file, is raised on all of them
+# (`raise_on_all_ranks`) where the others would otherwise wait for it in a collective. Elsewhere `explain` is enough:
+# the process ends, and the launcher ends the others.
 class TrainingError(Exception):
     """An error that one sentence explains; printed without a traceback."""
 
@@ -853,7 +875,7 @@ def from_main_process(function, *args):
 
 
 def sync_to_disk(path):
-    """Flush a file, or the list of files in a folder, to the disk (fsync). Not on Windows, which has no such call."""
+    """Flush a file, or a folder's directory entries, to the disk (fsync). Windows has no such call for folders."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -889,7 +911,7 @@ def ignoring_tracker_errors(accelerator):
 # Arguments -----------------------------------------------------------------------------------------------------------
 VALIDATION_PROMPTS = ["a lighthouse at dusk", "an old sailor with a pipe", "a fox in the snow", "a bowl of ramen"]
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
-# Accepted for compatibility with other scripts: they ask for what is done anyway.
+# Flags of other scripts that ask for what is done anyway (PyTorch's attention replaces xFormers). They are ignored.
 WITHOUT_EFFECT = ["center_crop", "random_flip", "mapo_training", "enable_xformers_memory_efficient_attention"]
 
 
@@ -923,7 +945,7 @@ PATH = os.path.expanduser  # leaves hub ids as they are
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except for those that say nothing."""
+    """Shows defaults other than None and False."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -950,7 +972,7 @@ def add_model_arguments(parser):
         "--lora_layers",
         nargs="+",
         help="Layers that get a LoRA: `attention` (as in diffusers' scripts), `transformer` (as in sd-scripts), `all` "
-        "(the default: resnets as well), or names of layers.",
+        "(default; also the resnets), or names of layers.",
     )
     add("--train_text_encoder", action="store_true", help="Also train a LoRA of both text encoders.")
 
@@ -963,13 +985,13 @@ def add_pair_arguments(parser):
     add(
         "--streaming",
         action="store_true",
-        help="Read parquet row groups when they are needed, without downloading the files.",
+        help="Stream parquet row groups on demand instead of downloading the files.",
     )
     add(
         "--shuffle_shards",
         type=COUNT,
         default=4,
-        help="Row groups that each reading process keeps in memory and shuffles.",
+        help="Row groups that each reading process keeps in memory for shuffling.",
     )
     add("--max_train_samples", type=COUNT, help="Train on a random subset of this many pairs.")
     add("--caption_column", default="caption", help="Column with the prompts.")
@@ -991,11 +1013,15 @@ def add_pair_arguments(parser):
         default=0.0,
         help="Probability of swapping chosen and rejected (label noise).",
     )
-    add("--max_bad_rows", type=FRACTION, default=0.01, help="Stop if more than this share of the rows is unusable.")
+    add("--max_bad_rows", type=FRACTION, default=0.01, help="Stop if a larger share of the rows is unusable.")
     add("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
     add("--random_crop", action="store_true", help="Crop at random instead of at the center.")
     add("--no_hflip", action="store_true", help="Do not flip images at random.")
-    add("--cache_latents", action="store_true", help="Encode all pairs before training. Later runs reuse them.")
+    add(
+        "--cache_latents",
+        action="store_true",
+        help="Encode all pairs before training. Runs on the same pairs reuse them.",
+    )
     add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that read and decode images.")
     add("--vae_encode_batch_size", type=COUNT, default=1, help="Images per forward pass of the VAE.")
 
@@ -1006,10 +1032,14 @@ def add_training_arguments(parser):
         "--loss_type",
         choices=["mapo", "mapo_v1"],
         default="mapo",
-        help="Published objective, or that of the first release.",
+        help="`mapo`: current version of the paper; `mapo_v1`: its first release.",
     )
-    add("--beta_mapo", type=POSITIVE_OR_INF, help="Temperature; `inf` is SFT. Defaults to 8 (mapo_v1: 0.1).")
-    add("--snr_value", type=POSITIVE, default=0.5, help="Factor of the errors in mapo_v1.")
+    add(
+        "--beta_mapo",
+        type=POSITIVE_OR_INF,
+        help="Beta; `inf` trains on chosen images only (SFT). Defaults to 8 (mapo_v1: 0.1).",
+    )
+    add("--snr_value", type=POSITIVE, default=0.5, help="Multiplies the errors in mapo_v1.")
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=SEED, help="Seed of every random choice. Without it, one is chosen and logged.")
@@ -1021,14 +1051,14 @@ def add_training_arguments(parser):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Defaults to the setting of accelerate.")
     add("--full_bf16", action="store_true", help="Train the full UNet in bfloat16 with stochastic rounding.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products and convolutions.")
-    add("--compile", action="store_true", help="Compile the UNet's transformer blocks (torch.compile).")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks, for less work of the CPU.")
 
     add = parser.add_argument_group("optimizer").add_argument
     add(
         "--learning_rate",
         type=POSITIVE,
         default=1e-5,
-        help="Learning rate. Full fine-tuning needs a smaller one than a LoRA; 5e-4 breaks the UNet.",
+        help="Learning rate. For full fine-tuning, the paper uses 1e-7; 5e-4 breaks the UNet.",
     )
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="Learning rate of the text encoders.")
     add("--scale_lr", action="store_true", help="Multiply the learning rates by the pairs per optimizer step.")
@@ -1079,7 +1109,11 @@ def add_output_arguments(parser):
     add("--num_inference_steps", type=COUNT, default=25, help="Denoising steps of the generated images.")
     add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance scale of the generated images.")
     add("--validation_split", help="Split of the held-out pairs. Without it, the first pairs are held out.")
-    add("--num_validation_pairs", type=COUNT, help="Number of held-out pairs for the eval_ metrics. None by default.")
+    add(
+        "--num_validation_pairs",
+        type=COUNT,
+        help="Number of held-out pairs for the eval_ metrics. Defaults to none, or to all of --validation_split.",
+    )
 
 
 def parse_args(input_args=None):
@@ -1112,7 +1146,7 @@ def parse_args(input_args=None):
 
 
 def check_arguments(parser, args):  # noqa: C901
-    """Refuse flags that contradict each other, and packages that are missing."""
+    """Check for contradictory flags and missing packages."""
     base_model = args.pretrained_model_name_or_path
     if base_model.endswith(".safetensors"):
         parser.error(
@@ -1135,7 +1169,7 @@ def check_arguments(parser, args):  # noqa: C901
         if getattr(args, name) and args.rank is None:
             parser.error(f"--{name} requires --rank")
     if args.init_lora and args.lora_layers:
-        parser.error("--init_lora reuses the layers of that LoRA; leave out --lora_layers")
+        parser.error("--lora_layers cannot be combined with --init_lora, which reuses that LoRA's layers")
     if args.train_text_encoder and args.cache_latents:
         parser.error("--train_text_encoder cannot be combined with --cache_latents, which stores embeddings")
 
@@ -1187,8 +1221,8 @@ def require_package(parser, package, flag):
 # position in that order. So Layout and number of pairs seen are all that a checkpoint needs to know about the data, on
 # any number of processes.
 SHARD, ROW, CAPTION = range(3)
-INDEX_VERSION = 2  # to be raised when the format of the index changes
-MAX_SKIPPED = 100  # consecutive unusable rows before a dataset is given up
+INDEX_VERSION = 3  # increment when the format of the index changes
+MAX_SKIPPED = 100  # give up after this many consecutive unusable rows
 
 
 class Columns(NamedTuple):
@@ -1215,9 +1249,9 @@ class Layout:
     """
     How the pairs of an epoch are ordered: chosen when a run first starts, and kept in its checkpoints.
 
-    Each process that reads a stream should download other row groups than the rest. So there is a lane for each of
-    them, which gets its own stretch of the shards, and shuffles the pairs of `shards_mixed` shards at a time. The
-    lanes take turns of `turn` pairs. After a restart on fewer processes, a process reads several lanes.
+    The processes that read a stream should download different row groups. So each of them has a lane, which gets its
+    own stretch of the shards, and shuffles the pairs of `shards_mixed` shards at a time. The lanes take turns of
+    `turn` pairs. After a restart on fewer processes, a process reads several lanes.
 
     A shard is a row group of a stream. A prepared dataset is a single shard, with a single lane.
     """
@@ -1258,7 +1292,7 @@ def find_columns(args, features):
 
 @contextlib.contextmanager
 def open_parquet(file):
-    """A parquet file, local or remote. It is read without a cache, which would load images next to what is needed."""
+    """A parquet file, local or remote. Reading ahead is off, because it would fetch neighboring images as well."""
     filesystem, path = fsspec.url_to_fs(file)
     with filesystem.open(path, cache_type="none") as opened, pq.ParquetFile(opened) as parquet:
         yield parquet
@@ -1267,9 +1301,10 @@ def open_parquet(file):
 class PreparedRows:
     """Rows of a dataset on disk, as one memory-mapped shard. Their images are still encoded."""
 
-    files = [None]
+    files = [None]  # one without a name: the whole table
 
     def __init__(self, dataset, columns):
+        self.row_groups = []  # filled by `load_index`, and not needed here
         self.columns = columns
         self.table = dataset.select_columns(columns.all()).with_format("arrow")  # leaves images encoded
 
@@ -1278,8 +1313,8 @@ class PreparedRows:
         return self.table[int(row)].to_pylist()[0]
 
     def read_texts(self, file, names):
-        """Number of rows of each shard of a file, and a DataFrame of these columns."""
-        return [len(self.table)], self.table.select_columns(names)[:].to_pandas()
+        """Rows and bytes of each shard of a file, and a DataFrame of these columns."""
+        return [(len(self.table), 0)], self.table.select_columns(names)[:].to_pandas()
 
     def row_name(self, shard, row):
         """How messages name a row."""
@@ -1297,7 +1332,7 @@ class StreamedRows:
         self.files = files
         self.columns = columns
         self.shards_kept = shards_kept
-        self.row_groups = []  # (number of the file, row group) of each shard
+        self.row_groups = []  # (number of the file, row group, bytes) of each shard, filled by `load_index`
         self.kept = {}  # {lane: {shard: table}}, oldest shard first
 
     def record(self, shard, row, lane):
@@ -1306,50 +1341,60 @@ class StreamedRows:
             if len(kept) == self.shards_kept:
                 oldest = next(iter(kept))
                 del kept[oldest]
-            file, row_group = self.row_groups[shard]
+            file, row_group, _ = self.row_groups[shard]
             with open_parquet(self.files[file]) as parquet:
                 kept[shard] = parquet.read_row_group(row_group, self.columns.all())
         return kept[shard].slice(int(row), 1).to_pylist()[0]
 
     def read_texts(self, file, names):
         with open_parquet(file) as parquet:
-            sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
-            return sizes, parquet.read(names).to_pandas()
+            shards = []
+            for n in range(parquet.num_row_groups):
+                row_group = parquet.metadata.row_group(n)
+                num_bytes = 0
+                for number in range(row_group.num_columns):
+                    column = row_group.column(number)
+                    if column.path_in_schema.split(".")[0] in self.columns.all():
+                        num_bytes += column.total_uncompressed_size
+                shards.append((row_group.num_rows, num_bytes))
+            return shards, parquet.read(names).to_pandas()
 
     def row_name(self, shard, row):
         return f"row {row} of shard {shard}"
 
 
 def read_index(rows, file, remove_ties):
-    """The part of an index that belongs to a file, its shards counted from 0, and their number. No image is read."""
+    """Index of one file, with its shards numbered from 0, and the size of each shard in bytes. Reads no images."""
     columns = rows.columns
-    sizes, frame = rows.read_texts(file, list(dict.fromkeys([columns.caption, *columns.labels])))
+    shards, frame = rows.read_texts(file, list(dict.fromkeys([columns.caption, *columns.labels])))
     with explain(f"Column {columns.caption} must contain text"):
         captions = frame[columns.caption].astype(str).to_numpy(object)
     caption_hashes = pd.util.hash_array(captions, categorize=False).view("int64")
-    shards = np.repeat(np.arange(len(sizes)), sizes)
-    numbers = np.concatenate([np.arange(size) for size in sizes])
-    index = np.stack([shards, numbers, caption_hashes], axis=1)
+    num_rows = [size for size, _ in shards]
+    shard_numbers = np.repeat(np.arange(len(shards)), num_rows)
+    row_numbers = np.concatenate([np.arange(size) for size in num_rows])
+    index = np.stack([shard_numbers, row_numbers, caption_hashes], axis=1)
 
     if columns.labels:
         with explain(f"The label columns {columns.labels} must contain numbers"):
             labels = frame[list(columns.labels)].astype("float64").to_numpy()
         if remove_ties:
             index = index[labels[:, 0] != labels[:, 1]]
-    return index, len(sizes)
+    return index, [num_bytes for _, num_bytes in shards]
 
 
 def build_index(rows, remove_ties):
-    """Index of all pairs, and (file, row group) of each shard. Files are read in 16 threads."""
+    """Index of all pairs, and (file, row group, bytes) of each shard. Files are read in 16 threads."""
     parts = []
     row_groups = []
     with multiprocessing.pool.ThreadPool(16) as pool:
         indexes = pool.imap(lambda file: read_index(rows, file, remove_ties), rows.files)
         bar = tqdm(indexes, desc="Reading labels", total=len(rows.files), disable=len(rows.files) == 1)
-        for file, (index, num_shards) in enumerate(bar):
+        for file, (index, bytes_of_shards) in enumerate(bar):
             index[:, SHARD] += len(row_groups)
             parts.append(index)
-            row_groups += [(file, row_group) for row_group in range(num_shards)]
+            for row_group, num_bytes in enumerate(bytes_of_shards):
+                row_groups.append((file, row_group, num_bytes))
     return {"index": torch.from_numpy(np.concatenate(parts)), "row_groups": torch.tensor(row_groups)}
 
 
@@ -1369,7 +1414,7 @@ def load_index(rows, fingerprint, remove_ties, cache_dir):
 
 
 def open_dataset(name, config_name, cache_dir, revision):
-    """The builder of a folder, or of a dataset on the hub at a commit (`revision`), or at its latest one."""
+    """Dataset builder of a local folder, or of a dataset on the hub at `revision` (default: the latest commit)."""
     if not os.path.exists(name):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
         if revision is not None and builder.hash != revision:
@@ -1395,7 +1440,7 @@ class Split(NamedTuple):
 
 
 def open_split(args, name, flag, revision):
-    """Open the split `name` that `flag` gives, or several: a+b."""
+    """The Split `name`, or several: a+b. `flag` is named in error messages."""
     dataset_name = args.dataset_name
     builder = open_dataset(dataset_name, args.dataset_config_name, args.cache_dir, revision)
     streams = builder.as_streaming_dataset()
@@ -1435,7 +1480,7 @@ def open_split(args, name, flag, revision):
 
 
 def hold_out(index, number):
-    """The first `number` pairs of an index, counted caption by caption, so that captions stay together."""
+    """The first `number` pairs of an index, counted caption by caption."""
     caption_numbers, _ = pd.factorize(index[:, CAPTION])  # in the order in which captions first appear
     by_caption = np.argsort(caption_numbers, kind="stable")
     return index[np.sort(by_caption[:number])]
@@ -1460,7 +1505,7 @@ def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
     index = split.index[~shared]
     left_out = shared.sum()
     if args.validation_split is None:
-        left_out -= len(held_out)  # these are not left out, but held out
+        left_out -= len(held_out)  # the held-out pairs themselves
     if left_out > 0:
         logger.warning(f"{left_out} training pairs are left out, because their captions are held out.")
 
@@ -1595,12 +1640,12 @@ def load_pair(record, columns, resolution, crop_fractions, flip):
 
 
 class PairDataset(Dataset):
-    """Turns visits into tensors. Unusable rows are reported, and replaced by the next one."""
+    """Turns visits into tensors. Unusable rows are logged, and replaced by the next usable one."""
 
     def __init__(self, args, split, index, latent_shape, num_train_timesteps, held_out=False):
         self.split = split
         self.rows = split.rows
-        self.index = index  # of the split's pairs, those that this dataset contains
+        self.index = index  # the rows of the split's index that belong to this dataset
         self.latent_shape = latent_shape
         self.num_train_timesteps = num_train_timesteps
         self.held_out = held_out
@@ -1633,12 +1678,12 @@ class PairDataset(Dataset):
             logging.getLogger(__name__).warning(f"Skipped {self.row_name(pair)}: it {reason}.")
 
         first = self.row_name(visit.pair)
-        raise UnusableRow(f"no row from {first} to {self.row_name(pair)} can be used, the last one {reason}")
+        raise UnusableRow(f"no row from {first} to {self.row_name(pair)} can be used; the last one {reason}")
 
     def load(self, visit):
         """The tensors of a visit. Raises UnusableRow."""
-        # Sample everything whatever the flags are, so that no flag changes what the others get. Held-out pairs get the
-        # same numbers under any seed.
+        # Sample everything regardless of the flags, so that no flag changes what the others get. Held-out pairs get
+        # the same numbers under any seed.
         entropy = (0, visit.position) if self.held_out else (1, self.seed, visit.position)
         seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         label_noise, tie, flip, crop_top, crop_left = np.random.default_rng(seed).random(5)
@@ -1647,7 +1692,7 @@ class PairDataset(Dataset):
         latent_noise = torch.randn(self.latent_shape, generator=generator)
         posterior_noise = torch.randn((2, *self.latent_shape), generator=generator)
 
-        # Load the images, or what they were encoded to.
+        # Load the images, or their cached latents.
         flipped = bool(flip < 0.5 and self.flip_at_random)
         if self.cache is not None:
             tensors = read_cached(self.cached_file(visit.pair), flipped)
@@ -1677,7 +1722,15 @@ class PairDataset(Dataset):
 
 
 def collate_pairs(items):
-    """Stack the items: the chosen images come first, then the rejected ones in the same order."""
+    """
+    Stack the items: the chosen images come first, then the rejected ones in the same order.
+
+    Returns:
+        `pixel_values` `(2 * pairs, 3, resolution, resolution)` uint8 and `caption`, or from a cache `moments`
+        `(2 * pairs, 2, channels, height, width)`, `prompt_embeds` and `pooled_prompt_embeds`; `posterior_noise`
+        `(2 * pairs, channels, height, width)`; and for each pair `noise` `(channels, height, width)`, `timesteps`,
+        `add_time_ids` `(6,)`, `row` (its name) and `skipped` (unusable rows before it).
+    """
     batch = default_collate(items)
     for name in ("pixel_values", "moments", "posterior_noise"):
         if name in batch:
@@ -1743,12 +1796,26 @@ def build_model(args, pipeline, parts):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
-        # Blocks are recompiled for each shape, to train and to sample. Past the limit, they would run eagerly.
-        torch._dynamo.config.recompile_limit = 64
-        torch._logging.set_logs(graph_breaks=True)  # so that a slow compilation explains itself
-        unet.compile_repeated_blocks(dynamic=False)  # in place, so that the weights keep their names
+        compile_blocks(unet, args.gradient_checkpointing)
 
     return UNetWithTextEncoders(pipeline) if args.train_text_encoder else unet
+
+
+def compile_blocks(unet, gradient_checkpointing):
+    """Compile the UNet's transformer blocks in place, so that its weights keep their names."""
+    # Blocks are recompiled for each shape, to train and to sample. Past the limit, they would run eagerly.
+    torch._dynamo.config.recompile_limit = 64
+    torch._logging.set_logs(graph_breaks=True)  # so that a slow compilation explains itself
+
+    # Let the compiler save the inputs of a block only, and recompute the rest inside of it. Checkpointing around the
+    # blocks saves as much memory, but costs the CPU twice the time.
+    torch._functorch.config.activation_memory_budget = 1.0
+    if gradient_checkpointing:
+        torch._functorch.config.activation_memory_budget = 0.0
+        for module in unet.modules():
+            if isinstance(module, Transformer2DModel):
+                module.gradient_checkpointing = False
+    unet.compile_repeated_blocks(dynamic=False)
 
 
 def find_lora_file(name, cache_dir=None):
@@ -1831,7 +1898,7 @@ def choose_lora_layers(args, name, part, weights):
                 raise TrainingError(f"--lora_layers {choice} is neither a layer nor one of {list(LORA_LAYERS)}.")
             layers += LORA_LAYERS.get(choice, [choice])
     else:
-        # The last layer of the first text encoder is not used.
+        # The last layer of the first text encoder is not used: SDXL takes the hidden states before it.
         number = part.config.num_hidden_layers - (1 if name == "text_encoder" else 0)
         for n in range(number):
             layers += [f"layers.{n}.self_attn.{layer}" for layer in TEXT_LORA_LAYERS]
@@ -1839,7 +1906,7 @@ def choose_lora_layers(args, name, part, weights):
 
 
 def freeze_last_layer(text_encoder):
-    """The last layer of the first text encoder is not used. It would get no gradient, which DDP refuses."""
+    """SDXL does not use the last layer of the first text encoder. It would get no gradient, which DDP refuses."""
     last = text_encoder.config.num_hidden_layers - 1
     for name, parameter in text_encoder.named_parameters():
         if f"layers.{last}." in name:
@@ -1866,10 +1933,10 @@ def add_lora(args, parts):
         inject_adapter_in_model(config, part)
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # autocast would undo peft's cast of activations to float32
+                module.cast_input_dtype_enabled = False  # autocast would undo peft's cast to float32
         cast_training_params(part, torch.float32)
         if name == "text_encoder":
-            freeze_last_layer(part)  # of a LoRA of other scripts
+            freeze_last_layer(part)  # which LoRAs of other scripts may adapt
 
     if weights:
         adapted = {name: part for name, part in parts.items() if any(key.startswith(f"{name}.") for key in weights)}
@@ -1878,20 +1945,20 @@ def add_lora(args, parts):
 
 
 def set_lora_weights(parts, weights):
-    """Copy LoRA weights, named as in files, into the adapters of the parts. None may be left over."""
+    """Copy LoRA weights, named as in files, into the adapters of the parts. Each must have its layer."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    left = dict(weights)
+    unused = dict(weights)
     for name, part in parts.items():
         own = {}
         for key in get_peft_model_state_dict(part):
             name_of_weight = f"{name}.{name_in_file(part, key)}"
-            if name_of_weight not in left:
+            if name_of_weight not in unused:
                 raise ValueError(f"it lacks {name_of_weight}")
-            own[key] = left.pop(name_of_weight)
+            own[key] = unused.pop(name_of_weight)
         set_peft_model_state_dict(part, own)
-    if left:
-        raise ValueError(f"{len(left)} of its weights have no matching layer, e.g. {next(iter(left))}")
+    if unused:
+        raise ValueError(f"{len(unused)} of its weights have no matching layer, e.g. {next(iter(unused))}")
 
 
 def gather_trained_weights(accelerator, model, parts):
@@ -1904,9 +1971,11 @@ def gather_trained_weights(accelerator, model, parts):
         return {"unet": state_dict}  # the model is the UNet itself
 
     weights = {}
-    for part in parts:
-        prefix = f"{part}."
-        weights[part] = {n.removeprefix(prefix): weight for n, weight in state_dict.items() if n.startswith(prefix)}
+    for part_name in parts:
+        prefix = f"{part_name}."
+        weights[part_name] = {
+            name.removeprefix(prefix): weight for name, weight in state_dict.items() if name.startswith(prefix)
+        }
     return weights
 
 
@@ -2025,7 +2094,7 @@ PAIRS_PER_ROUND = 16  # pairs per process between synchronizations
 
 
 class PairsToEncode(Dataset):
-    """The images of a pair, unflipped and, if training flips, flipped; or why the pair cannot be used."""
+    """The images of a pair, unflipped and, if training flips, flipped; or why the pair is unusable."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -2062,14 +2131,14 @@ def read_cached(path, flipped):
 
 
 @torch.no_grad()
-def encode_to_file(pipeline, item, path, batch_size):
+def encode_to_file(pipeline, item, path, vae_batch_size):
     """Encode a pair of PairsToEncode, and write it."""
     tensors = {}
     unusable = item.get("unusable")
     if unusable is None:
         device = pipeline.vae.device
         pixel_values = item["pixel_values"].to(device)
-        moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), batch_size)
+        moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), vae_batch_size)
         if not moments.isfinite().all():
             unusable = "has an image that the VAE encodes to NaN"
 
@@ -2086,7 +2155,7 @@ def encode_to_file(pipeline, item, path, batch_size):
 
 
 def hash_weights(module):
-    """Hash of a module's weights, one tensor after the other to save memory."""
+    """Hash of a module's weights, one tensor at a time to save memory."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
         digest.update(name.encode())
@@ -2095,7 +2164,7 @@ def hash_weights(module):
 
 
 def describe_encoders(args, pipeline):
-    """Everything but the pairs that changes what is stored in a cache."""
+    """Everything except the pairs that affects what is cached."""
     contents = [args.resolution, args.allow_tf32]
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         contents += [str(module), str(module.config), hash_weights(module)]
@@ -2145,7 +2214,7 @@ def fill_caches(args, accelerator, pipeline, *data):
 # disk, and removed first. It contains the progress and the flags. The other files are the trained weights, in
 # diffusers' format, and the optimizer's state, in accelerate's (FSDP and DeepSpeed add sharded weights).
 STATE_FILE = "mapo_state.json"
-# Settings that must not change when a run resumes, and those that may. All other changes are logged.
+# Settings whose change is refused when a run resumes, and those that may change silently. All others are logged.
 FIXED_ON_RESUME = [
     "rank",
     "lora_alpha",
@@ -2165,7 +2234,7 @@ FREE_ON_RESUME = ["resume_from_checkpoint", "max_train_steps", "hub_token", "out
 
 @dataclass
 class Progress:
-    """How far a run has come: plain values, equal on all processes. Checkpoints contain all of it."""
+    """Training progress: plain values, equal on all processes. Checkpoints contain all of it."""
 
     run_id: str
     layout: Layout
@@ -2174,7 +2243,7 @@ class Progress:
     dataset_commit: str | None = None  # of a dataset on the hub
     step: int = 0
     pairs_seen: int = 0
-    rows_read: int = 0  # pairs seen, and bad rows
+    rows_read: int = 0  # pairs seen plus bad rows
     rows_bad: int = 0
     skipped_steps: int = 0
     bad_steps: int = 0  # skipped in a row, up to now
@@ -2226,7 +2295,7 @@ def list_checkpoints(output_dir):
 
 
 def find_checkpoint(output_dir, name):
-    """The checkpoint to resume from, or None to start a new run. Only the main process looks, so that all agree."""
+    """The checkpoint to resume from, or None to start a new run."""
     existing = list_checkpoints(output_dir)
     checkpoint = None
     if name == "latest":
@@ -2237,8 +2306,8 @@ def find_checkpoint(output_dir, name):
         if checkpoint is None:
             raise TrainingError(f"--resume_from_checkpoint {name}: {folder} is not a complete checkpoint.")
 
-    # A run is recognized by its id, wherever its checkpoints were moved or linked to. In a folder without any of them
-    # it becomes a new run, because the old one may continue where it was.
+    # A run keeps its id when its checkpoints are moved. Resuming into a folder without any of them starts a new run,
+    # because the old one may still continue.
     run_id = None
     step = 0
     if checkpoint is not None:
@@ -2303,7 +2372,7 @@ def start_progress(args, accelerator, checkpoint, pairs, model_commit):
     index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
-            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs.")
+            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
         return replace(checkpoint.progress, model_commit=model_commit)
 
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
@@ -2356,7 +2425,7 @@ def load_checkpoint(accelerator, parts, optimizer, checkpoint):
     """Load trained weights and optimizer states. Learning rate, betas and decay come from the flags instead."""
     from_flags = []
     for group in optimizer.param_groups:
-        # `fused` stays as it was saved, because the saved step counters lie where that setting expects them.
+        # Keep `fused` as saved: fused and unfused AdamW have their step counters on different devices.
         from_flags.append({name: value for name, value in group.items() if name not in ("params", "fused")})
 
     with explain_on_all_ranks(accelerator, f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
@@ -2371,7 +2440,7 @@ def load_checkpoint(accelerator, parts, optimizer, checkpoint):
 
 
 # Validation ----------------------------------------------------------------------------------------------------------
-BANDS = 4  # of noise level
+BANDS = 4  # ranges of timesteps, for accuracy and margin
 HELD_OUT_LANE = -1  # keeps its row groups apart from those of training
 
 
@@ -2402,7 +2471,7 @@ def held_out_batches(run):
 @torch.no_grad()
 def evaluate_pairs(run):
     """
-    Log and return the eval_ metrics: METRICS of the held-out pairs, at noise and timesteps that never change.
+    Log and return the eval_ metrics: METRICS of the held-out pairs, with fixed noise and timesteps.
 
     Accuracy and margin are also given in bands of noise level, because the mean over timesteps hides failures at one
     end.
@@ -2454,7 +2523,7 @@ def warn_if_diverging(first, last):
 
 
 def validate(run):
-    """Log the eval_ metrics, and images from before training (left) and from now (right). Returns the metrics."""
+    """Log the eval_ metrics, and an image grid: before training left, now right. Returns the metrics."""
     args = run.args
     accelerator = run.accelerator
     step = run.progress.step
@@ -2514,7 +2583,7 @@ MODEL_CARD = """---
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("{{ base }}")
-pipeline.{{ load }}
+{{ load }}
 image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 ```
 
@@ -2537,7 +2606,7 @@ def without_local_paths(args):
 
 
 def write_model_card(args, metrics, progress):
-    """README.md of the output folder: what was trained on what, how, how well, and how to load it."""
+    """Write README.md: base model, dataset, metrics, flags, and how to load the weights."""
     output_dir = Path(args.output_dir)
     card = output_dir / "README.md"
     if card.exists() and "- mapo\n" not in card.read_text():  # our cards have this tag
@@ -2547,12 +2616,12 @@ def write_model_card(args, metrics, progress):
     flags = without_local_paths(args)
     other_unet = flags["pretrained_unet_name_or_path"]
     if args.rank is None:
-        load = 'unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
+        load = 'pipeline.unet = UNet2DConditionModel.from_pretrained("FOLDER_OR_REPO", subfolder="unet")'
     elif other_unet is None:
-        load = 'load_lora_weights("FOLDER_OR_REPO")'
+        load = 'pipeline.load_lora_weights("FOLDER_OR_REPO")'
     else:
         load = (
-            f'unet = UNet2DConditionModel.from_pretrained("{other_unet}", subfolder="unet")\n'
+            f'pipeline.unet = UNet2DConditionModel.from_pretrained("{other_unet}", subfolder="unet")\n'
             'pipeline.load_lora_weights("FOLDER_OR_REPO")'
         )
     picture = f"validation/step-{progress.step:06d}.png"
@@ -2589,7 +2658,7 @@ def write_model_card(args, metrics, progress):
 
 
 def write_kohya_lora(folder):
-    """Write the LoRA of a folder once more, with the names that ComfyUI, A1111 and sd-scripts know."""
+    """Also save the LoRA of a folder in Kohya format (ComfyUI, A1111, sd-scripts)."""
     weights, alphas = read_lora(folder)
     alpha = float(alphas.pop())  # the same in all layers
     tensors = {}
@@ -2599,7 +2668,7 @@ def write_kohya_lora(folder):
 
 
 def save_results(run):
-    """Write the trained weights to the output folder. They get their names only when they are complete."""
+    """Write the trained weights to the output folder. Files are moved into place when they are complete."""
     output_dir = Path(run.args.output_dir)
     aside = output_dir / ".incomplete"
     with explain_on_all_ranks(run.accelerator, f"{output_dir} could not be written; the checkpoints are untouched"):
@@ -2764,7 +2833,7 @@ def build_accelerator(args):
 
     # Refuse what would fail later.
     if accelerator.mixed_precision not in DTYPES:
-        raise TrainingError(f"mixed_precision {accelerator.mixed_precision}: use no, fp16 or bf16.")
+        raise TrainingError(f"mixed_precision {accelerator.mixed_precision} is not supported: use no, fp16 or bf16.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("--mixed_precision fp16 needs a GPU. Use bf16 or no.")
     if accelerator.device.type == "mps":
@@ -2781,7 +2850,8 @@ def build_accelerator(args):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    # Logging, and PyTorch's global switches. By default, PyTorch uses TF32 in convolutions only.
+    # Logging, and PyTorch's global switches. Without --allow_tf32, TF32 is also off in convolutions, where PyTorch has
+    # it on by default.
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
@@ -2841,6 +2911,7 @@ def check_steps(args, step):
 def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_step, progress, checkpoint):
     """Build what is trained, sample with it before training, and only then load the checkpoint, if any."""
     # The model and its optimizer.
+    pipeline.unet.to(accelerator.device)
     torch.manual_seed(args.seed)  # for the initial weights of a LoRA
     parts = trained_parts(args, pipeline)
     model = build_model(args, pipeline, parts)
@@ -2854,6 +2925,7 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_
     # Collected before any forward pass, after which FSDP shows unsharded copies of some of them.
     parameters = trainable(model)
 
+    # The checkpoint overwrites the initial weights, so sample with them first.
     base_images = []
     if args.run_validation:
         base_images = generate_images(args, accelerator, pipeline)
@@ -2882,7 +2954,7 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_
 
 def set_up(args, accelerator):
     """Check and load everything that training needs. Returns a Run and its StepBatches."""
-    # Find out where to start. Only the main process looks, because nodes may not share the folder.
+    # Find out where to start. Only the main process looks, so that all processes agree.
     checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
     model_commit = from_main_process(find_model_commit, args, checkpoint)
@@ -2902,6 +2974,13 @@ def set_up(args, accelerator):
         args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs.index) / pairs_per_step)
     check_steps(args, progress.step)
     logger.info(f"{len(pairs.index)} pairs to train on, {len(held_out.index)} held out.")
+    if args.streaming:
+        sizes = [num_bytes for _, _, num_bytes in pairs.rows.row_groups]
+        mebibytes = sum(sizes) / len(sizes) / 2**20
+        logger.info(
+            f"{len(sizes)} row groups of {mebibytes:.3g} MiB. Each process, or each of its loader workers, keeps "
+            f"{args.shuffle_shards} of them in memory (--shuffle_shards): {args.shuffle_shards * mebibytes:.3g} MiB."
+        )
 
     # Try the first pair before any weights are loaded.
     visits = training_batches(
@@ -2944,7 +3023,7 @@ def main(args):
         run, batches = set_up(args, accelerator)
         start_trackers(args, accelerator, run.progress)
 
-        # Validate before the first step, and after a resume if a validation follows the checkpoint's step.
+        # Validate before the first step, and after a resume at a step that had yet to be validated.
         step = run.progress.step
         if step % args.validation_steps == 0 and step < args.max_train_steps:
             validate(run)

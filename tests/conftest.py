@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 
@@ -105,6 +105,23 @@ def spied(monkeypatch, script):
     pipelines, load = [], script.load_pipeline
     monkeypatch.setattr(script, "load_pipeline", lambda *args: pipelines.append(load(*args)) or pipelines[-1])
     return pipelines
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """The graphs of blocks that are compiled, by a compiler that only traces them; an eager block is an error."""
+    graphs = []
+
+    def trace(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend=trace))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield graphs
+    torch._dynamo.reset()
 
 
 def command_line(flags):

@@ -580,6 +580,18 @@ def test_half_precision_and_another_vae(script, small, scorers, tmp_path):
     assert distance(*(Image.open(folder / "images" / "base" / "00000_0.png") for folder in (output_dir, other))) > 8
 
 
+def test_compiled_blocks_give_the_same_images(script, small, scorers, drawn, compiled_graphs, tmp_path):
+    candidates = [f"{name}={small / folder}" for name, folder in CANDIDATES.items()]
+    flags = drawing(small, scorers, tmp_path / "out", candidates=candidates, compile=True)
+
+    output_dir = run_script(script, flags)
+
+    assert compiled_graphs
+    for name in ("base", *CANDIDATES):
+        for image in (drawn / "images" / name).glob("*.png"):
+            assert distance(Image.open(image), Image.open(output_dir / "images" / name / image.name)) <= 1
+
+
 def test_float32_on_a_gpu_is_warned_of(script, small, caplog):
     args = script.parse_args(["--pretrained_model_name_or_path", str(small / "pipeline"), "--prompts", "p"])
     script.build_accelerator(args)

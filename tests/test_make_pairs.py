@@ -327,6 +327,17 @@ def test_half_precision_spares_a_vae_that_would_overflow(maker, small, made, fla
     assert dtypes == [(half, half, half, whole), (half, half, half, half)]
 
 
+def test_compiled_blocks_give_the_same_images(maker, small, flags, compiled_graphs, tmp_path):
+    flags |= {"lora": small / "lora"}
+    eager = rows(run_script(maker, {**flags, "output_dir": tmp_path / "eager"}))
+
+    compiled = rows(run_script(maker, {**flags, "compile": True}))
+
+    assert compiled_graphs
+    for row, expected in zip(compiled, eager, strict=True):
+        assert distance(decoded(row)[0], decoded(expected)[0]) <= 1
+
+
 def test_another_vae_and_a_variant(maker, small, made, flags, tmp_path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
     pipeline.save_pretrained(tmp_path / "pipeline", variant="fp16")

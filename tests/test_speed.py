@@ -1,16 +1,22 @@
 """Speed: one read of the device and one reduction in each optimizer step, and --compile."""
 
+import ctypes
 import functools
+import gc
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import accelerate
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, command_line, run, scalars
+from conftest import ROOT, SCRIPT, also, command_line, run, scalars
 from cpu_cluster import Fault, install, run_ranks
+from diffusers import UNet2DConditionModel
+from small_world import build_unet
 from test_training import trained
 
 
@@ -112,10 +118,159 @@ def test_objective_does_not_wait_for_the_gpu(script, flags, tmp_path, monkeypatc
     run(script, {**flags, **VARIANTS[variant], "cache_dir": tmp_path})
 
 
+# Operators of a step -------------------------------------------------------------------------------------------------
+HOST_CASES = ["lora, checkpointing", "full", also("lora"), also("full, checkpointing")]
+
+
+@pytest.fixture
+def host(script, monkeypatch):
+    """The benchmark of the host's work, with the script's module."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    import host
+
+    monkeypatch.setattr(host, "script", script)
+    return host
+
+
+@pytest.fixture(scope="session")
+def narrow_sdxl(tmp_path_factory):
+    """A folder with SDXL's topology at tiny width."""
+    sys.path.append(str(ROOT / "tests" / "benchmarks"))
+    from host import build_world
+
+    folder = tmp_path_factory.mktemp("narrow")
+    build_world(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", HOST_CASES)
+def test_step_dispatches_hardly_more_operators_than_a_bare_loop(host, narrow_sdxl, case):
+    steps = host.build_steps(narrow_sdxl, host.CASES[case], "bf16")
+
+    operators = host.count_operators(steps)
+
+    assert operators["script"] <= 1.05 * operators["bare"], operators
+
+
+def test_step_does_not_walk_the_model(host, narrow_sdxl, monkeypatch):
+    """With SDXL's thousands of parameters, that takes a tenth of a LoRA step."""
+    step = host.build_steps(narrow_sdxl, host.CASES["lora, checkpointing"], "bf16")["script"]
+    step()
+    for name in ("named_parameters", "named_modules", "named_buffers"):
+        monkeypatch.setattr(torch.nn.Module, name, refuse)
+
+    step()
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("called")
+
+
+# Compiled blocks -----------------------------------------------------------------------------------------------------
+RANKS = pytest.mark.parametrize("rank", [4, None], ids=["LoRA", "UNet"])
+
+
+class Block(NamedTuple):
+    """A UNet that is mostly transformer blocks, and a batch for it."""
+
+    unet: torch.nn.Module
+    inputs: dict
+
+    def loss(self):
+        return self.unet(**self.inputs, return_dict=False)[0].square().mean()
+
+
+@pytest.fixture
+def build(script, monkeypatch):
+    """Build the same UNet for some flags. Its blocks are compiled up to the generation of code, which takes long."""
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+    traced = functools.partialmethod(compile_blocks, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", traced)
+    limit = torch._dynamo.config.recompile_limit
+    budget = torch._functorch.config.activation_memory_budget
+
+    def built(rank, **flags):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        config = {**build_unet(cross_attention_dim=32, pooled_dim=8).config, "transformer_layers_per_block": (1, 4)}
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+        needed = {"pretrained_model_name_or_path": "none", "dataset_name": "none", "rank": rank}
+        args = script.parse_args(command_line({**needed, **flags}))
+        script.build_model(args, SimpleNamespace(unet=unet), {"unet": unet})
+        inputs = {
+            "sample": torch.randn(4, 4, 16, 16),
+            "timestep": torch.tensor([1, 500, 1, 500]),
+            "encoder_hidden_states": torch.randn(4, 77, 32),
+            "added_cond_kwargs": {"text_embeds": torch.randn(4, 8), "time_ids": torch.ones(4, 6)},
+        }
+        return Block(unet.train(), inputs)
+
+    yield built
+    torch._dynamo.config.recompile_limit = limit
+    torch._functorch.config.activation_memory_budget = budget
+    torch._logging.set_logs()
+    torch._dynamo.reset()
+
+
+@RANKS
+def test_compiled_recomputation_gives_the_losses_and_gradients_of_eager(build, rank):
+    results = []
+    for flags in ({}, {"compile": True, "gradient_checkpointing": True}):
+        block = build(rank, **flags)
+        loss = block.loss()
+        loss.backward()
+        results.append((loss, [p.grad for p in block.unet.parameters() if p.requires_grad]))
+    (loss, gradients), (compiled_loss, compiled_gradients) = results
+
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for gradient, compiled_gradient in zip(gradients, compiled_gradients, strict=True):
+        assert (gradient - compiled_gradient).abs().max() <= 1e-5 * max(gradient.abs().max(), 1)
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def allocated():
+    """Bytes that are allocated in this process, by anything."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallocInfo
+    gc.collect()
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def held_after_forward(block):
+    block.loss().backward()  # compiles
+    before = allocated()
+    loss = block.loss()
+    held = allocated() - before
+    loss.backward()
+    return held
+
+
+@RANKS
+def test_compiled_recomputation_holds_no_more_activations_than_checkpointing(build, rank):
+    eager = held_after_forward(build(rank))
+    checkpointing = held_after_forward(build(rank, gradient_checkpointing=True))
+    compiled = held_after_forward(build(rank, compile=True))
+
+    recomputed = held_after_forward(build(rank, compile=True, gradient_checkpointing=True))
+
+    assert recomputed <= 1.05 * checkpointing < 0.5 * min(eager, compiled)
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("rank", [4, None], ids=["LoRA", "UNet"])
-def test_compiled_and_eager_runs_resume_each_other(script, flags, tmp_path, rank):
+@pytest.mark.parametrize("gradient_checkpointing", [None, True], ids=["kept", "recomputed"])
+@RANKS
+def test_compiled_and_eager_runs_resume_each_other(script, flags, tmp_path, rank, gradient_checkpointing):
+    """With the images and metrics of a validation."""
     flags.update(rank=rank, learning_rate=1e-4, max_train_steps=4, checkpointing_steps=1)
+    flags.update(gradient_checkpointing=gradient_checkpointing, num_validation_pairs=4, validation_steps=2)
+    flags.update(run_validation=True, num_inference_steps=2)
     eager = run(script, flags)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -28,7 +28,7 @@ accelerate launch --config_file "$HERE/launch_configs/single_gpu.yaml" \
     --dataset_name "$OUTPUT-pairs" \
     --rank 32 --beta_mapo 1024 --learning_rate 5e-5 --lr_warmup_steps 0 --train_text_encoder --text_encoder_lr 5e-6 \
     --train_batch_size 1 --gradient_accumulation_steps "$PAIRS" --max_train_steps 2000 \
-    --use_8bit_adam --gradient_checkpointing --mixed_precision bf16 --checkpointing_steps 500 \
+    --gradient_checkpointing --mixed_precision bf16 --checkpointing_steps 500 \
     --seed 0 --output_dir "$OUTPUT" "$@"
 
 # To compare, Table 1 (Aesthetic / SigLIP / DINOv2): DreamBooth 5.91 / 61.60 / 84.69, DCO 5.92 / 70.45 / 89.12,

@@ -2,8 +2,9 @@
 # Check the evaluation before you train: the paper's Table 2 from published weights, without any training.
 # Expected (Aesthetic / HPS v2.1 / PickScore): SDXL 6.03 / 30.0 / 22.4, MaPO 6.34 / 31.2 / 22.9, DPO 6.03 / 31.1 / 22.9.
 # HPS is scored with both resizes: compare the one that gives SDXL's row, about 30.0, and say which when you report it.
-# 1,500 images take one H100 40 minutes, computed (tests/benchmarks/flops.py counts 0.69 PFLOP an image, at 45 % of its
-# peak). If the hub has the test prompts of Pick-a-Pic v2 no more, take another copy: PROMPTS=FILE, with a column caption.
+# 1,500 images take one H100 1.8 hours without --compile, estimated: 0.69 PFLOP per image (tests/benchmarks/flops.py) at
+# 16 % of its peak, which stock diffusers reaches. If the hub no longer has the test prompts of Pick-a-Pic v2, use
+# another copy: PROMPTS=FILE, with a column caption.
 # Flags given to this file are appended to the command and override its own.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)

@@ -404,7 +404,9 @@ def table_row(recipe, peaks):
 
 def compute(only, file):
     header = ["recipe", "pairs", "checkpointing", "encoders", *KINDS, "peak in", "peak", "accumulating", "fits 24 GB"]
-    print("Computed, in GiB, without workspaces and fragmentation.\n")
+    print("Estimated, in GiB, without workspaces and fragmentation.\n")
+    if not only:
+        print_phases()
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     results = []
     for recipe in [recipe for recipe in recipes() if only in recipe.name]:
@@ -413,6 +415,32 @@ def compute(only, file):
         results.append(asdict(recipe) | {"weights": str(recipe.weights)} | result)
     if file:
         file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def account_cache(vae_dtype):
+    """Bytes by kind at the peak of encoding a cache, image by image, while the UNet waits on the CPU."""
+    recipe = Recipe("cache")
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        vae, *text_encoders = (part.requires_grad_(False) for part in build_encoders())
+    with FakeTensorMode(), StorageMeter() as meter:
+        for module in (vae.to(vae_dtype), *text_encoders):
+            as_fake(module)
+            for tensor in [*module.parameters(), *module.buffers()]:
+                meter.track(tensor, "encoders")
+        pixels = torch.zeros(1, 3, vae.config.sample_size, vae.config.sample_size)
+        with torch.no_grad():
+            vae.encode(pixels.to(vae_dtype))
+        encode_captions(recipe, *text_encoders)
+    return meter.peak
+
+
+def print_phases():
+    """The peaks of a cached LoRA run. Only what a phase needs is on the GPU."""
+    training = account(Recipe("LoRA", "fused", rank=16, weights=torch.bfloat16, encoders=False), SDXL_UNET)["peaks"]
+    print("| phase of a LoRA run with --cache_latents --gradient_checkpointing | GiB, estimated |\n|---|---|")
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        print(f"| encoding, VAE in {name}, image by image | {total(account_cache(dtype)):.1f} |")
+    print(f"| training, one pair | {max(map(total, training.values())):.1f} |\n", flush=True)
 
 
 def allocated_peak(function):
