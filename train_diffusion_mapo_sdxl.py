@@ -2789,6 +2789,8 @@ def configure_sharding(args, accelerator):
     if kind == DistributedType.DEEPSPEED:
         if args.full_bf16:
             raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
+        if args.compile and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise TrainingError("--compile does not work with ZeRO-3. Use launch_configs/deepspeed_zero2.yaml.")
         if accelerator.mixed_precision == "fp16":
             raise TrainingError("--mixed_precision fp16: DeepSpeed would clip gradients that are still scaled.")
         # DeepSpeed's own half-precision modes would round the trained weights as well; torch's autocast does not.

@@ -459,6 +459,28 @@ def test_graph_breaks_are_logged(script, compiled, monkeypatch, capfd):
     assert "Graph break" in capfd.readouterr().err
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["multi_gpu", "deepspeed_zero2", "fsdp2"])
+def test_recomputing_compiler_leaves_all_ranks_equal(script, kind_flags, tmp_path, kind, training):
+    """With generated code, which rounds differently."""
+    flags = {**kind_flags, **settings(kind, training, "32bit", tmp_path / "out")}
+    flags.update(run_validation=None, gradient_checkpointing=True, adam_epsilon=1e-5)
+    eager = run(script, {**flags, "train_batch_size": 4, "output_dir": tmp_path / "eager"})
+
+    compiled = launch_well(kind, {**flags, "compile": True})
+
+    metric, weight = measure(compiled, eager)
+    assert metric < 1e-5 and weight < 0.01 * flags["learning_rate"]
+
+
+def test_compiler_is_refused_under_zero3(short_flags):
+    statuses, output = launch_config("deepspeed_zero3", {**short_flags, "compile": True})
+
+    assert set(statuses) == {1}
+    assert "error: --compile does not work with ZeRO-3" in output, output
+
+
 # Faults under configs that shard -------------------------------------------------------------------------------------
 @pytest.mark.matrix
 @pytest.mark.parametrize("rank", [1, 0])
