@@ -24,7 +24,7 @@ A LoRA, on one 24 GB GPU:
     accelerate launch train_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --dataset_name mapo-t2i/pick-style-cartoon --beta_mapo 64 --rank 16 --train_batch_size 1 \
-        --gradient_accumulation_steps 16 --max_train_steps 1000 --gradient_checkpointing --compile \
+        --gradient_accumulation_steps 16 --max_train_steps 1000 --gradient_checkpointing \
         --mixed_precision bf16 --num_validation_pairs 64 --run_validation --output_dir mapo-lora
 
 The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pairs per step):

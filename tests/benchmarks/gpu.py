@@ -15,6 +15,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,8 +28,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-BASE = "--gradient_checkpointing --use_8bit_adam --mixed_precision bf16"
-LORA, ROUNDED, FULL = "--rank 16", "--full_bf16", ""
+BASE = "--gradient_checkpointing --mixed_precision bf16"
+LORA, ROUNDED, FULL = "--rank 16", "--use_8bit_adam --full_bf16", "--use_8bit_adam"
 CACHED, UNCACHED, FLOAT32_VAE, BARE = "--cache_latents", "bfloat16 VAE", "float32 VAE", "bare"
 # Trained, encoding (or "bare"), pairs a forward pass, more flags; the most wanted first.
 CASES = [
@@ -281,7 +282,8 @@ def main():
     build_world(folder, args.toy)
     print(f"Built in {time.perf_counter() - started:.0f} s.", flush=True)
     card = "CPU" if args.toy else torch.cuda.get_device_name()
-    where = {"card": card, "peak_tflops": matmul_rate(args.toy), "date": datetime.date.today().isoformat()}
+    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    where = {"card": card, "cpu": cpu, "peak_tflops": matmul_rate(args.toy), "date": datetime.date.today().isoformat()}
     where |= {library: version(library) for library in ("torch", "diffusers", "bitsandbytes")}
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {tuple(entry["case"]): entry for entry in known}

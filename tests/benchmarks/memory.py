@@ -422,8 +422,9 @@ def account_cache(vae_dtype):
     recipe = Recipe("cache")
     with torch.device("meta"), default_dtype(torch.bfloat16):
         vae, *text_encoders = (part.requires_grad_(False) for part in build_encoders())
+    vae.to(vae_dtype)
     with FakeTensorMode(), StorageMeter() as meter:
-        for module in (vae.to(vae_dtype), *text_encoders):
+        for module in (vae, *text_encoders):
             as_fake(module)
             for tensor in [*module.parameters(), *module.buffers()]:
                 meter.track(tensor, "encoders")
