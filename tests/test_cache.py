@@ -321,6 +321,23 @@ def test_encoders_are_moved_off_the_device(script, flags, monkeypatch):
     assert set(moved) == {"AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"}
 
 
+def test_unet_waits_on_the_cpu_until_all_pairs_are_encoded(script, flags, monkeypatch):
+    """On the GPU, both would need more memory than training."""
+    events, move, fill_cache = [], torch.nn.Module.to, script.fill_cache
+
+    def note_move(module, *args, **kwargs):
+        if isinstance(module, script.UNet2DConditionModel) and any(isinstance(arg, torch.device) for arg in args):
+            events.append("moved")
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", note_move)
+    monkeypatch.setattr(script, "fill_cache", lambda *args: events.append("encoded") or fill_cache(*args))
+
+    run(script, {**flags, "max_train_steps": 1})
+
+    assert events[:3] == ["encoded", "encoded", "moved"]
+
+
 # Rounding -----------------------------------------------------------------------------------------------------------
 def test_pixels_are_scaled_in_float32(script):
     """In bfloat16, half a grey level would be lost before the VAE sees the image."""

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import math
+import os
+import re
 import shutil
 import tarfile
 
@@ -14,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run
 from fsspec.implementations.local import LocalFileOpener
+from PIL import Image
+from small_world import png
 from test_pairs import (
     BOTH_WAYS,
     GROUPS,
@@ -425,6 +429,23 @@ def test_the_higher_label_wins_ties_are_dropped_and_nulls_are_no_ties(script, tm
         assert reason(script, pairs.rows.record(*place[:2], lane=0)) == "has no label_0"
     kept = load_pairs(script, folder, streaming=streaming, **{"no-remove_ties": True})
     assert [row for _, row, _ in kept.index] == list(range(6))
+
+
+def test_a_stream_says_what_it_keeps_in_memory(script, flags, tmp_path, caplog):
+    """The columns that are not read do not count."""
+    rows = [make_row(number) for number in range(6)]
+    for row in rows:
+        row["jpg_0"] = row["jpg_1"] = png(Image.frombytes("RGB", (96, 96), os.urandom(3 * 96 * 96)))
+        row["other"] = os.urandom(2**20)
+    write_parquet(tmp_path / "data" / "train.parquet", [rows[:3], rows[3:]])
+    images = sum(len(row[name]) for row in rows for name in IMAGES) / 2**20
+    flags.update(dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", max_train_steps=1, resolution=16)
+
+    run(script, {**flags, "streaming": True, "shuffle_shards": 4})
+
+    found = re.search(r"2 row groups of (\S+) MiB\. .* keeps 4 of them in memory .*: (\S+) MiB", caplog.text)
+    assert float(found[1]) == pytest.approx(images / 2, rel=0.05)
+    assert float(found[2]) == pytest.approx(4 * float(found[1]), rel=0.01)
 
 
 def test_a_stream_keeps_as_many_row_groups_as_it_mixes(script, tmp_path, monkeypatch):
