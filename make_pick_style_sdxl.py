@@ -9,16 +9,23 @@
 # ///
 """Make preference pairs with Stable Diffusion XL itself, in the layout of Pick-Style (arXiv 2406.06424).
 
-As Pick-Style was made: chosen images are drawn with a style prefix before the caption, rejected ones without it.
+As the hub's Pick-Style was made: SDXL generates chosen images with a style prefix before the caption, and rejected
+images without it.
 
     accelerate launch make_pick_style_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --prompts captions.txt \
         --style_prefix "A flat cartoon with thick outlines of" --mixed_precision bf16 --output_dir pairs
 
-In place of `--style_prefix`, `--num_candidates 8 --scorer pickscore` pairs the best of eight images of a caption with
-the worst, and `--chosen_images photos` pairs photos of a subject with what the model draws of it. `--lora` or `--unet`
-draws with an aligned model, for another round. The same command resumes, on any number of processes.
+The data of the paper's version 2 are others: FLUX.1-schnell generated them, with a prefix on both sides or only on the
+rejected one (`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here,
+`--scorer pickscore --min_score 21` keeps the pairs whose chosen image reaches a score.
+
+Instead of prefixes, `--num_candidates 8 --scorer pickscore` pairs the best and the worst of eight samples, and
+`--chosen_images photos` pairs photos of a subject with what the model generates of it. `--lora` or `--unet` generates
+with an aligned model, for another round. The same command resumes, on any number of processes.
+
+Pairs that exist as files need no model: `--chosen_images A --rejected_images B` pairs the files of the same name.
 """
 
 import argparse
@@ -36,6 +43,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import diffusers
@@ -112,19 +120,30 @@ PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
 def add_arguments(parser):
     add = parser.add_argument_group("captions and pairs").add_argument
     shown = "Captions: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a local folder or a hub id."
-    add("--prompts", type=PATH, required=True, help=shown)
+    add("--prompts", type=PATH, help=shown)
     add("--prompt_column", "--caption_column", default="prompt", help="Column of the captions, except in a .txt.")
     add("--prompt_split", default="train", help="Split of the hub data set.")
     add("--max_prompts", type=int, help="Use only the first captions.")
-    kind = parser.add_mutually_exclusive_group(required=True).add_argument
-    kind("--style_prefix", help="Words that stand before the captions of the chosen images only.")
-    kind("--num_candidates", type=int, help="Draw so many images of a caption, and pair the best with the worst.")
-    kind("--chosen_images", type=PATH, metavar="FOLDER", help="Photos to choose over drawn images, used in turn.")
+    add("--style_prefix", help="Words that stand before the captions of the chosen images only.")
+    add("--rejected_prefix", help="Words that stand before the captions of the rejected images only.")
+    add("--num_candidates", type=int, help="Number of samples per caption. Pairs the best and the worst.")
+    add("--chosen_images", type=PATH, metavar="FOLDER", help="Photos to prefer to generated images, used in turn.")
+    add(
+        "--rejected_images",
+        type=PATH,
+        metavar="FOLDER",
+        help="Pair the files of --chosen_images with those of the same name here. Captions come from .txt files "
+        "beside the chosen images, or from --prompts, by its column `file_name`.",
+    )
     add("--different_seeds", action="store_true", help="Give the two images of a style pair different noise.")
-    scorers = {"choices": ["pickscore", "hps", "imagereward", "aesthetic", "clip", "siglip"]}
-    add("--scorer", **scorers, help="Who ranks the candidates; takes the evaluation script's flags for its files.")
+    add(
+        "--scorer",
+        choices=["pickscore", "hps", "imagereward", "aesthetic", "clip", "siglip"],
+        help="Scorer that ranks the candidates; takes the evaluation script's flags for its files.",
+    )
+    add("--min_score", type=float, help="Drop pairs whose chosen image has a lower score.")
     add = parser.add_argument_group("drawing").add_argument
-    add("--pretrained_model_name_or_path", type=PATH, required=True, help="SDXL pipeline: hub id or local folder.")
+    add("--pretrained_model_name_or_path", type=PATH, help="SDXL pipeline: hub id or local folder.")
     add("--pretrained_vae_model_name_or_path", type=PATH, help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
     add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
     add("--unet", type=PATH, help="UNet in place of the pipeline's: hub id or local folder, e.g. of training.")
@@ -155,7 +174,7 @@ def parse_args(input_args=None):
     add_arguments(parser)
     args, others = parser.parse_known_args(input_args)
     base = args.pretrained_model_name_or_path
-    if base.endswith(".safetensors"):
+    if base is not None and base.endswith(".safetensors"):
         parser.error(
             "--pretrained_model_name_or_path is a single file, convert it first: "
             f"python convert_sdxl.py single_file {base} FOLDER"
@@ -165,13 +184,28 @@ def parse_args(input_args=None):
     counts = {name: vars(args)[name] for name in ("max_prompts", "num_inference_steps", "resolution", "batch_size")}
     low = [f"--{name}" for name, number in counts.items() if number is not None and number < 1]
     alone = args.scorer and not find_spec("evaluate_diffusion_mapo_sdxl")
+    prefixed = args.style_prefix is not None or args.rejected_prefix is not None
+    kinds = (prefixed, args.num_candidates is not None, args.chosen_images is not None)
+    from_files = args.rejected_images is not None
     rules = [
+        (
+            sum(kinds) != 1,
+            "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images",
+        ),
+        (from_files and not args.chosen_images, "--rejected_images requires --chosen_images"),
+        (from_files and base, "--rejected_images needs no --pretrained_model_name_or_path"),
+        (not from_files and not base, "--pretrained_model_name_or_path is required"),
+        (not from_files and not args.prompts, "--prompts is required"),
         (low, f"{', '.join(low)} must be at least 1"),
         (unknown, f"unknown arguments: {', '.join(unknown)} (see --help for the list)"),
         (args.style_prefix is not None and not args.style_prefix.strip(), "--style_prefix is empty"),
-        (args.different_seeds and not args.style_prefix, "--different_seeds needs --style_prefix"),
+        (args.rejected_prefix is not None and not args.rejected_prefix.strip(), "--rejected_prefix is empty"),
+        (args.different_seeds and not prefixed, "--different_seeds needs --style_prefix or --rejected_prefix"),
         (args.num_candidates is not None and args.num_candidates < 2, "--num_candidates must be at least 2"),
-        (bool(args.num_candidates) != bool(args.scorer), "--num_candidates and --scorer go together"),
+        (args.num_candidates and not args.scorer, "--num_candidates requires --scorer"),
+        (args.scorer and args.chosen_images, "--scorer cannot be combined with --chosen_images"),
+        (args.scorer and prefixed and args.min_score is None, "--scorer requires --num_candidates or --min_score"),
+        (args.min_score is not None and not args.scorer, "--min_score requires --scorer"),
         (alone, "--scorer needs evaluate_diffusion_mapo_sdxl.py beside this script"),
         (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
         (not 0 <= args.seed < 2**32, "--seed must be from 0 to 4294967295"),
@@ -180,6 +214,7 @@ def parse_args(input_args=None):
     for sentence in [sentence for broken, sentence in rules if broken]:
         parser.error(sentence)
     args.style_prefix = args.style_prefix and args.style_prefix.strip()
+    args.rejected_prefix = args.rejected_prefix and args.rejected_prefix.strip()
     if args.scorer:
         from evaluate_diffusion_mapo_sdxl import parse_args as parse_evaluation
 
@@ -298,6 +333,50 @@ def find_images(folder):
             pass
         images.append(path)
     return images, others
+
+
+class PairOfFiles(NamedTuple):
+    caption: str
+    chosen: Path
+    rejected: Path
+
+
+def match_files(args):
+    """Pairs of --chosen_images and --rejected_images that have the same name (before its ending), with captions."""
+    folders = {}
+    for flag in ("chosen_images", "rejected_images"):
+        paths, _ = find_images(getattr(args, flag))
+        folders[flag] = {path.stem: path for path in paths}
+        if len(folders[flag]) < len(paths):
+            raise PairsError(f"--{flag} {getattr(args, flag)}: some files have the same name with different endings.")
+    chosen, rejected = folders.values()
+
+    captions = {}
+    if args.prompts:
+        columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}
+        with naming(f"--prompts {args.prompts}"):
+            for row in stream_prompts(args.prompts, args.prompt_split, columns):
+                captions[Path(row["--prompts"]).stem] = row["--prompt_column"]
+    else:
+        for name, path in chosen.items():
+            if path.with_suffix(".txt").exists():
+                captions[name] = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+
+    pairs = []
+    left_out = []
+    for name in sorted({*chosen, *rejected}):
+        if name in chosen and name in rejected and captions.get(name):
+            pairs.append(PairOfFiles(captions[name], chosen[name], rejected[name]))
+        else:
+            left_out.append(name)
+    if left_out:
+        logger.warning(f"{len(left_out)} names lack an image or a caption and are left out: {', '.join(left_out)}.")
+    if not pairs:
+        raise PairsError(
+            f"--chosen_images {args.chosen_images} and --rejected_images {args.rejected_images} contain no two images "
+            "of the same name with a caption."
+        )
+    return pairs[: args.max_prompts]
 
 
 def read_photos(folder, resolution):
@@ -646,25 +725,49 @@ def png(image):
     return buffer.getvalue()
 
 
+def with_prefix(prefix, prompts):
+    return [f"{prefix} {prompt}" for prompt in prompts] if prefix else prompts
+
+
+def copy_image(flag, path):
+    """An image as PNG, upright and without metadata, which may tell where it was taken."""
+    with naming(f"--{flag}: {path}", "cannot be read"):
+        return png(decode_image(path))
+
+
 def make_block(args, pipeline, scorer, captions, photos, block):
-    """The rows of a block of captions, as tables of one row."""
+    """The rows of a block of captions, as tables of one row, or of none if the chosen image misses --min_score."""
     prompts, images = [captions[number] for number in block], args.num_candidates or 2
     states = [np.random.SeedSequence([args.seed, number]).generate_state(1 + images, np.uint64) for number in block]
     sides, *seeds = np.array(states).T.tolist()
-    if scorer is not None:
+    kept = len(block) * [True]
+    if args.rejected_images:
+        chosen = [copy_image("chosen_images", photos[number].chosen) for number in block]
+        rejected = [copy_image("rejected_images", photos[number].rejected) for number in block]
+        pairs = [[(winner, 1), (loser, 0)] for winner, loser in zip(chosen, rejected)]
+    elif args.num_candidates:
         draws = [draw(args, pipeline, prompts, seeds_of_draw) for seeds_of_draw in seeds]
         scores = np.array([scorer.score(images, prompts).tolist() for images in draws])
         ends = enumerate(zip(scores.argmax(axis=0), scores.argmin(axis=0)))
-        pairs = [[(draws[n][i], float(scores[n, i])) for n in pair] for i, pair in ends]
+        pairs = [[(png(draws[n][i]), float(scores[n, i])) for n in pair] for i, pair in ends]
+        if args.min_score is not None:
+            kept = (scores.max(axis=0) >= args.min_score).tolist()
     else:
-        styled = [f"{args.style_prefix} {prompt}" for prompt in prompts if args.style_prefix]
-        chosen = draw(args, pipeline, styled, seeds[0]) if styled else [photos[n % len(photos)] for n in block]
-        rejected = draw(args, pipeline, prompts, seeds[1 if args.different_seeds else 0])
-        pairs = [[(winner, 1), (loser, 0)] for winner, loser in zip(chosen, rejected)]
-    for side, prompt, pair in zip(sides, prompts, pairs):
+        if args.chosen_images:
+            chosen = [photos[number % len(photos)] for number in block]
+        else:
+            chosen = draw(args, pipeline, with_prefix(args.style_prefix, prompts), seeds[0])
+        if scorer is not None:
+            kept = [score >= args.min_score for score in scorer.score(chosen, prompts).tolist()]
+        rejected_prompts = with_prefix(args.rejected_prefix, prompts)
+        rejected = draw(args, pipeline, rejected_prompts, seeds[1 if args.different_seeds else 0])
+        pairs = [[(png(winner), 1), (png(loser), 0)] for winner, loser in zip(chosen, rejected)]
+
+    for side, prompt, pair, is_kept in zip(sides, prompts, pairs, kept):
         (image_0, label_0), (image_1, label_1) = pair[:: 1 if side % 2 else -1]
-        row = {"caption": prompt, "jpg_0": png(image_0), "jpg_1": png(image_1), "label_0": label_0, "label_1": label_1}
-        yield pa.Table.from_pylist([row])
+        row = {"caption": prompt, "jpg_0": image_0, "jpg_1": image_1, "label_0": label_0, "label_1": label_1}
+        table = pa.Table.from_pylist([row])
+        yield table if is_kept else table.slice(0, 0)
 
 
 def pair_file(args, number):
@@ -685,7 +788,7 @@ def make_missing(args, accelerator, dtype, captions, photos, files):
 
         with naming(f"--scorer {args.scorer}"):
             scorer = build_scorer(args.evaluation, args.scorer, accelerator.device)
-    pipeline = load_pipeline(args, accelerator.device, dtype, files) if blocks else None
+    pipeline = load_pipeline(args, accelerator.device, dtype, files) if blocks and not args.rejected_images else None
     share = sum(number in missing for block in blocks for number in block)
     with tqdm(None, "Pairs", share, unit="pair", disable=not accelerator.is_local_main_process) as bar:
         for block in blocks:
@@ -711,8 +814,15 @@ def check_folder(args, settings):
 
 def assemble(args, number, settings):
     """Write the shards from the pairs' own files, and then the card, which names nothing of this machine."""
-    folder, parts, sizes = Path(args.output_dir), math.ceil(number / ROWS_A_SHARD), []
-    for part, rows in enumerate(np.array_split(range(number), parts)):
+    folder, sizes = Path(args.output_dir), []
+    with naming(f"--output_dir: a pair in {folder}", "cannot be read"):
+        kept = [row for row in range(number) if pq.read_metadata(pair_file(args, row)).num_rows > 0]
+    if len(kept) < number:
+        logger.info(f"--min_score {args.min_score}: {number - len(kept)} of {number} pairs are dropped.")
+    if not kept:
+        raise PairsError(f"--min_score {args.min_score}: no chosen image reaches this score.")
+    number, parts = len(kept), math.ceil(len(kept) / ROWS_A_SHARD)
+    for part, rows in enumerate(np.array_split(kept, parts)):
         shard = folder / "data" / f"train-{part:05d}-of-{parts:05d}.parquet"
         with naming(f"--output_dir: a pair in {folder}", "cannot be read"):
             table = pa.concat_tables(pq.ParquetFile(pair_file(args, row)).read() for row in rows)
@@ -725,7 +835,7 @@ def assemble(args, number, settings):
     info |= {"download_size": download, "dataset_size": size}
     files = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
     licence = {"license": "other"}
-    with contextlib.suppress(Exception):  # the base has no card, or there is no network
+    with contextlib.suppress(Exception):  # there is no base, or it has no card, or there is no network
         card = ModelCard.load(Path(base, "README.md") if Path(base := getattr(args, BASE)).is_dir() else base)
         licence |= {name: value for name, value in card.data.to_dict().items() if name.startswith("license")}
     tags = {"task_categories": ["text-to-image"], "tags": ["mapo", "preference", "stable-diffusion-xl", "synthetic"]}
@@ -775,28 +885,36 @@ def collect_settings(args, dtype, captions, photos, files):
     for flag, file in files.items():
         settings[f"--{flag}"] += f", version {fingerprint(flag, file)}"
     settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
-    if photos:
+    if args.rejected_images:
+        contents = [path.read_bytes() for pair in photos for path in (pair.chosen, pair.rejected)]
+        settings["--chosen_images, --rejected_images"] = f"{len(photos)} pairs, version {Hasher.hash(contents)}"
+    elif photos:
         version = Hasher.hash(b"".join(photo.tobytes() for photo in photos))
         settings["--chosen_images"] = f"{len(photos)} photos, version {version}"
-    names = ["style_prefix", "different_seeds", "num_candidates", "scorer", "num_inference_steps", "guidance_scale"]
-    names += ["resolution", "seed", "batch_size", "variant"]
+    names = ["seed"]
+    if not args.rejected_images:
+        names += ["style_prefix", "rejected_prefix", "different_seeds", "num_candidates", "scorer", "min_score"]
+        names += ["num_inference_steps", "guidance_scale", "resolution", "batch_size", "variant"]
+        settings["--mixed_precision"] = str(dtype)
     settings |= {f"--{name}": vars(args)[name] for name in names if vars(args)[name] is not None}
-    settings["--mixed_precision"] = str(dtype)
     return settings | {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
 
 
 def main(args):
     accelerator, dtype = build_accelerator(args)
     main_process, card = accelerator.is_main_process, Path(args.output_dir, "README.md")
-    captions = read_captions(args)
-    photos = read_photos(args.chosen_images, args.resolution) if args.chosen_images else []
-    files = find_models(args)
-    with naming(f"--{BASE} {getattr(args, BASE)}"):
-        tokenizer = load_tokenizers(getattr(args, BASE))["tokenizer"]
-    prompts = captions
-    if args.style_prefix:
-        prompts = [f"{args.style_prefix} {caption}" for caption in captions]
-    warn_of_long_prompts(prompts, tokenizer)
+    if args.rejected_images:
+        photos = match_files(args)
+        captions = [pair.caption for pair in photos]
+        files = {}
+    else:
+        captions = read_captions(args)
+        photos = read_photos(args.chosen_images, args.resolution) if args.chosen_images else []
+        files = find_models(args)
+        with naming(f"--{BASE} {getattr(args, BASE)}"):
+            tokenizer = load_tokenizers(getattr(args, BASE))["tokenizer"]
+        longer = max(args.style_prefix or "", args.rejected_prefix or "", key=len)
+        warn_of_long_prompts(with_prefix(longer, captions), tokenizer)
     if main_process:
         settings = collect_settings(args, dtype, captions, photos, files)
         check_folder(args, settings)

@@ -240,6 +240,77 @@ def test_best_candidate_is_paired_with_the_worst(maker, small, scorers, flags, n
     assert datasets.load_dataset(str(out), split="train").features["label_1"].dtype == "float64"
 
 
+@pytest.mark.parametrize("chosen_prefix", [PREFIX, None])
+def test_rejected_images_have_a_prefix_of_their_own(maker, small, flags, chosen_prefix):
+    changes = {"style_prefix": chosen_prefix, "rejected_prefix": "a blurred photo of", "max_prompts": 2}
+
+    out = run_script(maker, flags | changes)
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(small / "pipeline")
+    for number, row in enumerate(rows(out)):
+        chosen, rejected = decoded(row)
+        styled = f"{chosen_prefix} {row['caption']}" if chosen_prefix else row["caption"]
+        blurred = f"a blurred photo of {row['caption']}"
+        assert distance(chosen, plain_image(pipeline, styled, noise_seed(number, 0))) <= 1
+        assert distance(rejected, plain_image(pipeline, blurred, noise_seed(number, 0))) <= 1
+
+
+@pytest.mark.parametrize("kind", [{}, {"style_prefix": None, "num_candidates": 2}], ids=["prefix", "candidates"])
+def test_pairs_whose_chosen_image_misses_a_score_are_dropped(maker, scorers, made, flags, tmp_path, kind):
+    sources = {"scorer": "clip", "clip_model": scorers["clip_model"]}
+    all_pairs = rows(run_script(maker, flags | sources | kind | {"min_score": -1e9, "output_dir": tmp_path / "all"}))
+    scores = []
+    for row in all_pairs:
+        chosen = Image.fromarray(decoded(row)[0].astype(np.uint8))
+        scores.append(expected_score("clip", scorers, chosen, row["caption"]))
+    bound = (sorted(scores)[2] + sorted(scores)[3]) / 2
+
+    out = run_script(maker, flags | sources | kind | {"min_score": bound})
+
+    expected = [row for row, score in zip(all_pairs, scores) if score > bound]
+    assert rows(out) == expected and len(expected) == len(CAPTIONS) - 3
+    sentence = refused(maker, flags | sources | kind | {"min_score": 1e9, "output_dir": tmp_path / "none"})
+    assert sentence == "--min_score 1000000000.0: no chosen image reaches this score."
+
+
+@pytest.fixture
+def pair_folders(tmp_path):
+    """Two folders of images; `a` and `b` are in both."""
+    colours = {"chosen": {"a.png": "red", "b.jpg": "green", "c.png": "blue"}}
+    colours["rejected"] = {"a.jpg": "white", "b.png": "black", "d.png": "gray"}
+    for folder, images in colours.items():
+        (tmp_path / folder).mkdir()
+        for name, colour in images.items():
+            Image.new("RGB", (40, 30), colour).save(tmp_path / folder / name)
+    return {"chosen_images": tmp_path / "chosen", "rejected_images": tmp_path / "rejected"}
+
+
+@pytest.mark.parametrize("source", ["beside", "csv"])
+def test_files_of_the_same_name_are_paired(maker, pair_folders, tmp_path, caplog, monkeypatch, source):
+    monkeypatch.setattr(maker, "load_pipeline", lambda *args: pytest.fail("a model is loaded"))
+    flags = {**pair_folders, "output_dir": tmp_path / "out"}
+    if source == "beside":
+        for name in "abc":
+            (pair_folders["chosen_images"] / f"{name}.txt").write_text(f"caption {name}\n")
+    else:
+        flags["prompts"] = tmp_path / "captions.csv"
+        flags["prompts"].write_text("file_name,prompt\na.png,caption a\nb.jpg,caption b\nc.png,caption c\n")
+
+    found = rows(run_script(maker, flags))
+
+    assert [row["caption"] for row in found] == ["caption a", "caption b"]
+    for row, colours in zip(found, ([(255, 0, 0), (255, 255, 255)], [(0, 128, 0), (0, 0, 0)])):
+        for image, colour in zip(decoded(row), colours):
+            assert image.shape == (30, 40, 3) and distance(image, np.full_like(image, colour)) < 3
+    assert "2 names lack an image or a caption and are left out: c, d." in caplog.text
+
+
+def test_files_without_a_partner_are_refused(maker, pair_folders, tmp_path):
+    assert refused(maker, {**pair_folders, "output_dir": tmp_path / "out"}).endswith(
+        "contain no two images of the same name with a caption."
+    )
+
+
 def test_photos_are_chosen_in_turn(maker, small, flags, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -739,16 +810,22 @@ def test_a_repository_that_cannot_be_costs_nothing(maker, flags, spied, name, wo
 
 
 STYLE = ["--style_prefix", "x"]
+ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images"
 
 
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "--style_prefix --num_candidates --chosen_images is required"),
-        ([*STYLE, "--chosen_images", "x"], "--chosen_images: not allowed with argument --style_prefix"),
+        ([], ONE_KIND),
+        ([*STYLE, "--chosen_images", "x"], ONE_KIND),
         (["--style_prefix", " "], "--style_prefix is empty"),
-        (["--num_candidates", "4"], "--num_candidates and --scorer go together"),
-        ([*STYLE, "--scorer", "clip"], "--num_candidates and --scorer go together"),
+        (["--rejected_prefix", " "], "--rejected_prefix is empty"),
+        (["--num_candidates", "4"], "--num_candidates requires --scorer"),
+        ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
+        ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
+        (["--chosen_images", "x", "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
+        ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),
+        (["--chosen_images", "x", "--rejected_images", "x"], "--rejected_images needs no --pretrained_model_name_or_"),
         (["--num_candidates", "1", "--scorer", "clip"], "--num_candidates must be at least 2"),
         (["--num_candidates", "0", "--scorer", "clip"], "--num_candidates must be at least 2"),
         (["--num_candidates", "4", "--scorer", "dinov2"], "argument --scorer: invalid choice: 'dinov2'"),

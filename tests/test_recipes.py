@@ -6,19 +6,21 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, command_line, run_words
+from conftest import ROOT, also, command_line, run_words
 from small_scorers import build_scorers
-from small_world import COLOURS, caption, draw
+from small_world import COLOURS, build_pipeline, caption, draw
 from trained_world import load_pipeline
 
 
-TABLE2 = ROOT / "launch_configs" / "recipes" / "table2.sh"
-RECIPES = sorted({*TABLE2.parent.glob("*.sh")} - {TABLE2})
+TABLES = ROOT / "launch_configs" / "recipes"
+PUBLISHED_MODELS = TABLES / "published_models.sh"
+RECIPES = sorted({*TABLES.glob("*.sh")} - {PUBLISHED_MODELS})
 # The paper's table of set-ups: pairs per step, beta, learning rate, and steps. Personalization's steps are DCO's, whom
 # it follows; the general preferences that the hub has are fewer, and are trained on like its synthetic sets.
 PAPER = {
@@ -37,7 +39,14 @@ with open(os.environ["WORDS"], "a") as file:
 """
 
 
-def commands(recipe, folder, *flags, dataset="my/pairs"):
+# A stand-in that runs the evaluation instead of `accelerate launch`.
+EVALUATING_LAUNCHER = """#!/bin/bash
+shift 3
+exec python "$@"
+"""
+
+
+def commands(recipe, folder, *flags, dataset="my/pairs", results=False):
     """Run a recipe in another folder with a stand-in for `accelerate`: the words of its launches of each script."""
     launcher = folder / "bin" / "accelerate"
     launcher.parent.mkdir()
@@ -45,6 +54,10 @@ def commands(recipe, folder, *flags, dataset="my/pairs"):
     launcher.chmod(0o755)
     env = {**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}", "WORDS": str(folder / "words")}
     env |= {"DATASET": dataset, "PHOTOS": "photos", "CAPTIONS": "captions.txt", "PROMPTS": "prompts.txt"}
+    if results:
+        (folder / "published-models-50").mkdir()
+        (folder / "published-models-50" / "results.json").write_text('{"results": []}')
+        env["PATH"] = f"{launcher.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(["bash", recipe, *flags], check=True, env=env, cwd=folder)
     launches = [split_command(json.loads(line)) for line in (folder / "words").read_text().splitlines()]
     return {Path(script).name.split("_")[0]: (options, script, words) for options, script, words in launches}
@@ -103,14 +116,64 @@ def test_evaluation_of_a_recipe_parses(tmp_path, recipe):
     assert set(args.scorers) <= set(evaluate.SCORERS)
 
 
-def test_table2_scores_published_weights_without_training(tmp_path):
-    launches = commands(TABLE2, tmp_path, "--max_prompts", "5")
-    assert launches.keys() == {"evaluate"}
+PUBLISHED = {
+    "dpo": "mhdang/dpo-sdxl-text2image-v1",
+    "mapo": "mapo-t2i/mapo-beta",
+    "spo": "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep",
+    "inpo": "JaydenLu666/InPO-SDXL",
+    "smpo": "JaydenLu666/SmPO-SDXL",
+    "linear_dpo": "whynot0128/Linear-DPO-SDXL",
+}
+
+
+@pytest.mark.parametrize("steps", ["50", also("20")])
+def test_published_models_are_compared_with_what_was_published(world, scorers, tmp_path, monkeypatch, steps):
+    """On small stand-ins for all of them, with the recipe's own command."""
+    launcher = tmp_path / "bin" / "accelerate"
+    launcher.parent.mkdir()
+    launcher.write_text(EVALUATING_LAUNCHER)
+    launcher.chmod(0o755)
+    build_pipeline(tmp_path / "other", seed=1)
+    (tmp_path / "prompts.csv").write_text("caption\na red circle\na blue square\n")
+    env = {**os.environ, "STEPS": steps, "PROMPTS": str(tmp_path / "prompts.csv"), "OUTPUT": str(tmp_path / "out")}
+    env["PATH"] = f"{launcher.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    model = world / "pipeline"
+    small = f"--pretrained_model_name_or_path {model} --pretrained_vae_model_name_or_path {model}/vae --candidates"
+    words = [*small.split(), *(f"{name}={tmp_path / 'other'}" for name in PUBLISHED)]
+    words += ["--num_inference_steps", "1", "--resolution", "64", *command_line(scorers)]
+
+    done = subprocess.run(["bash", PUBLISHED_MODELS, *words], env=env, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    _, _, table = done.stdout.partition("Differences to SDXL")
+    assert len(re.findall(r"^\| (?!model|---)", table, re.MULTILINE)) == 6 * 5
+    (row,) = re.findall(r"^\| mapo \| pickscore \|.*", table, re.MULTILINE)
+    assert row.endswith("| +0.160 | +0.240 |" if steps == "20" else "| +0.100 |  | +0.060 |")
+
+
+def test_published_models_are_those_of_the_hub(tmp_path):
+    launches = commands(PUBLISHED_MODELS, tmp_path, "--max_prompts", "5", results=True)
     args = load(launches["evaluate"][1]).parse_args(launches["evaluate"][2])
-    assert [name for name, _ in args.candidates] == ["mapo", "dpo"] and args.max_prompts == 5
-    assert args.scorers == ["aesthetic", "hps", "hps_no_antialias", "pickscore"]
-    for row in ("SDXL 6.03 / 30.0 / 22.4", "MaPO 6.34 / 31.2 / 22.9", "DPO 6.03 / 31.1 / 22.9"):
-        assert row in TABLE2.read_text()
+    assert dict(args.candidates) == PUBLISHED and args.max_prompts == 5
+    assert args.num_inference_steps == 50 and args.guidance_scale == 5
+    assert args.scorers == ["pickscore", "hps_no_antialias", "hps", "imagereward", "aesthetic"]
+
+
+PREFIXES = {
+    "style": ("Disney style animated image.", "Realistic 8k image."),
+    "safety": (None, "Sexual, nudity, +19 image."),
+    "culture": ("East-Asian art style images.", None),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_recipe_makes_the_pairs_of_version_2_and_trains_on_them(script, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MAKE_FROM", "prompts.txt")
+    launches = commands(TABLES / f"{name}.sh", tmp_path, dataset="")
+    making = load(launches["make"][1]).parse_args(launches["make"][2])
+    training = script.parse_args(launches["train"][2])
+    assert (making.style_prefix, making.rejected_prefix) == PREFIXES[name]
+    assert training.dataset_name == making.output_dir == f"mapo-{name}-pairs"
 
 
 def test_general_preference_takes_the_pairs_that_the_hub_has(script, tmp_path):

@@ -1,13 +1,27 @@
 #!/usr/bin/env bash
-# Culture, Pick-Culture. The paper's 13k pairs are not public, as far as we know: set DATASET to your own.
+# Culture, Pick-Culture (version 2 of the paper). Its 13k pairs are not public, as far as we know: set DATASET to your
+# own, or MAKE_FROM to a file of prompts.
 # 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 32.
 # One 80 GB GPU: 1 x 16 x 8.
 # Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
 # --output_dir, because the evaluation reads the results from there.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
-DATASET=${DATASET:?Set DATASET to a folder or hub id of pairs (caption, jpg_0, jpg_1, label_0, label_1).}
 OUTPUT=${OUTPUT:-mapo-culture}
+
+# Version 2 of the paper trained on other pairs than the hub has: FLUX.1-schnell generated them with a prefix on the chosen side, and
+# a vision-language model kept those above 5 of 10. MAKE_FROM=FILE, with prompts without style words, makes such pairs
+# with SDXL first, without that judge (--scorer and --min_score come closest).
+if [ -n "${MAKE_FROM:-}" ]; then
+    accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
+        "$HERE/make_pick_style_sdxl.py" \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+        --prompts "$MAKE_FROM" --style_prefix "East-Asian art style images." \
+        --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT-pairs"
+    DATASET=$OUTPUT-pairs
+fi
+DATASET=${DATASET:?Set DATASET to a folder or hub id of pairs, or MAKE_FROM to a file of prompts.}
 
 accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --num_processes 4 \
     "$HERE/train_diffusion_mapo_sdxl.py" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# General preference, Pick-a-Pic v2: the paper's Table 2, if you have a copy. It has been gone from the hub since 2025.
+# General preference, Pick-a-Pic v2: Table 2 of the paper's version 2, if you have a copy. It has been gone from the hub since 2025.
 # 8 H100 of 80 GB: 8 GPUs x 16 pairs x 16 accumulated batches = 2,048 pairs a step, 2,000 steps, the whole UNet, beta 8.
 # (The paper: 8 x 32 x 8, by our accounting 75 GiB in float32 weights.) On fewer GPUs keep the product: 4 x 16 x 32.
 # The 335 GB of pairs are streamed, ties are dropped; each of the 8 loader workers of a process keeps --shuffle_shards row
@@ -22,7 +22,7 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
     --num_validation_pairs 256 --validation_steps 200 --checkpointing_steps 200 --checkpoints_total_limit 3 \
     --seed 0 --output_dir "$OUTPUT" "$@"
 
-# To compare, Table 2 (Aesthetic / HPS v2.1 / PickScore): SDXL 6.03 / 30.0 / 22.4, MaPO 6.34 / 31.2 / 22.9.
+# To compare, Table 2 of version 2 (Aesthetic / HPS v2.1 / PickScore): SDXL 6.03 / 30.0 / 22.4, MaPO 6.34 / 31.2 / 22.9.
 accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 8 \
     "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
