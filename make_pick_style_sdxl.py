@@ -193,6 +193,11 @@ def parse_args(input_args=None):
             "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images",
         ),
         (from_files and not args.chosen_images, "--rejected_images requires --chosen_images"),
+        (args.rejected_images == "", "--rejected_images is empty"),
+        (
+            from_files and args.rejected_images == args.chosen_images,
+            "--rejected_images and --chosen_images are the same",
+        ),
         (from_files and base, "--rejected_images needs no --pretrained_model_name_or_path"),
         (not from_files and not base, "--pretrained_model_name_or_path is required"),
         (not from_files and not args.prompts, "--prompts is required"),
@@ -200,6 +205,14 @@ def parse_args(input_args=None):
         (unknown, f"unknown arguments: {', '.join(unknown)} (see --help for the list)"),
         (args.style_prefix is not None and not args.style_prefix.strip(), "--style_prefix is empty"),
         (args.rejected_prefix is not None and not args.rejected_prefix.strip(), "--rejected_prefix is empty"),
+        (
+            prefixed and args.style_prefix == args.rejected_prefix and not args.different_seeds,
+            "--style_prefix and --rejected_prefix are the same, so the images would be",
+        ),
+        (
+            args.min_score is not None and not math.isfinite(args.min_score),
+            "--min_score must be a finite number",
+        ),
         (args.different_seeds and not prefixed, "--different_seeds needs --style_prefix or --rejected_prefix"),
         (args.num_candidates is not None and args.num_candidates < 2, "--num_candidates must be at least 2"),
         (args.num_candidates and not args.scorer, "--num_candidates requires --scorer"),
@@ -341,36 +354,56 @@ class PairOfFiles(NamedTuple):
     rejected: Path
 
 
+def read_captions_of_files(args, images):
+    """{name of a file without its ending: caption}, from --prompts, or from the .txt files beside {name: image}."""
+    captions = {}
+    if not args.prompts:
+        for name, path in images.items():
+            file = path.with_suffix(".txt")
+            if file.exists():
+                with naming(f"--chosen_images: {file}", "cannot be read"):
+                    captions[name] = file.read_text(encoding="utf-8-sig")
+        return captions
+
+    columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}
+    with naming(f"--prompts {args.prompts}"):
+        for row in stream_prompts(args.prompts, args.prompt_split, columns):
+            if not isinstance(row["--prompts"], str):
+                raise ValueError(f"file_name {row['--prompts']!r} is not text")
+            name = Path(row["--prompts"]).stem
+            if name in captions:
+                raise ValueError(f"file_name: {name} occurs twice")
+            captions[name] = row["--prompt_column"]
+    return captions
+
+
 def match_files(args):
     """Pairs of --chosen_images and --rejected_images that have the same name (before its ending), with captions."""
     folders = {}
     for flag in ("chosen_images", "rejected_images"):
-        paths, _ = find_images(getattr(args, flag))
+        folder = getattr(args, flag)
+        paths, _ = find_images(folder)
+        if not paths:
+            raise PairsError(f"--{flag} {folder} is not a folder with images that Pillow can open.")
         folders[flag] = {path.stem: path for path in paths}
         if len(folders[flag]) < len(paths):
-            raise PairsError(f"--{flag} {getattr(args, flag)}: some files have the same name with different endings.")
+            raise PairsError(f"--{flag} {folder}: some files have the same name with different endings.")
     chosen, rejected = folders.values()
-
-    captions = {}
-    if args.prompts:
-        columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}
-        with naming(f"--prompts {args.prompts}"):
-            for row in stream_prompts(args.prompts, args.prompt_split, columns):
-                captions[Path(row["--prompts"]).stem] = row["--prompt_column"]
-    else:
-        for name, path in chosen.items():
-            if path.with_suffix(".txt").exists():
-                captions[name] = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+    captions = read_captions_of_files(args, chosen)
 
     pairs = []
     left_out = []
     for name in sorted({*chosen, *rejected}):
-        if name in chosen and name in rejected and captions.get(name):
-            pairs.append(PairOfFiles(captions[name], chosen[name], rejected[name]))
+        caption = captions.get(name)
+        if name in chosen and name in rejected and isinstance(caption, str) and caption.strip():
+            pairs.append(PairOfFiles(caption.strip(), chosen[name], rejected[name]))
         else:
             left_out.append(name)
     if left_out:
-        logger.warning(f"{len(left_out)} names lack an image or a caption and are left out: {', '.join(left_out)}.")
+        logger.warning(
+            f"{len(left_out)} names lack an image or a caption and are left out: {', '.join(left_out[:10])}"
+            f"{', ...' if len(left_out) > 10 else ''}."
+        )
     if not pairs:
         raise PairsError(
             f"--chosen_images {args.chosen_images} and --rejected_images {args.rejected_images} contain no two images "
@@ -730,9 +763,12 @@ def with_prefix(prefix, prompts):
 
 
 def copy_image(flag, path):
-    """An image as PNG, upright and without metadata, which may tell where it was taken."""
-    with naming(f"--{flag}: {path}", "cannot be read"):
+    """An image as PNG, upright and without metadata, which may tell where it was taken. None if it is broken."""
+    try:
         return png(decode_image(path))
+    except Exception as error:  # Pillow raises all kinds
+        logger.warning(f"--{flag}: {path} cannot be read ({error}); its pair is left out.", main_process_only=False)
+        return None
 
 
 def make_block(args, pipeline, scorer, captions, photos, block):
@@ -745,6 +781,7 @@ def make_block(args, pipeline, scorer, captions, photos, block):
         chosen = [copy_image("chosen_images", photos[number].chosen) for number in block]
         rejected = [copy_image("rejected_images", photos[number].rejected) for number in block]
         pairs = [[(winner, 1), (loser, 0)] for winner, loser in zip(chosen, rejected)]
+        kept = [winner is not None and loser is not None for winner, loser in zip(chosen, rejected)]
     elif args.num_candidates:
         draws = [draw(args, pipeline, prompts, seeds_of_draw) for seeds_of_draw in seeds]
         scores = np.array([scorer.score(images, prompts).tolist() for images in draws])
@@ -818,9 +855,13 @@ def assemble(args, number, settings):
     with naming(f"--output_dir: a pair in {folder}", "cannot be read"):
         kept = [row for row in range(number) if pq.read_metadata(pair_file(args, row)).num_rows > 0]
     if len(kept) < number:
-        logger.info(f"--min_score {args.min_score}: {number - len(kept)} of {number} pairs are dropped.")
+        logger.info(f"{number - len(kept)} of {number} pairs are dropped.")
     if not kept:
-        raise PairsError(f"--min_score {args.min_score}: no chosen image reaches this score.")
+        for row in range(number):
+            pair_file(args, row).unlink()  # so that another --min_score can start in this folder
+        raise PairsError(
+            f"--output_dir {folder}: no pair is left. With --min_score, try a lower one on a few prompts (--max_prompts)."
+        )
     number, parts = len(kept), math.ceil(len(kept) / ROWS_A_SHARD)
     for part, rows in enumerate(np.array_split(kept, parts)):
         shard = folder / "data" / f"train-{part:05d}-of-{parts:05d}.parquet"
@@ -886,8 +927,10 @@ def collect_settings(args, dtype, captions, photos, files):
         settings[f"--{flag}"] += f", version {fingerprint(flag, file)}"
     settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
     if args.rejected_images:
-        contents = [path.read_bytes() for pair in photos for path in (pair.chosen, pair.rejected)]
-        settings["--chosen_images, --rejected_images"] = f"{len(photos)} pairs, version {Hasher.hash(contents)}"
+        hashes = []
+        for pair in photos:
+            hashes += [Hasher.hash(pair.chosen.read_bytes()), Hasher.hash(pair.rejected.read_bytes())]
+        settings["--chosen_images, --rejected_images"] = f"{len(photos)} pairs, version {Hasher.hash(hashes)}"
     elif photos:
         version = Hasher.hash(b"".join(photo.tobytes() for photo in photos))
         settings["--chosen_images"] = f"{len(photos)} photos, version {version}"

@@ -184,7 +184,7 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 # SDXL ----------------------------------------------------------------------------------------------------------------
 #
 # What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
-# belong to them. To train another model, change this section first, and then what else knows SDXL:
+# belong to them. To train another model, change this section first, and then what else knows SDXL, mainly:
 #
 #   Pairs            `load_pair` computes SDXL's sizes and crops, `PairDataset.load` samples integer timesteps
 #   Trained weights  `build_model`, the layers and names of `add_lora`, `read_lora`, `save_unet` and `save_lora`
@@ -432,7 +432,7 @@ def find_component(model_class, name, subfolder, cache_dir, revision=None):
 
 
 def load_component(model_class, name, subfolder, args, dtype, revision=None):
-    """A UNet or VAE, in --variant if it has it."""
+    """A UNet or VAE, with --variant if that variant exists."""
     options = find_component(model_class, name, subfolder, args.cache_dir, revision)
     options.update(use_safetensors=True, dtype=dtype)
     if args.variant is not None:
@@ -445,7 +445,7 @@ def load_pipeline(args, accelerator, commit):
     """
     The SDXL pipeline, with frozen parts in `weight_dtype` unless they would overflow.
 
-    The UNet stays on the CPU, because encoding a cache with both on the GPU would need more memory than training.
+    The UNet stays on the CPU: encoding the cache with the UNet on the GPU would need more memory than training.
     """
     name = args.pretrained_model_name_or_path
     message = f"--pretrained_model_name_or_path {name} cannot be loaded"
@@ -652,7 +652,7 @@ def preference_loss(run, batch):
 
 
 def clip_gradients(accelerator, parameters, max_grad_norm):
-    """Clip gradients to `max_grad_norm` (0 disables clipping). Returns their norm before, a float64 tensor."""
+    """Clip gradients to `max_grad_norm` (0 disables it). Returns the norm before clipping as a float64 tensor."""
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
@@ -676,7 +676,7 @@ def train_step(run, batches, stop):
     metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=accelerator.device)
     rows = []
     bad_rows = 0
-    is_last_step = progress.step + 1 == args.max_train_steps  # it is counted below
+    is_last_step = progress.step + 1 == args.max_train_steps  # progress.step is incremented below
     for _ in range(args.gradient_accumulation_steps):
         batch = batches.ready.popleft()
         with accelerator.accumulate(run.model):
@@ -1042,7 +1042,7 @@ def add_training_arguments(parser):
     add("--snr_value", type=POSITIVE, default=0.5, help="Multiplies the errors in mapo_v1.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=SEED, help="Seed of every random choice. Without it, one is chosen and logged.")
+    add("--seed", type=SEED, help="Seed of training. Chosen at random and logged if not given.")
     add("--train_batch_size", type=COUNT, default=4, help="Pairs per device and forward pass.")
     add("--num_train_epochs", type=COUNT, default=1, help="Passes over the dataset.")
     add("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
@@ -1050,8 +1050,8 @@ def add_training_arguments(parser):
     add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Defaults to the setting of accelerate.")
     add("--full_bf16", action="store_true", help="Train the full UNet in bfloat16 with stochastic rounding.")
-    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 products and convolutions.")
-    add("--compile", action="store_true", help="Compile the UNet's transformer blocks, for less work of the CPU.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products and convolutions.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks to reduce CPU overhead.")
 
     add = parser.add_argument_group("optimizer").add_argument
     add(
@@ -1159,10 +1159,12 @@ def check_arguments(parser, args):  # noqa: C901
     if logging_dir.is_absolute() or logging_dir == Path() or ".." in logging_dir.parts:
         parser.error(f"--logging_dir {args.logging_dir} must be a folder inside --output_dir")
 
-    # Loader workers use sockets in the folder for temporary files. Their paths must be shorter than 107 characters,
+    # Loader workers use sockets in the folder for temporary files. Their paths can have at most 107 characters,
     # of which about 35 are the sockets' own names.
     if args.dataloader_num_workers > 0 and os.name == "posix" and len(tempfile.gettempdir()) > 70:
-        parser.error(f"--dataloader_num_workers: the path in TMPDIR is too long, {tempfile.gettempdir()}")
+        parser.error(
+            f"--dataloader_num_workers: the path of temporary files is too long ({tempfile.gettempdir()}); set TMPDIR"
+        )
 
     # LoRA.
     for name in ("lora_alpha", "lora_layers", "init_lora", "train_text_encoder"):
@@ -1313,7 +1315,7 @@ class PreparedRows:
         return self.table[int(row)].to_pylist()[0]
 
     def read_texts(self, file, names):
-        """Rows and bytes of each shard of a file, and a DataFrame of these columns."""
+        """Number of rows and bytes of each shard of a file, and a DataFrame of these columns."""
         return [(len(self.table), 0)], self.table.select_columns(names)[:].to_pandas()
 
     def row_name(self, shard, row):
@@ -1490,7 +1492,7 @@ def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
     """The PairDatasets of the training pairs and of the held-out ones."""
     split = open_split(args, args.dataset_split_name, "dataset_split_name", revision)
 
-    # Hold out the first captions with all their pairs, or another split.
+    # Hold out the first pairs, caption by caption, or another split.
     if args.validation_split is None:
         held_out_split = split
         held_out = hold_out(split.index, args.num_validation_pairs or 0)
@@ -1832,7 +1834,7 @@ def find_lora_file(name, cache_dir=None):
 
 
 def read_lora(name, unet_config=None, cache_dir=None):
-    """Read a LoRA in any format that diffusers loads: {name as in peft: weight}, and the set of its alphas."""
+    """Read a LoRA in any format that diffusers loads: {part.name, as peft names it: weight}, and its alphas."""
     file = find_lora_file(name, cache_dir)
     with safetensors.safe_open(file, "pt") as tensors:
         if any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors.keys()):
@@ -1861,7 +1863,7 @@ def read_lora(name, unet_config=None, cache_dir=None):
 
 
 def check_lora(args, unet_config):
-    """Refuse a LoRA to continue whose rank or alpha differs from the flags."""
+    """Refuse an --init_lora whose rank or alpha differs from the flags."""
     lora = f"--init_lora {args.init_lora}"
     with explain(f"{lora} cannot be loaded"):
         weights, alphas = read_lora(args.init_lora, FrozenDict(unet_config), args.cache_dir)
@@ -1945,7 +1947,7 @@ def add_lora(args, parts):
 
 
 def set_lora_weights(parts, weights):
-    """Copy LoRA weights, named as in files, into the adapters of the parts. Each must have its layer."""
+    """Copy weights of `read_lora` into the adapters of the parts. Weights and layers must match exactly."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     unused = dict(weights)
@@ -1965,7 +1967,8 @@ def gather_trained_weights(accelerator, model, parts):
     """{part: {name: weight}} of the trained parts, gathered by all processes. Only complete on the main process."""
     # Unwrapping would also strip DDP from a model that the launcher compiled. Remove the wrappers' prefixes instead.
     state_dict = {}
-    for name, weight in accelerator.get_state_dict(model, unwrap=False).items():
+    gathered = accelerator.get_state_dict(model, unwrap=False) or {}  # None on other processes with ZeRO-3
+    for name, weight in gathered.items():
         state_dict[name.replace("_orig_mod.", "").removeprefix("module.")] = weight
     if len(parts) == 1:
         return {"unet": state_dict}  # the model is the UNet itself
@@ -2025,7 +2028,7 @@ def load_trained_weights(parts, folder):
 
 
 def round_stochastically(weights, generator):
-    """Round float32 weights at random to bfloat16, the upper half of their bits, so that their mean is kept."""
+    """Stochastically round float32 weights to bfloat16 (the upper 16 bits), which preserves their mean."""
     bits = torch.empty_like(weights, dtype=torch.int32).random_(2**16, generator=generator)
     return bits.add_(weights.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
@@ -2225,7 +2228,7 @@ FIXED_ON_RESUME = [
     "full_bf16",
     "mixed_precision",
     "streaming",
-    "shuffle_shards",
+    "shuffle_shards",  # fewer would be kept in memory than the order mixes
     "seed",
     "sharding",
 ]
@@ -2344,7 +2347,7 @@ def refuse_other_runs(output_dir, existing, run_id, step):
 
 
 def checkpoint_settings(args, accelerator):
-    """The flags, and what is sharded between processes. Without sharding, a run resumes on any number of them."""
+    """The flags, and how weights are sharded. Without sharding, a run resumes on any number of processes."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     settings["mixed_precision"] = accelerator.mixed_precision
     settings["sharding"] = "none"
@@ -2373,7 +2376,12 @@ def start_progress(args, accelerator, checkpoint, pairs, model_commit):
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
             logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
-        return replace(checkpoint.progress, model_commit=model_commit)
+        return replace(
+            checkpoint.progress,
+            index_hash=index_hash,
+            model_commit=model_commit,
+            dataset_commit=pairs.split.commit,
+        )
 
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
     return Progress(
@@ -2404,6 +2412,7 @@ def save_checkpoint(run):
                 sync_to_disk(path)
             state = json.dumps({**asdict(run.progress), "settings": settings}, indent=2)
             write_atomically(folder / STATE_FILE, lambda aside: aside.write_text(state))
+            sync_to_disk(folder.parent)
     if run.accelerator.is_main_process and args.checkpoints_total_limit is not None:
         remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
     logger.info(f"Saved {folder}")
@@ -2523,7 +2532,7 @@ def warn_if_diverging(first, last):
 
 
 def validate(run):
-    """Log the eval_ metrics, and an image grid: before training left, now right. Returns the metrics."""
+    """Log the eval_ metrics, and an image grid: left before training, right now. Returns the metrics."""
     args = run.args
     accelerator = run.accelerator
     step = run.progress.step
@@ -2594,7 +2603,7 @@ image = pipeline.to("cuda")("a lighthouse on a cliff at dusk").images[0]
 
 
 def without_local_paths(args):
-    """{flag: value} without the token. Local paths are reduced to their last part."""
+    """{flag: value} without --hub_token. Local paths are reduced to their last part."""
     flags = {}
     for name, value in vars(args).items():
         if name == "hub_token":
@@ -2687,6 +2696,7 @@ def save_results(run):
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
             aside.rmdir()
+            sync_to_disk(output_dir)
 
 
 def finish(run):
@@ -2911,7 +2921,7 @@ def check_steps(args, step):
 
 
 def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_step, progress, checkpoint):
-    """Build what is trained, sample with it before training, and only then load the checkpoint, if any."""
+    """Build the model, generate images before training, and only then load the checkpoint, if any."""
     # The model and its optimizer.
     pipeline.unet.to(accelerator.device)
     torch.manual_seed(args.seed)  # for the initial weights of a LoRA
@@ -2973,15 +2983,17 @@ def set_up(args, accelerator):
     progress = start_progress(args, accelerator, checkpoint, pairs, model_commit)
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs.index) / pairs_per_step)
+        remaining = max(args.num_train_epochs * len(pairs.index) - progress.pairs_seen, 0)
+        args.max_train_steps = progress.step + math.ceil(remaining / pairs_per_step)
     check_steps(args, progress.step)
     logger.info(f"{len(pairs.index)} pairs to train on, {len(held_out.index)} held out.")
     if args.streaming:
-        sizes = [num_bytes for _, _, num_bytes in pairs.rows.row_groups]
-        mebibytes = sum(sizes) / len(sizes) / 2**20
+        sizes = sorted(num_bytes / 2**20 for _, _, num_bytes in pairs.rows.row_groups)
+        largest = sizes[-args.shuffle_shards :]
         logger.info(
-            f"{len(sizes)} row groups of {mebibytes:.3g} MiB. Each process, or each of its loader workers, keeps "
-            f"{args.shuffle_shards} of them in memory (--shuffle_shards): {args.shuffle_shards * mebibytes:.3g} MiB."
+            f"Streaming {len(sizes)} row groups, on average {sum(sizes) / len(sizes):.3g} MiB. Each process, or each of "
+            f"its loader workers, keeps {len(largest)} of them in memory (--shuffle_shards): up to "
+            f"{sum(largest):.3g} MiB."
         )
 
     # Try the first pair before any weights are loaded.
@@ -3025,7 +3037,7 @@ def main(args):
         run, batches = set_up(args, accelerator)
         start_trackers(args, accelerator, run.progress)
 
-        # Validate before the first step, and after a resume at a step that had yet to be validated.
+        # Validate before the first step. A checkpoint is saved before its step is validated, so validate then as well.
         step = run.progress.step
         if step % args.validation_steps == 0 and step < args.max_train_steps:
             validate(run)

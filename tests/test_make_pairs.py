@@ -270,7 +270,8 @@ def test_pairs_whose_chosen_image_misses_a_score_are_dropped(maker, scorers, mad
     expected = [row for row, score in zip(all_pairs, scores) if score > bound]
     assert rows(out) == expected and len(expected) == len(CAPTIONS) - 3
     sentence = refused(maker, flags | sources | kind | {"min_score": 1e9, "output_dir": tmp_path / "none"})
-    assert sentence == "--min_score 1000000000.0: no chosen image reaches this score."
+    assert "no pair is left. With --min_score, try a lower one" in sentence
+    assert not list((tmp_path / "none" / "pairs_made").glob("*.parquet"))
 
 
 @pytest.fixture
@@ -303,6 +304,32 @@ def test_files_of_the_same_name_are_paired(maker, pair_folders, tmp_path, caplog
         for image, colour in zip(decoded(row), colours):
             assert image.shape == (30, 40, 3) and distance(image, np.full_like(image, colour)) < 3
     assert "2 names lack an image or a caption and are left out: c, d." in caplog.text
+
+
+def test_pair_with_a_broken_file_is_left_out(maker, pair_folders, tmp_path, caplog):
+    for name in "ab":
+        (pair_folders["chosen_images"] / f"{name}.txt").write_text(f"caption {name}")
+    broken = pair_folders["rejected_images"] / "a.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+
+    (row,) = rows(run_script(maker, {**pair_folders, "output_dir": tmp_path / "out"}))
+
+    assert row["caption"] == "caption b"
+    assert f"--rejected_images: {broken} cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("file_name,prompt\n0001,red\n", "file_name 1 is not text"),
+        ("file_name,prompt\nx/a.png,red\ny/a.png,blue\n", "file_name: a occurs twice"),
+        ("file_name,prompt\na.png,  \n", "contain no two images of the same name with a caption"),
+    ],
+)
+def test_captions_that_fit_no_file_are_refused(maker, pair_folders, tmp_path, table, complaint):
+    (tmp_path / "captions.csv").write_text(table)
+    flags = {**pair_folders, "prompts": tmp_path / "captions.csv", "output_dir": tmp_path / "out"}
+    assert complaint in refused(maker, flags)
 
 
 def test_files_without_a_partner_are_refused(maker, pair_folders, tmp_path):
@@ -823,9 +850,12 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         (["--num_candidates", "4"], "--num_candidates requires --scorer"),
         ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
         ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
+        ([*STYLE, "--scorer", "clip", "--min_score", "nan"], "--min_score must be a finite number"),
+        ([*STYLE, "--rejected_prefix", "x"], "--style_prefix and --rejected_prefix are the same"),
+        (["--chosen_images", "x", "--rejected_images", "x"], "--rejected_images and --chosen_images are the same"),
         (["--chosen_images", "x", "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
         ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),
-        (["--chosen_images", "x", "--rejected_images", "x"], "--rejected_images needs no --pretrained_model_name_or_"),
+        (["--chosen_images", "x", "--rejected_images", "y"], "--rejected_images needs no --pretrained_model_name_or_"),
         (["--num_candidates", "1", "--scorer", "clip"], "--num_candidates must be at least 2"),
         (["--num_candidates", "0", "--scorer", "clip"], "--num_candidates must be at least 2"),
         (["--num_candidates", "4", "--scorer", "dinov2"], "argument --scorer: invalid choice: 'dinov2'"),

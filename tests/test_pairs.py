@@ -447,17 +447,27 @@ COUNTER = """
 import os, runpy, sys
 import pyarrow.parquet as pq
 
-read_row_group = pq.ParquetFile.read_row_group
+read_row_group, read = pq.ParquetFile.read_row_group, pq.ParquetFile.read
 
 
 def counted(parquet, group, columns):
-    kind = "images" if "jpg_0" in columns else "labels"
-    with open(os.path.join(os.path.dirname(__file__), f"{kind}-{os.environ['RANK']}"), "a") as file:
-        file.write(f"{group} ")
+    note("images", group)
     return read_row_group(parquet, group, columns)
 
 
+def counted_labels(parquet, columns):
+    if "label_0" in columns:
+        note("labels", "file")
+    return read(parquet, columns)
+
+
+def note(kind, what):
+    with open(os.path.join(os.path.dirname(__file__), f"{kind}-{os.environ['RANK']}"), "a") as file:
+        file.write(f"{what} ")
+
+
 pq.ParquetFile.read_row_group = counted
+pq.ParquetFile.read = counted_labels
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -465,14 +475,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.matrix
 def test_each_process_reads_the_row_groups_of_its_own_lane_only(script, flags, tmp_path):
-    """Two real processes, one epoch of 12 row groups of 4 rows, one of them a bomb at which Pillow only warns."""
-    bomb = encode(Image.new("1", (10_000, 10_000)))
-    flags["dataset_name"] = folder = write_groups(tmp_path / "data", [12 * [4]], bad={17}, broken=bomb)
+    """Two real processes, one epoch of 12 row groups of 4 rows, one of them broken."""
+    flags["dataset_name"] = folder = write_groups(tmp_path / "data", [12 * [4]], bad={17}, broken=b"broken")
     flags.update(streaming=True, shuffle_shards=2, train_batch_size=2, num_train_epochs=1, max_train_steps=None)
     (tmp_path / "counter.py").write_text(COUNTER)
     done = fork({**flags, "max_bad_rows": 1}, 2, wrapper=[tmp_path / "counter.py"])
     assert done.returncode == 0, done.stderr
-    assert "Skipped row 1 of shard 4: it has an image of 10000 x 10000 pixels" in done.stderr
+    assert "Skipped row 1 of shard 4: it has an image that cannot be read" in done.stderr
     # A parquet reader still open at exit would complain.
     assert not any(word in done.stderr for word in ("Exception ignored", "Fatal Python error", "terminate called"))
     index = load_pairs(script, folder, streaming=True).index
@@ -482,7 +491,7 @@ def test_each_process_reads_the_row_groups_of_its_own_lane_only(script, flags, t
     assert [len(mine) for mine in read] == [6, 6]
     # The process that comes first reads the labels of all.
     (labels,) = tmp_path.glob("labels-*")
-    assert sorted(map(int, labels.read_text().split())) == list(range(12))
+    assert labels.read_text() == "file "
 
 
 @pytest.fixture

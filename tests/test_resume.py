@@ -17,6 +17,7 @@ import pytest
 from conftest import SCRIPT, also, command_line, run
 from cpu_cluster import EVERY_CALL, Fault, install, killed, with_faults
 from filelock import FileLock
+from small_world import draw_pairs
 from test_checkpoints import SHARDED, STATE
 from test_faults import assert_one_sentence, checkpoints, run_ranks, run_ranks_well
 from test_training import LORA_WEIGHTS, assert_close, assert_equal, trained
@@ -264,6 +265,33 @@ def test_other_pairs_are_reported(script, flags, caplog):
     assert "checkpoint-1 was trained on other pairs" in caplog.text
 
 
+def test_epochs_end_after_the_same_pairs_on_another_number_of_processes(script, flags):
+    """An epoch of 48 pairs: 4 pairs in each of 6 steps, and then 8 in each of 3."""
+    run(script, {**flags, "max_train_steps": 6})
+
+    out = run(
+        script,
+        {**flags, "max_train_steps": None, "train_batch_size": 8, "resume_from_checkpoint": "latest"},
+    )
+
+    state = json.loads((out / "checkpoint-9" / STATE).read_text())
+    assert state["pairs_seen"] == 48
+
+
+def test_another_dataset_is_reported_once(script, flags, tmp_path, caplog):
+    """From then on, the checkpoints belong to it."""
+    run(script, {**flags, "max_train_steps": 1})
+    draw_pairs(tmp_path / "others", num_pairs=20)
+    resume = {"dataset_name": tmp_path / "others", "resume_from_checkpoint": "latest"}
+
+    run(script, {**flags, **resume, "max_train_steps": 2})
+    assert "was trained on other pairs" in caplog.text
+    caplog.clear()
+    run(script, {**flags, **resume, "max_train_steps": 3})
+
+    assert "was trained on other pairs" not in caplog.text
+
+
 def test_processes_wait_hours_for_each_other(script, flags):
     """One of them may download the model, or write 30 GB to a slow disk."""
     from accelerate.state import AcceleratorState, GradientState
@@ -287,7 +315,7 @@ def test_process_keeps_the_row_groups_of_its_own_lanes_only(script, monkeypatch,
     index = np.array([(shard, row, 0) for shard, size in enumerate(sizes) for row in range(size)])
     layout = script.Layout(shards_mixed=4, lanes=lanes, turn=2)
     rows = script.StreamedRows(["file"], SimpleNamespace(all=list), shards_kept=4)
-    rows.row_groups = [(0, shard) for shard in range(len(sizes))]
+    rows.row_groups = [(0, shard, 0) for shard in range(len(sizes))]
     row_group = SimpleNamespace(read_row_group=lambda number, names: number)
     monkeypatch.setattr(script, "open_parquet", lambda file: contextlib.nullcontext(row_group))
     most = 0

@@ -63,6 +63,8 @@ def main():
     parser.add_argument("results", type=Path, help="results.json of the evaluation")
     parser.add_argument("--steps", type=int, choices=sorted(PUBLISHED), required=True)
     args = parser.parse_args()
+    if not args.results.exists():
+        parser.error(f"{args.results} does not exist: run the evaluation first")
     results = json.loads(args.results.read_text())["results"]
     sources = PUBLISHED[args.steps]
 

@@ -8,10 +8,12 @@
 # 3,500 images take one H100 4.2 hours (STEPS=20: 1.7 hours) without --compile, estimated: 0.69 PFLOP for 50 steps
 # (tests/benchmarks/flops.py) at 16 % of its peak, which stock diffusers reaches. If the hub no longer has the prompts,
 # use another copy: PROMPTS=FILE, with a column caption.
-# Flags given to this file are appended to the evaluation's command and override its own.
+# Flags given to this file are appended to the evaluation's command and override its own. Set OUTPUT and STEPS instead of
+# --output_dir and --num_inference_steps, because the comparison reads them.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/../.." && pwd)
 STEPS=${STEPS:-50}
+[[ $STEPS == 50 || $STEPS == 20 ]] || { echo "STEPS must be 50 or 20, not $STEPS." >&2; exit 2; }
 OUTPUT=${OUTPUT:-published-models-$STEPS}
 
 accelerate launch --config_file "$HERE/launch_configs/single_gpu.yaml" "$HERE/evaluate_diffusion_mapo_sdxl.py" \
