@@ -860,7 +860,8 @@ def assemble(args, number, settings):
         for row in range(number):
             pair_file(args, row).unlink()  # so that another --min_score can start in this folder
         raise PairsError(
-            f"--output_dir {folder}: no pair is left. With --min_score, try a lower one on a few prompts (--max_prompts)."
+            f"--output_dir {folder}: no pair is left. With --min_score, try a lower one on a few prompts "
+            "(--max_prompts)."
         )
     number, parts = len(kept), math.ceil(len(kept) / ROWS_A_SHARD)
     for part, rows in enumerate(np.array_split(kept, parts)):

@@ -2799,8 +2799,6 @@ def configure_sharding(args, accelerator):
     if kind == DistributedType.DEEPSPEED:
         if args.full_bf16:
             raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
-        if args.compile and accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise TrainingError("--compile does not work with ZeRO-3. Use launch_configs/deepspeed_zero2.yaml.")
         if accelerator.mixed_precision == "fp16":
             raise TrainingError("--mixed_precision fp16: DeepSpeed would clip gradients that are still scaled.")
         # DeepSpeed's own half-precision modes would round the trained weights as well; torch's autocast does not.
@@ -2991,8 +2989,8 @@ def set_up(args, accelerator):
         sizes = sorted(num_bytes / 2**20 for _, _, num_bytes in pairs.rows.row_groups)
         largest = sizes[-args.shuffle_shards :]
         logger.info(
-            f"Streaming {len(sizes)} row groups, on average {sum(sizes) / len(sizes):.3g} MiB. Each process, or each of "
-            f"its loader workers, keeps {len(largest)} of them in memory (--shuffle_shards): up to "
+            f"Streaming {len(sizes)} row groups, on average {sum(sizes) / len(sizes):.3g} MiB. Each process (or each of "
+            f"its loader workers) keeps {len(largest)} of them in memory, see --shuffle_shards: up to "
             f"{sum(largest):.3g} MiB."
         )
 
