@@ -2989,8 +2989,8 @@ def set_up(args, accelerator):
         sizes = sorted(num_bytes / 2**20 for _, _, num_bytes in pairs.rows.row_groups)
         largest = sizes[-args.shuffle_shards :]
         logger.info(
-            f"Streaming {len(sizes)} row groups, on average {sum(sizes) / len(sizes):.3g} MiB. Each process (or each of "
-            f"its loader workers) keeps {len(largest)} of them in memory, see --shuffle_shards: up to "
+            f"Streaming {len(sizes)} row groups, on average {sum(sizes) / len(sizes):.3g} MiB. Each process (or each "
+            f"of its loader workers) keeps {len(largest)} of them in memory, see --shuffle_shards: up to "
             f"{sum(largest):.3g} MiB."
         )
 
