@@ -349,7 +349,7 @@ def test_pixels_are_scaled_in_float32(script):
     )
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
 
-    script.encode_images(vae, pixels, batch_size=1)
+    script.encode_images(vae, pixels, vae_batch_size=1)
 
     exact = pixels.double() / 127.5 - 1
     assert torch.equal(seen[0], exact.float().to(torch.bfloat16))

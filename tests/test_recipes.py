@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, also, command_line, run_words
+from conftest import ROOT, command_line, run_words
 from small_scorers import build_scorers
 from small_world import COLOURS, build_pipeline, caption, draw
 from trained_world import load_pipeline
@@ -126,7 +126,8 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("steps", ["50", also("20")])
+@pytest.mark.matrix
+@pytest.mark.parametrize("steps", ["50", "20"])
 def test_published_models_are_compared_with_what_was_published(world, scorers, tmp_path, monkeypatch, steps):
     """On small stand-ins for all of them, with the recipe's own command."""
     launcher = tmp_path / "bin" / "accelerate"
@@ -149,6 +150,17 @@ def test_published_models_are_compared_with_what_was_published(world, scorers, t
     assert len(re.findall(r"^\| (?!model|---)", table, re.MULTILINE)) == 6 * 5
     (row,) = re.findall(r"^\| mapo \| pickscore \|.*", table, re.MULTILINE)
     assert row.endswith("| +0.160 | +0.240 |" if steps == "20" else "| +0.100 |  | +0.060 |")
+
+
+def test_published_differences_stand_beside_those_found(tmp_path, capsys, monkeypatch):
+    compare = load(TABLES / "published_models.py")
+    row = {"model": "mapo", "scorer": "pickscore", "difference": 0.12, "difference_error": 0.034}
+    (tmp_path / "results.json").write_text(json.dumps({"results": [{"model": "base"}, row]}))
+    monkeypatch.setattr(sys, "argv", ["published_models.py", str(tmp_path / "results.json"), "--steps", "20"])
+
+    compare.main()
+
+    assert "| mapo | pickscore | +0.120 ± 0.034 | +0.160 | +0.240 |" in capsys.readouterr().out
 
 
 def test_published_models_are_those_of_the_hub(tmp_path):

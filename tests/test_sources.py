@@ -443,9 +443,7 @@ def test_a_stream_says_what_it_keeps_in_memory(script, flags, tmp_path, caplog):
 
     run(script, {**flags, "streaming": True, "shuffle_shards": 4})
 
-    found = re.search(
-        r"2 row groups, on average (\S+) MiB\. .* keeps 2 .* \(--shuffle_shards\): up to (\S+) MiB", caplog.text
-    )
+    found = re.search(r"2 row groups, on average (\S+) MiB\. .* keeps 2 of them .*: up to (\S+) MiB", caplog.text)
     assert float(found[1]) == pytest.approx(images / 2, rel=0.05)
     assert float(found[2]) == pytest.approx(images, rel=0.05)
 

@@ -252,7 +252,7 @@ def held_after_forward(block):
     return held
 
 
-@RANKS
+@pytest.mark.parametrize("rank", [4, also(None)], ids=["LoRA", "UNet"])
 def test_compiled_recomputation_holds_no_more_activations_than_checkpointing(build, rank):
     eager = held_after_forward(build(rank))
     checkpointing = held_after_forward(build(rank, gradient_checkpointing=True))
@@ -286,6 +286,7 @@ def test_compiled_and_eager_runs_resume_each_other(script, flags, tmp_path, rank
     assert max((weight - expected[name]).abs().max().item() for name, weight in weights.items()) < 2e-4
 
 
+@pytest.mark.matrix
 def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path, monkeypatch, capsys):
     """And measures nothing twice."""
     monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
