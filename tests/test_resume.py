@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -368,7 +369,9 @@ def test_killed_loader_worker_ends_the_run_with_a_checkpoint(script, flags, tmp_
 
     statuses, outputs = run_ranks(flags, {0: [Fault("step", (3,), cpu_cluster.workers_killed)]}, size=1)
 
-    assert_one_sentence(statuses, outputs, "cannot be read any further (the checkpoint of step ", "worker")
+    assert_one_sentence(statuses, outputs, "cannot be read any further (the checkpoint of step ")
+    # Which one PyTorch raises depends on whether the worker was sending a batch.
+    assert re.search("DataLoader worker|ConnectionResetError|EOFError", outputs[0])
     assert len(checkpoints(flags["output_dir"])) == 1
     run(script, {**flags, "resume_from_checkpoint": "latest"})
     assert_equal(trained(flags["output_dir"]), trained(whole))
