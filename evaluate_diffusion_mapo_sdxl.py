@@ -146,7 +146,7 @@ def add_image_arguments(parser):
     add("--resolution", type=count, default=1024, help="Side of the images in pixels.")
     add("--seed", type=int, default=0, help="Seed of the images' noise.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
-    add("--compile", action="store_true", help="Compile the UNet's transformer blocks, for less work of the CPU.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks to reduce CPU overhead.")
 
 
 def add_scorer_arguments(parser):

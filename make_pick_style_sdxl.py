@@ -17,9 +17,9 @@ images without it.
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --prompts captions.txt \
         --style_prefix "A flat cartoon with thick outlines of" --mixed_precision bf16 --output_dir pairs
 
-The data of the paper's version 2 are others: FLUX.1-schnell generated them, with a prefix on both sides or only on the
-rejected one (`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here,
-`--scorer pickscore --min_score 21` keeps the pairs whose chosen image reaches a score.
+Version 2 of the paper made its data differently: FLUX.1-schnell generated the images, with a prefix on either side or
+both (`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here, `--scorer
+pickscore --min_score 21` keeps the pairs whose chosen image reaches a score.
 
 Instead of prefixes, `--num_candidates 8 --scorer pickscore` pairs the best and the worst of eight samples, and
 `--chosen_images photos` pairs photos of a subject with what the model generates of it. `--lora` or `--unet` generates
@@ -154,7 +154,7 @@ def add_arguments(parser):
     add("--seed", type=int, default=0, help="Seed of the noise and of the sides.")
     add("--batch_size", type=int, default=4, help="Images per process and forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
-    add("--compile", action="store_true", help="Compile the UNet's transformer blocks, for less work of the CPU.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks to reduce CPU overhead.")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=PATH, default="pairs", help="Folder for everything that the run writes.")
     add("--push_to_hub", action="store_true", help="Upload the pairs and their card at the end.")
@@ -207,12 +207,9 @@ def parse_args(input_args=None):
         (args.rejected_prefix is not None and not args.rejected_prefix.strip(), "--rejected_prefix is empty"),
         (
             prefixed and args.style_prefix == args.rejected_prefix and not args.different_seeds,
-            "--style_prefix and --rejected_prefix are the same, so the images would be",
+            "--style_prefix and --rejected_prefix are the same: add --different_seeds",
         ),
-        (
-            args.min_score is not None and not math.isfinite(args.min_score),
-            "--min_score must be a finite number",
-        ),
+        (args.min_score is not None and not math.isfinite(args.min_score), "--min_score must be a finite number"),
         (args.different_seeds and not prefixed, "--different_seeds needs --style_prefix or --rejected_prefix"),
         (args.num_candidates is not None and args.num_candidates < 2, "--num_candidates must be at least 2"),
         (args.num_candidates and not args.scorer, "--num_candidates requires --scorer"),
@@ -957,8 +954,10 @@ def main(args):
         files = find_models(args)
         with naming(f"--{BASE} {getattr(args, BASE)}"):
             tokenizer = load_tokenizers(getattr(args, BASE))["tokenizer"]
-        longer = max(args.style_prefix or "", args.rejected_prefix or "", key=len)
-        warn_of_long_prompts(with_prefix(longer, captions), tokenizer)
+        prompts = with_prefix(args.style_prefix, captions)
+        if args.rejected_prefix:
+            prompts = [*prompts, *with_prefix(args.rejected_prefix, captions)]
+        warn_of_long_prompts(prompts, tokenizer)
     if main_process:
         settings = collect_settings(args, dtype, captions, photos, files)
         check_folder(args, settings)

@@ -1306,7 +1306,6 @@ class PreparedRows:
     files = [None]  # one without a name: the whole table
 
     def __init__(self, dataset, columns):
-        self.row_groups = []  # filled by `load_index`, and not needed here
         self.columns = columns
         self.table = dataset.select_columns(columns.all()).with_format("arrow")  # leaves images encoded
 
@@ -1334,7 +1333,7 @@ class StreamedRows:
         self.files = files
         self.columns = columns
         self.shards_kept = shards_kept
-        self.row_groups = []  # (number of the file, row group, bytes) of each shard, filled by `load_index`
+        self.row_groups = []  # (number of the file, row group, bytes) of each shard, known when the index is loaded
         self.kept = {}  # {lane: {shard: table}}, oldest shard first
 
     def record(self, shard, row, lane):
@@ -1401,7 +1400,7 @@ def build_index(rows, remove_ties):
 
 
 def load_index(rows, fingerprint, remove_ties, cache_dir):
-    """`(pairs, 3)` shard, row and caption hash of all pairs, built once and kept on disk."""
+    """Index of all pairs `(pairs, 3)`, and (file, row group, bytes) of each shard; built once and kept on disk."""
     key = Hasher.hash([fingerprint, remove_ties, INDEX_VERSION])
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_index", f"{key}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1411,8 +1410,7 @@ def load_index(rows, fingerprint, remove_ties, cache_dir):
             tensors = build_index(rows, remove_ties)
             write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside))
     tensors = safetensors.torch.load_file(path)
-    rows.row_groups = tensors["row_groups"].tolist()
-    return tensors["index"].numpy()
+    return tensors["index"].numpy(), tensors["row_groups"].tolist()
 
 
 def open_dataset(name, config_name, cache_dir, revision):
@@ -1472,10 +1470,13 @@ def open_split(args, name, flag, revision):
         rows = PreparedRows(prepared, find_columns(args, prepared.features))
 
     fingerprint = [builder.cache_dir, name, args.streaming, rows.columns.all()]
+    index, row_groups = load_index(rows, fingerprint, args.remove_ties, args.cache_dir)
+    if args.streaming:
+        rows.row_groups = row_groups
     return Split(
         names=names,
         rows=rows,
-        index=load_index(rows, fingerprint, args.remove_ties, args.cache_dir),
+        index=index,
         fingerprint=fingerprint,
         commit=builder.hash if builder.repo_id is not None else None,
     )
@@ -1809,8 +1810,8 @@ def compile_blocks(unet, gradient_checkpointing):
     torch._dynamo.config.recompile_limit = 64
     torch._logging.set_logs(graph_breaks=True)  # so that a slow compilation explains itself
 
-    # Let the compiler save the inputs of a block only, and recompute the rest inside of it. Checkpointing around the
-    # blocks saves as much memory, but costs the CPU twice the time.
+    # Let the compiler save only the inputs of a block, and recompute the rest inside it. Checkpointing around compiled
+    # blocks saves as much memory, but takes the CPU 1.6 times as long (tests/benchmarks/host.py).
     torch._functorch.config.activation_memory_budget = 1.0
     if gradient_checkpointing:
         torch._functorch.config.activation_memory_budget = 0.0

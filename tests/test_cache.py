@@ -368,10 +368,9 @@ def test_cached_latents_equal_those_of_a_vae_that_rounds_by_batch(script, flags,
     monkeypatch.setattr(script.AutoencoderKL, "encode", round_by_batch)
     flags.update(resolution=32, num_validation_pairs=None)
 
-    def losses(**changes):
-        out = run(script, {**flags, **changes, "output_dir": tmp_path / f"{len(list(tmp_path.iterdir()))}"})
-        return scalars(out)["loss"]
+    def losses(name, **changes):
+        return scalars(run(script, {**flags, **changes, "output_dir": tmp_path / name}))["loss"]
 
-    uncached = losses(cache_latents=None)
-    assert losses() == uncached
-    assert losses(cache_latents=None, vae_encode_batch_size=4) != uncached
+    uncached = losses("uncached", cache_latents=None)
+    assert losses("cached") == uncached
+    assert losses("in batches", cache_latents=None, vae_encode_batch_size=4) != uncached

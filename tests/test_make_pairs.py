@@ -851,7 +851,10 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
         ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
         ([*STYLE, "--scorer", "clip", "--min_score", "nan"], "--min_score must be a finite number"),
-        ([*STYLE, "--rejected_prefix", "x"], "--style_prefix and --rejected_prefix are the same"),
+        (
+            [*STYLE, "--rejected_prefix", "x"],
+            "--style_prefix and --rejected_prefix are the same: add --different_seeds",
+        ),
         (["--chosen_images", "x", "--rejected_images", "x"], "--rejected_images and --chosen_images are the same"),
         (["--chosen_images", "x", "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
         ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),

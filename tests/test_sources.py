@@ -386,6 +386,17 @@ def test_dataset_of_the_hub_is_used_from_the_cache_at_the_commit_of_the_run(scri
         script.load_pairs(make_args(script, tmp_path / "none", streaming=True, **flags), (4, 1, 1), 1000)
 
 
+def test_run_that_resumes_on_another_dataset_keeps_the_commit_of_that_one(script, flags, hub_dataset):
+    """With the commit of the first one, the next resume would not find the new one."""
+    flags.update(resolution=16, train_batch_size=2, cache_dir=hub_dataset)
+    run(script, {**flags, "max_train_steps": 1})
+    changes = {"dataset_name": "me/pairs", "resume_from_checkpoint": "latest", "max_train_steps": 2}
+
+    out = run(script, {**flags, **changes})
+
+    assert json.loads((out / "checkpoint-2" / "mapo_state.json").read_text())["dataset_commit"] == 40 * "a"
+
+
 def test_every_pair_is_as_likely_to_be_sampled(script, monkeypatch):
     """At 1,000 seeds; the bound is 4.5 standard deviations."""
     index, seen = np.stack([np.zeros(20, int), np.arange(20), np.arange(20)], axis=1), np.zeros(20)

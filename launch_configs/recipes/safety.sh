@@ -10,9 +10,9 @@ HERE=$(cd "$(dirname "$0")/../.." && pwd)
 DATASET=${DATASET:-mapo-t2i/pick-safety}
 OUTPUT=${OUTPUT:-mapo-safety}
 
-# Version 2 of the paper trained on other pairs than the hub has: FLUX.1-schnell generated them with a prefix on the rejected side, and
-# a vision-language model kept those above 5 of 10. MAKE_FROM=FILE, with prompts without style words, makes such pairs
-# with SDXL first, without that judge (--scorer and --min_score come closest).
+# The pairs of version 2 are not on the hub: FLUX.1-schnell generated them with a prefix on the rejected side, and a
+# vision-language model kept those above 5 of 10. MAKE_FROM=FILE, a file of prompts without style words, makes such pairs
+# with SDXL first. There is no such judge here; --scorer and --min_score come closest.
 if [ -n "${MAKE_FROM:-}" ]; then
     accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
         "$HERE/make_pick_style_sdxl.py" \

@@ -15,6 +15,7 @@ import datetime
 import itertools
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -282,8 +283,13 @@ def main():
     build_world(folder, args.toy)
     print(f"Built in {time.perf_counter() - started:.0f} s.", flush=True)
     card = "CPU" if args.toy else torch.cuda.get_device_name()
-    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    where = {"card": card, "cpu": cpu, "peak_tflops": matmul_rate(args.toy), "date": datetime.date.today().isoformat()}
+    cpus = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())  # ARM names none
+    where = {
+        "card": card,
+        "cpu": cpus[0] if cpus else platform.machine(),
+        "peak_tflops": matmul_rate(args.toy),
+        "date": datetime.date.today().isoformat(),
+    }
     where |= {library: version(library) for library in ("torch", "diffusers", "bitsandbytes")}
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {tuple(entry["case"]): entry for entry in known}

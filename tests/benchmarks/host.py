@@ -33,6 +33,7 @@ os.environ.update(
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
+from memory import SDXL_UNET  # noqa: E402
 from small_world import build_pipeline, draw_pairs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -44,12 +45,10 @@ WARMUP = 2  # the first call compiles
 ROUNDS = 8
 
 # SDXL's blocks and layers, each as narrow as possible.
+KEPT = ("down_block_types", "up_block_types", "layers_per_block", "transformer_layers_per_block")
 TOPOLOGY = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    **{name: SDXL_UNET[name] for name in KEPT},
     "block_out_channels": (32, 32, 64),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
     "attention_head_dim": (1, 1, 1),
     "norm_num_groups": 32,
 }
@@ -121,8 +120,7 @@ def bare_step(folder, run, batch):
     if args.rank is not None:
         pipeline.unet.to(dtype)
     unet = script.build_model(args, pipeline, {"unet": pipeline.unet}).train()
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(script.trainable(unet), lr=1e-6, fused=True)
 
     latents = script.sample_latents(pipeline.vae, batch, vae_batch_size=1)
     text, added_cond_kwargs = script.encode_captions(pipeline, batch, dtype, train_text_encoder=False)
@@ -168,10 +166,9 @@ def build_generation(folder, compiled):
     hook = pipeline.unet.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    embeds = {}
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     with torch.no_grad():
-        embeds.update(zip(names, pipeline.encode_prompt("a red circle")))
+        embeds = dict(zip(names, pipeline.encode_prompt("a red circle")))
 
     def generate():
         return pipeline(**embeds, height=RESOLUTION, width=RESOLUTION, num_inference_steps=1, output_type="latent")

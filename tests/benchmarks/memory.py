@@ -1,6 +1,7 @@
 """Compute the peak memory of a training step of SDXL without a GPU, on fake tensors.
 
     python tests/benchmarks/memory.py                # SDXL base 1.0 at 1024 px, every recipe
+    python tests/benchmarks/memory.py --phases       # encoding and training with a cache, for the README's table
     python tests/benchmarks/memory.py --check        # a small UNet: the same accounting against a real step on CPU
 
 The storage of every tensor that PyTorch's operators return is counted. Not counted are workspaces of convolutions and
@@ -405,8 +406,6 @@ def table_row(recipe, peaks):
 def compute(only, file):
     header = ["recipe", "pairs", "checkpointing", "encoders", *KINDS, "peak in", "peak", "accumulating", "fits 24 GB"]
     print("Estimated, in GiB, without workspaces and fragmentation.\n")
-    if not only:
-        print_phases()
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     results = []
     for recipe in [recipe for recipe in recipes() if only in recipe.name]:
@@ -436,12 +435,23 @@ def account_cache(vae_dtype):
 
 
 def print_phases():
-    """The peaks of a cached LoRA run. Only what a phase needs is on the GPU."""
-    training = account(Recipe("LoRA", "fused", rank=16, weights=torch.bfloat16, encoders=False), SDXL_UNET)["peaks"]
-    print("| phase of a LoRA run with --cache_latents --gradient_checkpointing | GiB, estimated |\n|---|---|")
+    """The peaks of encoding a cache and of training on it, where only what a phase needs is on the GPU."""
+    print("| phase of a run with --cache_latents | checkpointing | pairs | GiB, estimated |\n|---|---|---|---|")
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        print(f"| encoding, VAE in {name}, image by image | {total(account_cache(dtype)):.1f} |")
-    print(f"| training, one pair | {max(map(total, training.values())):.1f} |\n", flush=True)
+        print(f"| encoding, VAE in {name}, image by image | | | {total(account_cache(dtype)):.1f} |")
+
+    lora = Recipe("LoRA of rank 16, AdamW (fused)", "fused", rank=16, weights=torch.bfloat16, encoders=False)
+    full = Recipe("full UNet, 8-bit AdamW", encoders=False)
+    for recipe in (
+        lora,
+        replace(lora, pairs=4),
+        replace(lora, checkpointing=False),
+        replace(lora, checkpointing=False, pairs=3),
+        replace(full, checkpointing=False, pairs=2),
+    ):
+        peak = max(map(total, account(recipe, SDXL_UNET)["peaks"].values()))
+        shown = "yes" if recipe.checkpointing else "no"
+        print(f"| training, {recipe.name} | {shown} | {recipe.pairs} | {peak:.1f} |", flush=True)
 
 
 def allocated_peak(function):
@@ -497,12 +507,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="compute the recipes with this in their names")
     parser.add_argument("--json", type=Path, help="also write the bytes of every part of a step there")
+    parser.add_argument("--phases", action="store_true", help="the phases of cached runs, for the README's table")
     parser.add_argument("--check", action="store_true", help="compare with a real step of a small UNet on CPU")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.check:
         check()
+    elif args.phases:
+        print_phases()
     else:
         compute(args.only, args.json)
 
