@@ -47,6 +47,8 @@ def build_world(folder):
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
     unet, vae = dict(pipeline.unet.config), dict(pipeline.vae.config)
     unet.update(block_out_channels=(96, 192, 384), layers_per_block=2, transformer_layers_per_block=(1, 2, 4))
+    unet.update(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"))
+    unet.update(up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
     unet.update(attention_head_dim=(2, 4, 8), norm_num_groups=32)
     vae.update(block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8)
     torch.manual_seed(0)
