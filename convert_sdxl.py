@@ -4,9 +4,15 @@
 #
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "peft>=0.18"]
+# dependencies = [
+#     "torch>=2.8",
+#     "diffusers>=0.40",
+#     "transformers>=5.24",
+#     "peft>=0.18",
+# ]
 # ///
-"""Convert SDXL models: a single-file checkpoint to a diffusers folder, or a fully fine-tuned UNet to a LoRA.
+"""
+Convert SDXL models: a single-file checkpoint to a diffusers folder, or a fully fine-tuned UNet to a LoRA.
 
 A checkpoint for ComfyUI or A1111, to a folder that the scripts here and diffusers load:
 
@@ -50,11 +56,23 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
-def positive_int(text):
-    """Parse a whole number of at least 1 for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def bounded(kind, low, high, wanted):
+    """A type for argparse: a number from `low` to `high`; `wanted` describes it in messages."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+COUNT = bounded(int, 1, sys.maxsize, "a positive whole number")
+PATH = os.path.expanduser  # leaves hub ids as they are
 
 
 def parse_args(input_args=None):
@@ -63,25 +81,24 @@ def parse_args(input_args=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    path = os.path.expanduser  # leaves hub ids as they are
 
     add = commands.add_parser("single_file", help="Convert a single file to a diffusers folder.").add_argument
-    add("file", type=path, help="SDXL checkpoint, a .safetensors file.")
-    add("folder", type=path, help="New folder for the model.")
-    add("--vae", type=path, help="VAE to use instead of the one in the file: hub id or folder.")
+    add("file", type=PATH, help="SDXL checkpoint, a .safetensors file.")
+    add("folder", type=PATH, help="New folder for the model.")
+    add("--vae", type=PATH, help="VAE to use instead of the one in the file: hub id or folder.")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="Default: what the file says.")
     add(
         "--zero_terminal_snr",
         action=argparse.BooleanOptionalAction,
         help="Whether the model was trained with zero terminal SNR. Default: what the file says.",
     )
-    add("--config", type=path, help=f"Local SDXL folder to take configs and tokenizers from, instead of {SDXL}.")
+    add("--config", type=PATH, help=f"Local SDXL folder to take configs and tokenizers from, instead of {SDXL}.")
 
     add = commands.add_parser("extract_lora", help="Extract a LoRA from a fully fine-tuned UNet.").add_argument
-    add("base", type=path, help="SDXL base model that the UNet was trained from: hub id or folder.")
-    add("unet", type=path, help="Fine-tuned UNet: hub id or folder, e.g. the output_dir of a run.")
-    add("folder", type=path, help="New folder for the LoRA.")
-    add("--rank", type=positive_int, default=64, help="Rank of the LoRA.")
+    add("base", type=PATH, help="SDXL base model that the UNet was trained from: hub id or folder.")
+    add("unet", type=PATH, help="Fine-tuned UNet: hub id or folder, e.g. the output_dir of a run.")
+    add("folder", type=PATH, help="New folder for the LoRA.")
+    add("--rank", type=COUNT, default=64, help="Rank of the LoRA.")
     return parser.parse_args(input_args)
 
 
@@ -91,24 +108,27 @@ class ConversionError(Exception):
 
 
 def describe(error):
-    """An error's type and text, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """An error's type and text in one line. The type of a ValueError says nothing, and is left out."""
+    text = " ".join(str(error).split())
+    if type(error) is ValueError and text:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def explain_errors(message):
-    """Raise any error of the body as a ConversionError that starts with `message`."""
+def explain(message):
+    """Raise any error of the body as a ConversionError that begins with `message`."""
     try:
         yield
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(f"{message} ({describe(error)}).") from error
+        raise ConversionError(f"{message}: {describe(error)}") from error
 
 
 def write_atomically(path, save):
     """Let `save` write a file or folder that appears under its name only when it is complete."""
-    with explain_errors(f"{path} could not be written"):
+    with explain(f"{path} could not be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
             save(Path(aside, path.name))
@@ -124,7 +144,7 @@ TEXT_ENCODER_2 = "conditioner.embedders.1.model."
 
 def read_checkpoint(path):
     """The tensors of a single file, {name: tensor}, and its metadata."""
-    with explain_errors(f"{path} cannot be read as a safetensors file"):
+    with explain(f"{path} cannot be read as a safetensors file"):
         with safe_open(path, "pt") as file:
             checkpoint = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
@@ -143,7 +163,7 @@ def load_empty_pipeline(config):
         f"SDXL's configs and tokenizers are needed once, but cannot be loaded from {config or SDXL}; "
         "--config takes a local SDXL folder"
     )
-    with explain_errors(message):
+    with explain(message):
         folder = config or snapshot_download(SDXL, allow_patterns=["*.json", "*.txt"])
         unet_config = UNet2DConditionModel.load_config(folder, subfolder="unet")
         vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
@@ -178,7 +198,7 @@ def fill(model, weights, part):
 
 def load_vae(name, scaling_factor):
     """The VAE of --vae, from a pipeline's folder or from one of its own."""
-    with explain_errors(f"--vae {name} cannot be loaded"):
+    with explain(f"--vae {name} cannot be loaded"):
         try:
             vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
         except OSError:
@@ -231,7 +251,7 @@ def load_single_file(args):
         raise ConversionError(f"{args.file} contains no VAE: name one with --vae, e.g. madebyollin/sdxl-vae-fp16-fix.")
 
     pipeline = load_empty_pipeline(args.config)
-    with explain_errors(f"{args.file} is not a complete SDXL base model"):
+    with explain(f"{args.file} is not a complete SDXL base model"):
         fill_pipeline(pipeline, checkpoint, args.vae)
 
     # Flags override what the file says. Only v-prediction can use zero terminal SNR.
@@ -266,7 +286,7 @@ UNET_FILES = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-??
 def open_unet(name):
     """The files that contain the tensors of a UNet, {tensor name: open file}."""
     files = {}
-    with explain_errors(f"{name} cannot be loaded"):
+    with explain(f"{name} cannot be loaded"):
         folder = Path(name)
         if not folder.is_dir():
             patterns = UNET_FILES + [f"unet/{pattern}" for pattern in UNET_FILES]

@@ -1,18 +1,6 @@
 #!/usr/bin/env python
-# coding=utf-8
 # Copyright 2026 The MaPO SDXL contributors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 #
 # /// script
 # requires-python = ">=3.11"
@@ -27,33 +15,51 @@
 #     "ftfy",
 # ]
 # ///
-"""Draw images with SDXL and its aligned versions, and score them with the preference models of the MaPO paper.
+"""
+Generate images with SDXL and its fine-tuned versions, and score them with the preference models of the MaPO paper.
 
-The 500 Pick-a-Pic v2 test prompts, base model against a LoRA and a whole UNet (the prompts of the paper's Table 2):
+The base model against a LoRA and a full UNet, on the 500 Pick-a-Pic v2 test prompts of the paper's Table 2:
 
     accelerate launch evaluate_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --prompts pickapic_v2 \
         --candidates lora=mapo-lora full=mapo-full --mixed_precision bf16 --output_dir evaluation
 
-Images made elsewhere, `00000_0.png` (prompt 0, image 0), `00001_0.png`, ... in a folder for each model:
+Images that already exist, `00000_0.png` (prompt 0, image 0), `00001_0.png`, ... in a folder per model:
 
     accelerate launch evaluate_diffusion_mapo_sdxl.py --images sdxl=images/sdxl mapo=images/mapo \
         --prompts prompts.txt --output_dir evaluation
 
-Run the same command again to resume, with more prompts, models or scorers if you like. `--output_dir` holds
+Run the same command again to resume, also with more prompts, models or scorers. `--output_dir` contains
 `images/NAME/` with its `settings.json`, `scores/SCORER.json`, `scores.jsonl` (one image per line), `results.md`,
 `results.json`, and `grid-NAME.png` with the largest wins and losses.
 
-Scorers also work alone: `PickScore("cuda").score(images, prompts)` scores PIL images in RGB.
+Scorers can be used without the rest: `PickScore("cuda").score(images, prompts)` scores PIL images in RGB.
 """
+
+# Sections:
+#
+#   Scorers     the published models, as classes that can be used on their own
+#   Statistics  means, differences and win rates
+#   Errors      exceptions, and how several processes fail together
+#   Arguments   the command line
+#   Files       finding, reading and writing them
+#   Prompts     from files, folders and hub datasets
+#   Models      what is evaluated: the base model, candidates, folders of images
+#   LoRA        reading a LoRA of any format, and applying it exactly
+#   Images      generating the missing ones
+#   Scores      computing the missing ones
+#   Results     tables and grids
+#   Main        puts everything together
 
 import argparse
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import html
+import importlib.util
 import itertools
 import json
 import logging
@@ -64,152 +70,8 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-
-
-# Arguments -----------------------------------------------------------------------------------------------------------
-# Before the libraries are imported, which takes seconds that --help and a wrong flag should not cost.
-
-
-# Where the scorers come from; hps_no_antialias has the weights of hps.
-CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-SOURCES = {
-    "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": CLIP_H},
-    "hps": {"model": CLIP_H, "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"},
-    "aesthetic": {"model": CLIP_L, "weights": "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"},
-    "clip": {"model": CLIP_L},
-    "siglip": {"model": "google/siglip-so400m-patch14-384"},
-    "dinov2": {"model": "facebook/dinov2-base"},
-    "imagereward": {"weights": "zai-org/ImageReward/ImageReward.pt", "processor": "google-bert/bert-base-uncased"},
-}
-PACKAGES = {"hps": "ftfy", "hps_no_antialias": "ftfy", "siglip": "sentencepiece"}
-DEFAULT_SCORERS = ["pickscore", "hps", "aesthetic", "clip"]
-SCHEDULERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete")
-SCHEDULERS += ("DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "KDPM2AncestralDiscrete")
-SCHEDULERS += ("DEISMultistep", "UniPCMultistep", "DPMSolverSDE")
-# Stands for each prompt's category in a path.
-CATEGORY = "{category}"
-PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
-
-
-def count(text):
-    """Parse a whole number from 1 for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def named_source(text):
-    """Parse NAME=PATH or NAME=PATH+PATH for argparse."""
-    match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
-    name, path = match.groups()
-    return name, "+".join(PATH(part) for part in path.split("+"))
-
-
-def add_image_arguments(parser):
-    add = parser.add_argument_group("prompts and images").add_argument
-    shown = "pickapic_v2, hpdv2, partiprompts, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet file."
-    add("--prompts", type=PATH, required=True, help=shown)
-    add("--prompt_column", default="prompt", help="Column of the prompts in a file or hub data set.")
-    shown = "Column of what scorers read instead, e.g. without a subject's rare token."
-    add("--scoring_prompt_column", help=shown)
-    shown = (
-        "Column of a prompt's category, e.g. its subject: results are given for each, too, and {category} stands for "
-    )
-    add("--category_column", help=shown + "it in paths of --candidates and --reference_images.")
-    add("--prompt_split", default="test", help="Split of the hub data set.")
-    add("--max_prompts", type=count, help="Use only the first prompts.")
-    add("--images_per_prompt", type=count, default=1, help="Images of each prompt.")
-    add("--batch_size", type=count, default=4, help="Images per process and forward pass.")
-    add("--output_dir", type=PATH, default="evaluation", help="Folder for everything that the run writes.")
-    named = {"nargs": "+", "type": named_source, "default": []}
-    shown = "Folders of images named by prompt and image, 00012_0.png, or as hpsv2 names them, CATEGORY/00012.jpg. "
-    shown += "Without a base pipeline, the first is the base."
-    add("--images", **named, metavar="NAME=FOLDER", help=shown)
-
-    add = parser.add_argument_group("drawing").add_argument
-    add("--pretrained_model_name_or_path", type=PATH, help="Base SDXL model, called `base`: hub id or local folder.")
-    add("--pretrained_vae_model_name_or_path", type=PATH, help="VAE of all, e.g. madebyollin/sdxl-vae-fp16-fix.")
-    add("--variant", help="Variant of the base pipeline's weights, e.g. fp16.")
-    shown = "Models to compare with the base: UNets, LoRAs or pipelines; hub ids or local folders, e.g. of training; "
-    shown += "a LoRA may also be a .safetensors file. NAME=UNET+LORA is a LoRA that was trained on another UNet."
-    add("--candidates", **named, metavar="NAME=PATH", help=shown)
-    schedulers = [f"{kind}Scheduler" for kind in SCHEDULERS]
-    add("--scheduler", choices=schedulers, help="Scheduler of all models. Without it, the base's.")
-    add("--num_inference_steps", type=count, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
-    add("--resolution", type=count, default=1024, help="Side of the images in pixels.")
-    add("--seed", type=int, default=0, help="Seed of the images' noise.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
-    add("--compile", action="store_true", help="Compile the UNet's transformer blocks to reduce CPU overhead.")
-
-
-def add_scorer_arguments(parser):
-    shown = "A weights file is given as a path or as HUB_ID/FILE, any other source as a hub id or local folder."
-    add = parser.add_argument_group("scores", shown).add_argument
-    add(
-        "--scorers",
-        nargs="+",
-        choices=[*SOURCES, "hps_no_antialias"],
-        default=DEFAULT_SCORERS,
-        help="Scores to compute.",
-    )
-    add("--reference_images", type=PATH, help="Local folder of the subject's images, for dinov2.")
-    for name, sources in SOURCES.items():
-        for part, source in sources.items():
-            add(f"--{name}_{part}", type=PATH, default=source, help=f"Source of {name}.")
-
-
-def parse_args(input_args=None):
-    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --candidates NAME=PATH [...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_image_arguments(parser)
-    add_scorer_arguments(parser)
-    args = parser.parse_args(input_args)
-    path = args.pretrained_model_name_or_path
-    if path is not None and path.endswith(".safetensors"):
-        parser.error(
-            "--pretrained_model_name_or_path is a single file, convert it first: "
-            f"python convert_sdxl.py single_file {path} FOLDER"
-        )
-    args.scorers = list(dict.fromkeys(args.scorers))
-    base = [] if args.pretrained_model_name_or_path is None else [("base", None)]
-    names = [name for name, _ in base + args.candidates + args.images]
-    rules = [
-        (not names, "give --pretrained_model_name_or_path to draw images, or --images to score existing ones"),
-        (args.candidates and not base, "--candidates needs --pretrained_model_name_or_path to compare with"),
-        (len(set(names)) < len(names), f"--candidates and --images need different names, not {', '.join(names)}"),
-        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
-        (args.seed < 0, "--seed must be at least 0"),
-        (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
-        ("dinov2" in args.scorers and not args.reference_images, "--scorers dinov2 needs --reference_images"),
-    ]
-    by_category = [path for _, path in args.candidates] + [args.reference_images or ""]
-    rules += [
-        (CATEGORY in path and not args.category_column, f"{CATEGORY} in a path needs --category_column")
-        for path in by_category
-    ]
-    needed = [(name, PACKAGES[name]) for name in args.scorers if name in PACKAGES]
-    rules += [(not find_spec(package), f"--scorers {name} needs: pip install {package}") for name, package in needed]
-    for broken, sentence in rules:
-        if broken:
-            parser.error(sentence)
-    return args
-
-
-if __name__ == "__main__":
-    ARGUMENTS = parse_args()
-
 
 import datasets
 import diffusers
@@ -219,6 +81,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
+from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
@@ -238,7 +101,6 @@ from huggingface_hub.errors import (
 from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -262,100 +124,750 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 logger = get_logger(__name__)
 
 
-# Errors and files ----------------------------------------------------------------------------------------------------
+# Scorers -------------------------------------------------------------------------------------------------------------
+CLIP_L = "openai/clip-vit-large-patch14"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
+class Scorer:
+    """
+    A published model. `score(images, prompts)` takes N PIL images in RGB and N strings, and returns N scores.
+
+    Preprocessing is fixed (no torchvision; texts padded to one length) and everything is float32, so that scores agree
+    across machines and batches up to rounding. Keyword arguments replace `sources`: a hub id, a folder, or for
+    `weights` a file or HUB_ID/FILE.
+    """
+
+    sources = {}
+    # Files that a source must contain; of several, the first one that exists.
+    files = {"model": ("model.safetensors", "model.safetensors.index.json")}
+    architecture = CLIPModel
+    reads_text = True
+    package = None  # an optional package that the scorer needs
+
+    def __init__(self, device, **sources):
+        if not sources.keys() <= self.sources.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.sources)}, not {', '.join(sources)}")
+        torch.backends.cudnn.allow_tf32 = False  # convolutions would use it by default
+        self.device = device
+        self.sources = {**self.sources, **sources}
+        self.model = self.load_model().eval().requires_grad_(False).to(device)
+        self.text_embeddings = {}
+
+        source = self.sources.get("processor") or self.sources["model"]
+        self.image_processor = self.load_image_processor(source)
+        self.tokenizer = None
+        if self.reads_text:
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            # Without its vocabulary, transformers silently builds a tokenizer of special tokens.
+            if len(self.tokenizer) == len(self.tokenizer.all_special_ids):
+                raise ValueError(f"the tokenizer of {source} has no vocabulary")
+
+    def load_model(self):
+        return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)
+
+    def load_image_processor(self, source):
+        return AutoImageProcessor.from_pretrained(source, backend="pil")
+
+    def max_tokens(self):
+        return self.model.config.text_config.max_position_embeddings
+
+    def to_pixels(self, images):
+        """Normalized pixels (N, 3, height, width) of N images."""
+        return self.image_processor(images, return_tensors="pt").pixel_values
+
+    def embed_images(self, images):
+        """Unit vectors (N, width) of N images."""
+        pixels = self.to_pixels(images).to(self.device)
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    def tokenize(self, prompts):
+        """Tokens of N prompts, padded or cut to the length that the model was trained with."""
+        return self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_tokens(),
+            return_tensors="pt",
+        ).to(self.device)
+
+    def embed_texts(self, prompts):
+        """Unit vectors (N, width) of N prompts."""
+        input_ids = self.tokenize(prompts).input_ids
+        return F.normalize(self.model.get_text_features(input_ids=input_ids).pooler_output, dim=-1)
+
+    def cosines(self, images, prompts):
+        """Cosines (N,) of N images with their prompts. Each prompt is embedded once, in a batch of its own."""
+        for prompt in prompts:
+            if prompt not in self.text_embeddings:
+                self.text_embeddings[prompt] = self.embed_texts([prompt])[0]
+        text_embeddings = torch.stack([self.text_embeddings[prompt] for prompt in prompts])
+        return (self.embed_images(images) * text_embeddings).sum(dim=-1)
+
+
+class PickScore(Scorer):
+    """exp(logit_scale) x cosine, about 22 for SDXL (arXiv 2305.01569, model card of yuvalkirstain/PickScore_v1)."""
+
+    sources = {"model": "yuvalkirstain/PickScore_v1", "processor": CLIP_H}
+
+    def score(self, images, prompts):
+        return self.model.logit_scale.exp() * self.cosines(images, prompts)
+
+
+class CLIP(Scorer):
+    """max(100 x cosine, 0) with CLIP ViT-L/14 (arXiv 2104.08718, with the factor 100 of torchmetrics)."""
+
+    sources = {"model": CLIP_L}
+
+    def score(self, images, prompts):
+        return (100 * self.cosines(images, prompts)).clamp(min=0)
+
+
+def rename(weights, patterns):
+    """Weights under new names, by (pattern, replacement) in this order."""
+    renamed = {}
+    for name, weight in weights.items():
+        for pattern, replacement in patterns:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = weight
+    return renamed
+
+
+# From open_clip's names of weights to those of transformers.
+OPEN_CLIP_NAMES = [
+    (r"^(visual\.)?transformer\.resblocks\.", r"\1encoder.layers."),
+    (r"^(encoder|positional_embedding|token_embedding|ln_final)", r"text_model.\1"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"(token_embedding|class_embedding)", r"embeddings.\1"),
+    (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_pre\.", ".pre_layrnorm."),
+    (r"\.ln_post\.", ".post_layernorm."),
+    (r"\.ln_final\.", ".final_layer_norm."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+]
+
+
+def from_open_clip(weights):
+    """The weights of an open_clip CLIP model, under the names of transformers' CLIPModel."""
+    converted = {}
+    for name, weight in rename(weights, OPEN_CLIP_NAMES).items():
+        if ".in_proj_" in name:
+            for projection, rows in zip("qkv", weight.chunk(3), strict=True):
+                converted[name.replace("in_proj_", f"{projection}_proj.")] = rows
+        elif name.endswith("_projection.weight"):
+            # open_clip stores the transpose of a linear layer's weight.
+            converted[name] = weight.T
+        else:
+            converted[name] = weight
+    return converted
+
+
+def fit_into_square(image, side, antialias):
+    """Pixels (3, side, side) from 0 to 1: the image, its longer side resized to `side`, centered on black."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    height, width = (round(length * side / max(image.size)) for length in pixels.shape[-2:])
+    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=antialias)
+    left = (side - width) // 2
+    top = (side - height) // 2
+    return F.pad(pixels, (left, side - width - left, top, side - height - top))[0]
+
+
+class HPS(Scorer):
+    """
+    Human Preference Score v2.1: 100 x cosine, about 30 for SDXL (arXiv 2306.09341, github.com/tgxs002/HPSv2).
+
+    The weights are those of open_clip's ViT-H-14; `model` provides the config and the vocabulary of that architecture.
+    The model sees the full image on a black square, where CLIP would crop its center. Texts are cleaned as by
+    open_clip. HPSv2 itself computes in float16.
+    """
+
+    sources = {"model": CLIP_H, "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
+    files = {}
+    package = "ftfy"
+    antialias = True
+
+    def load_model(self):
+        return load_complete(
+            CLIPModel,
+            None,
+            config=CLIPConfig.from_pretrained(self.sources["model"]),
+            state_dict=from_open_clip(read_weights(self.sources["weights"])["state_dict"]),
+            dtype=torch.float32,
+        )
+
+    def to_pixels(self, images):
+        side = self.model.config.vision_config.image_size
+        mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
+        std = torch.tensor(self.image_processor.image_std)[:, None, None]
+        pixels = torch.stack([fit_into_square(image, side, self.antialias) for image in images])
+        return (pixels - mean) / std
+
+    def embed_texts(self, prompts):
+        import ftfy
+
+        cleaned = [html.unescape(html.unescape(ftfy.fix_text(prompt))) for prompt in prompts]
+        return super().embed_texts(cleaned)
+
+    def score(self, images, prompts):
+        return 100 * self.cosines(images, prompts)
+
+
+class HPSWithoutAntialias(HPS):
+    """
+    HPS v2.1 with the resizing that it was trained with, and that its published tables used.
+
+    Since torchvision 0.17, HPSv2's own code antialiases: users measure 28.7 where its older README says 30.6.
+    """
+
+    antialias = False
+
+
+def linear_head(weights):
+    """From 768 numbers to one: linear layers without activations (in training, with dropout in between)."""
+    head = torch.nn.Sequential(
+        torch.nn.Linear(768, 1024),
+        torch.nn.Identity(),
+        torch.nn.Linear(1024, 128),
+        torch.nn.Identity(),
+        torch.nn.Linear(128, 64),
+        torch.nn.Identity(),
+        torch.nn.Linear(64, 16),
+        torch.nn.Linear(16, 1),
+    )
+    head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
+    return head.requires_grad_(False)
+
+
+class Aesthetic(Scorer):
+    """
+    The LAION aesthetic predictor, about 5 to 7: linear layers on the unit vector of CLIP ViT-L/14.
+
+    From github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`. It does not
+    read the prompt.
+    """
+
+    sources = {"model": CLIP_L, "weights": "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"}
+    reads_text = False
+
+    def __init__(self, device, **sources):
+        super().__init__(device, **sources)
+        self.head = linear_head(read_weights(self.sources["weights"])).to(device)
+
+    def score(self, images, prompts):
+        return self.head(self.embed_images(images))[:, 0]
+
+
+class SigLIP(Scorer):
+    """100 x sigmoid(exp(logit_scale) x cosine + logit_bias), the probability of a match (arXiv 2303.15343)."""
+
+    sources = {"model": "google/siglip-so400m-patch14-384"}
+    architecture = SiglipModel
+    package = "sentencepiece"
+
+    def score(self, images, prompts):
+        logits = self.model.logit_scale.exp() * self.cosines(images, prompts) + self.model.logit_bias
+        return 100 * logits.sigmoid()
+
+
+class DINOv2(Scorer):
+    """
+    100 x the mean cosine between the CLS vectors of an image and of each image in a folder.
+
+    This is the subject fidelity of DreamBooth (arXiv 2208.12242), with DINOv2 instead of DINO. It does not read the
+    prompt.
+    """
+
+    sources = {"model": "facebook/dinov2-base"}
+    architecture = Dinov2Model
+    reads_text = False
+
+    def __init__(self, device, reference_images, **sources):
+        super().__init__(device, **sources)
+        paths, _ = find_images(reference_images)
+        self.references = self.embed_images([read_image(path) for path in paths])
+
+    def embed_images(self, images):
+        pixels = self.to_pixels(images).to(self.device)
+        return F.normalize(self.model(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+
+    def score(self, images, prompts):
+        return 100 * (self.embed_images(images) @ self.references.T).mean(dim=1)
+
+
+# From BLIP's names of a vision model's weights to those of transformers.
+BLIP_NAMES = [
+    (r"^cls_token", "embeddings.class_embedding"),
+    (r"^pos_embed", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^norm", "post_layernorm"),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.norm", ".layer_norm"),
+    (r"\.attn\.", ".self_attn."),
+    (r"self_attn\.proj\.", "self_attn.projection."),
+]
+
+
+def weights_of_part(weights, prefix):
+    """The weights whose names begin with `prefix`, without it. Position ids are not weights in transformers."""
+    part = {}
+    for name, weight in weights.items():
+        if name.startswith(prefix) and not name.endswith("position_ids"):
+            part[name.removeprefix(prefix)] = weight
+    return part
+
+
+class ImageReward(Scorer):
+    """
+    ImageReward v1.0, of mean 0 and standard deviation 1 on its training images (arXiv 2304.05977).
+
+    As in github.com/zai-org/ImageReward, BLIP's text encoder reads the prompt and attends to the image, and linear
+    layers score its first vector. All sizes come from the weights; `processor` provides the vocabulary.
+    """
+
+    sources = {"weights": "zai-org/ImageReward/ImageReward.pt", "processor": "google-bert/bert-base-uncased"}
+    mean = 0.16717362830052426
+    std = 1.0333394966054072
+
+    def load_model(self):
+        weights = read_weights(self.sources["weights"])
+        vision = rename(weights_of_part(weights, "blip.visual_encoder."), BLIP_NAMES)
+        text = weights_of_part(weights, "blip.text_encoder.")
+        head = weights_of_part(weights, "mlp.")
+
+        vision_width, _, patch_size, _ = vision["embeddings.patch_embedding.weight"].shape
+        num_patches = vision["embeddings.position_embedding"].shape[1] - 1
+        vision_config = BlipVisionConfig(
+            hidden_size=vision_width,
+            intermediate_size=len(vision["encoder.layers.0.mlp.fc1.bias"]),
+            num_hidden_layers=sum(name.endswith("fc1.bias") for name in vision),
+            num_attention_heads=vision_width // 64,
+            image_size=patch_size * math.isqrt(num_patches),
+            patch_size=patch_size,
+            layer_norm_eps=1e-6,
+        )
+        vocab_size, text_width = text["embeddings.word_embeddings.weight"].shape
+        text_config = BlipTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=text_width,
+            encoder_hidden_size=vision_width,
+            intermediate_size=len(text["encoder.layer.0.intermediate.dense.bias"]),
+            num_hidden_layers=sum(name.endswith("intermediate.dense.bias") for name in text),
+            num_attention_heads=text_width // 64,
+            max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+        )
+        vision_model = load_complete(BlipVisionModel, None, config=vision_config, state_dict=vision)
+        text_model = load_complete(
+            BlipTextModel,
+            None,
+            config=text_config,
+            state_dict=text,
+            add_pooling_layer=False,
+        )
+        return torch.nn.ModuleList([vision_model, text_model, linear_head(head)]).float()
+
+    def load_image_processor(self, source):
+        side = self.model[0].config.image_size
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
+
+    def max_tokens(self):
+        return 35
+
+    def score(self, images, prompts):
+        vision_model, text_model, head = self.model
+        patches = vision_model(pixel_values=self.to_pixels(images).to(self.device)).last_hidden_state
+        tokens = self.tokenize(prompts)
+        states = text_model(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=patches,
+        ).last_hidden_state
+        return (head(states[:, 0])[:, 0] - self.mean) / self.std
+
+
+SCORERS = {
+    "pickscore": PickScore,
+    "hps": HPS,
+    "aesthetic": Aesthetic,
+    "clip": CLIP,
+    "siglip": SigLIP,
+    "dinov2": DINOv2,
+    "imagereward": ImageReward,
+    "hps_no_antialias": HPSWithoutAntialias,
+}
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+#
+# Scores of a model are an array (prompts, images per prompt). Two models are compared image by image, because the
+# images of a prompt have the same seeds.
+def mean_and_error(scores):
+    """The mean of scores, and its standard error over prompts (None for a single prompt)."""
+    means = scores.mean(axis=1)
+    error = None
+    if len(means) > 1:
+        error = float(means.std(ddof=1) / math.sqrt(len(means)))
+    return float(means.mean()), error
+
+
+def win_rate(candidate, base):
+    """
+    The share of images that the candidate wins, ties counting half, and its 95 % confidence interval (Wilson's).
+
+    Images of one prompt are correlated. The effective sample size, between the number of prompts and the number of
+    images, is estimated from the variance between prompts.
+    """
+    wins = (candidate > base) + 0.5 * (candidate == base)
+    num_prompts = len(wins)
+    rate = wins.mean()
+
+    variance = 0
+    if num_prompts > 1:
+        variance = wins.mean(axis=1).var(ddof=1) / num_prompts
+    effective_size = num_prompts
+    if variance > 0:
+        effective_size = np.clip(rate * (1 - rate) / variance, num_prompts, wins.size)
+
+    z_squared = 1.959964**2
+    center = (rate + z_squared / (2 * effective_size)) / (1 + z_squared / effective_size)
+    half_width = math.sqrt(z_squared * (rate * (1 - rate) / effective_size + z_squared / (4 * effective_size**2)))
+    half_width /= 1 + z_squared / effective_size
+
+    # Rounding must not put the rate outside of its interval.
+    low = min(max(center - half_width, 0), rate)
+    high = max(min(center + half_width, 1), rate)
+    return float(rate), float(low), float(high)
+
+
+def compare(scores, others):
+    """The paired comparison of two models' scores."""
+    difference, error = mean_and_error(scores - others)
+    rate, low, high = win_rate(scores, others)
+    wins = int((scores > others).sum())
+    ties = int((scores == others).sum())
+    return {
+        "difference": difference,
+        "difference_error": error,
+        "wins": wins,
+        "ties": ties,
+        "losses": scores.size - wins - ties,
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+    }
+
+
+def summarize_categories(scorers, names, tables, categories):
+    """Mean scores of each model in each category, if there are several, and the mean of the categories."""
+    distinct = list(dict.fromkeys(categories))
+    if len(distinct) < 2:
+        return []
+
+    rows = []
+    for i, name in enumerate(names):
+        rows_of_model = []
+        for category in distinct:
+            in_category = np.array([other == category for other in categories])
+            row = {"category": category, "model": name}
+            for scorer in scorers:
+                row[scorer] = float(tables[scorer][i][in_category].mean())
+            rows_of_model.append(row)
+
+        # Every category has the same weight, however many prompts it has.
+        average = {"category": "mean of categories", "model": name}
+        for scorer in scorers:
+            average[scorer] = float(np.mean([row[scorer] for row in rows_of_model]))
+        rows += [*rows_of_model, average]
+    return rows
+
+
+def summarize(scorers, names, tables, categories):
+    """
+    Rows of results: of each scorer and model, the base model first; of any two candidates; of each category.
+
+    `tables` is {scorer: (models, prompts, images per prompt)}, `categories` the category of each prompt.
+    """
+    results = []
+    pairs = []
+    for scorer in scorers:
+        for i, name in enumerate(names):
+            scores = tables[scorer][i]
+            mean, error = mean_and_error(scores)
+            row = {"scorer": scorer, "model": name, "mean": mean, "standard_error": error}
+            if i > 0:
+                row.update(compare(scores, tables[scorer][0]))
+            results.append(row)
+            for j in range(1, i):
+                comparison = compare(scores, tables[scorer][j])
+                pairs.append({"scorer": scorer, "model": name, "against": names[j], **comparison})
+    return {
+        "results": results,
+        "pairs": pairs,
+        "categories": summarize_categories(scorers, names, tables, categories),
+    }
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+#
+# A failure that can hit a single process, such as a full disk or an unreadable file, is raised on all of them
+# (`raise_on_all_ranks`) where the others would otherwise wait for it. Elsewhere `explain` is enough.
 class EvaluationError(Exception):
-    """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
+    """An error that one sentence explains; printed without a traceback."""
+
+
+def describe(error):
+    """An error's type and text in one line. The type of a ValueError says nothing, and is left out."""
+    text = " ".join(str(error).split())
+    if type(error) is ValueError and text:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def naming(subject, fault="cannot be loaded"):
-    """Turn any error into an EvaluationError that names the flag or file at fault, and gives the reason."""
+def explain(message):
+    """Raise any error of the body as an EvaluationError that begins with `message`."""
     try:
         yield
     except EvaluationError:
         raise
-    # Broken files raise most of the built-in exceptions.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise EvaluationError(f"{subject} {fault}: {reason}") from error
+        raise EvaluationError(f"{message}: {describe(error)}") from error
 
 
 @contextlib.contextmanager
-def failing_together():
-    """Raise an EvaluationError of one process on all of them; none leaves before all have arrived."""
-    problem = None
+def raise_on_all_ranks(message):
+    """
+    If the body fails on any process, raise the same EvaluationError on all of them, so that none hangs.
+
+    The body must not contain another use of this: a process that fails before the inner one would meet the others
+    in the wrong place.
+    """
+    failure = None
     try:
-        yield
+        with explain(message):
+            yield
     except EvaluationError as error:
-        problem = str(error)
-    problem = next(filter(None, gather_object([problem])), None)
-    if problem is not None:
-        raise EvaluationError(problem)
+        failure = str(error)
+
+    for sentence in gather_object([failure]):
+        if sentence is not None:
+            raise EvaluationError(sentence)
 
 
-def decided_once(accelerator, decide):
-    """The value of `decide()` on the main process, for all: no two processes see different files."""
-    value = [None]
-    with failing_together():
-        if accelerator.is_main_process:
-            value = [decide()]
-    return broadcast_object_list(value)[0]
+def from_main_process(function, *args):
+    """Call `function` on the main process; return its result, or raise its error, on all processes."""
+    result = None
+    with raise_on_all_ranks("The main process failed"):
+        if PartialState().is_main_process:
+            result = function(*args)
+    return broadcast_object_list([result])[0]
 
 
+# Arguments -----------------------------------------------------------------------------------------------------------
+DEFAULT_SCORERS = ["pickscore", "hps", "aesthetic", "clip"]
+SCHEDULERS = [
+    "DDIM",
+    "DDPM",
+    "PNDM",
+    "LMSDiscrete",
+    "EulerDiscrete",
+    "HeunDiscrete",
+    "EulerAncestralDiscrete",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "DEISMultistep",
+    "UniPCMultistep",
+]
+CATEGORY = "{category}"  # stands for each prompt's category in a path
+
+
+def bounded(kind, low, high, wanted):
+    """A type for argparse: a number from `low` to `high`; `wanted` describes it in messages."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+COUNT = bounded(int, 1, sys.maxsize, "a positive whole number")
+SEED = bounded(int, 0, sys.maxsize, "zero or a positive whole number")
+NOT_NEGATIVE = bounded(float, 0, sys.float_info.max, "zero or a positive number")
+PATH = os.path.expanduser  # leaves hub ids as they are
+
+
+def named_source(text):
+    """Parse NAME=PATH or NAME=PATH+PATH for argparse."""
+    match = re.fullmatch(r"(\w[\w.-]*)=(.+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of letters, digits, '.', '_', '-'")
+    name, path = match.groups()
+    return name, "+".join(PATH(part) for part in path.split("+"))
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults other than None, False and []."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_prompt_arguments(parser):
+    add = parser.add_argument_group("prompts and images").add_argument
+    add(
+        "--prompts",
+        type=PATH,
+        required=True,
+        help="`pickapic_v2`, `hpdv2`, `partiprompts`, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet "
+        "file.",
+    )
+    add("--prompt_column", default="prompt", help="Column with the prompts.")
+    add("--scoring_prompt_column", help="Column with the prompts for scorers, e.g. without a subject's rare token.")
+    add(
+        "--category_column",
+        help="Column with a prompt's category, e.g. its subject. Results are also given per category, and {category} "
+        "stands for it in paths of --candidates and --reference_images.",
+    )
+    add("--prompt_split", default="test", help="Split of the hub dataset.")
+    add("--max_prompts", type=COUNT, help="Use only the first prompts.")
+    add("--images_per_prompt", type=COUNT, default=1, help="Number of images per prompt.")
+    add("--batch_size", type=COUNT, default=4, help="Images per process and forward pass.")
+    add("--output_dir", type=PATH, default="evaluation", help="Output folder.")
+    add(
+        "--images",
+        nargs="+",
+        type=named_source,
+        default=[],
+        metavar="NAME=FOLDER",
+        help="Folders of existing images, named by prompt and image (00012_0.png), or as hpsv2 names them "
+        "(CATEGORY/00012.jpg). Without --pretrained_model_name_or_path, the others are compared with the first.",
+    )
+
+
+def add_generation_arguments(parser):
+    add = parser.add_argument_group("generation").add_argument
+    add("--pretrained_model_name_or_path", type=PATH, help="SDXL base model, named `base`: hub id or local folder.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        type=PATH,
+        help="VAE for all models, e.g. madebyollin/sdxl-vae-fp16-fix.",
+    )
+    add("--variant", help="Variant of the base model's weights, e.g. fp16.")
+    add(
+        "--candidates",
+        nargs="+",
+        type=named_source,
+        default=[],
+        metavar="NAME=PATH",
+        help="Models to compare with the base model: UNets, LoRAs or pipelines; hub ids or local folders, e.g. an "
+        "output_dir of training. A LoRA may also be a .safetensors file. NAME=UNET+LORA is a LoRA that was trained on "
+        "another UNet.",
+    )
+    schedulers = [f"{kind}Scheduler" for kind in SCHEDULERS]
+    add("--scheduler", choices=schedulers, help="Scheduler for all models. Defaults to the base model's.")
+    add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance scale.")
+    add("--resolution", type=COUNT, default=1024, help="Width and height of the images in pixels.")
+    add("--seed", type=SEED, default=0, help="Seed of the noise.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Defaults to accelerate's setting.")
+    add("--compile", action="store_true", help="Compile the UNet's transformer blocks to reduce CPU overhead.")
+
+
+def source_flags(name):
+    """{part: name of its flag} of a scorer. The two versions of HPS have the same flags."""
+    prefix = name.removesuffix("_no_antialias")
+    return {part: f"{prefix}_{part}" for part in SCORERS[name].sources}
+
+
+def add_scorer_arguments(parser):
+    description = "Weights are a file or HUB_ID/FILE; any other source is a hub id or a local folder."
+    add = parser.add_argument_group("scorers", description).add_argument
+    add("--scorers", nargs="+", choices=list(SCORERS), default=DEFAULT_SCORERS, help="Scores to compute.")
+    add("--reference_images", type=PATH, help="Local folder with images of the subject, for dinov2.")
+    for name, scorer in SCORERS.items():
+        if name == "hps_no_antialias":
+            continue
+        for part, flag in source_flags(name).items():
+            add(f"--{flag}", type=PATH, default=scorer.sources[part], help=f"Source of {name}.")
+
+
+def parse_args(input_args=None):
+    """Parse the command line (or `input_args`). Misuse exits with one sentence that names the flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().splitlines()[0],
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --candidates NAME=PATH [...]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_prompt_arguments(parser)
+    add_generation_arguments(parser)
+    add_scorer_arguments(parser)
+    args = parser.parse_args(input_args)
+    args.scorers = list(dict.fromkeys(args.scorers))
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser, args):  # noqa: C901
+    """Reject combinations of flags that cannot work."""
+    base = args.pretrained_model_name_or_path
+    if base is None and not args.images:
+        parser.error("give --pretrained_model_name_or_path to generate images, or --images to score existing ones")
+    if base is None and args.candidates:
+        parser.error("--candidates requires --pretrained_model_name_or_path")
+    if base is not None and base.endswith(".safetensors"):
+        parser.error(
+            "--pretrained_model_name_or_path is a single file, convert it first: "
+            f"python convert_sdxl.py single_file {base} FOLDER"
+        )
+
+    names = [name for name, _ in [*args.candidates, *args.images]]
+    if base is not None:
+        names.insert(0, "base")
+    if len(set(names)) < len(names):
+        parser.error(f"--candidates and --images need different names, not {', '.join(names)}")
+
+    paths = [path for _, path in args.candidates]
+    if args.reference_images is not None:
+        paths.append(args.reference_images)
+    has_categories = args.category_column is not None or args.prompts in ("hpdv2", "partiprompts")
+    if not has_categories and any(CATEGORY in path for path in paths):
+        parser.error(f"{CATEGORY} in a path requires --category_column")
+    if args.prompts in ("hpdv2", *PROMPT_SETS):
+        if args.category_column is not None or args.scoring_prompt_column is not None:
+            parser.error(f"--prompts {args.prompts} has its own columns, and only those")
+
+    if args.resolution % 8 != 0:
+        parser.error("--resolution must be a multiple of 8")
+    if "dinov2" in args.scorers and not args.reference_images:
+        parser.error("--scorers dinov2 requires --reference_images")
+    for name in args.scorers:
+        package = SCORERS[name].package
+        if package is not None and importlib.util.find_spec(package) is None:
+            parser.error(f"--scorers {name} needs a package: pip install {package}")
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
-
-def find_file(source, name):
-    """Path of a file in a local folder, or of a hub id (then downloaded); None if there is no such file."""
-    path = Path(source) / name
-    if Path(source).is_dir():
-        return path if path.is_file() else None
-    with naming(f"{name} of {source}", "cannot be downloaded"):
-        try:
-            return Path(hf_hub_download(source, name))
-        except HFValidationError:
-            return None
-        except (EntryNotFoundError, RepositoryNotFoundError) as error:
-            # A hub out of reach, or one that wants a token, may have it all the same.
-            unknown = isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
-            if unknown or isinstance(error, GatedRepoError):
-                raise
-            return None
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def file_digest(path):
-    """SHA-256 of a file's content."""
-    content = hashlib.sha256()
-    with naming(path, "cannot be read"), open(path, "rb") as file:
-        for block in iter(partial(file.read, 2**24), b""):
-            content.update(block)
-    return content.hexdigest()[:16]
-
-
-def version_of(source, file, name, weights=()):
-    """The commit of a hub id; of a local folder, a digest of the weights' content, or of the file `name` itself."""
-    if not Path(source).exists():
-        return file.parents[len(Path(name).parts) - 1].name
-    return digest([file_digest(path) for path in sorted(weights) or [file]])
-
-
-def load_complete(architecture, source, **options):
-    """`from_pretrained`, but weights that are missing are an error: the libraries would initialize them at random."""
-    model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
-    missing = info["missing_keys"]
-    if missing:
-        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
-    return model
-
-
 # Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+PngImagePlugin.MAX_TEXT_CHUNK = 2**31 - 1
+PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
 ORIENTATION = 0x0112
 # How an image is turned upright, by its EXIF orientation.
 TRANSPOSITIONS = {
@@ -369,14 +881,60 @@ TRANSPOSITIONS = {
 }
 
 
+def find_file(source, name):
+    """Path of a file in a local folder, or in a hub repository (then downloaded); None if it does not exist."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    with explain(f"{name} of {source} cannot be downloaded"):
+        try:
+            return Path(hf_hub_download(source, name))
+        except HFValidationError:
+            return None
+        except GatedRepoError:
+            raise
+        except LocalEntryNotFoundError:
+            if not is_offline_mode():  # the hub cannot be reached, and may have the file
+                raise
+            return None
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            return None
+
+
+def read_weights(source):
+    """A dictionary of weights from a local .pt or .pth file, or from HUB_ID/FILE."""
+    file = find_file(*os.path.split(source))
+    if file is None:
+        raise FileNotFoundError(source)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def digest(value):
+    """A short hash of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def file_digest(path):
+    """A short hash of a file's content."""
+    with explain(f"{path} cannot be read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def version_of(source, name, file, weights=()):
+    """The commit of a hub id; for a local folder, a digest of `weights`, or of the file `name` if there are none."""
+    if not Path(source).exists():
+        return file.parents[len(Path(name).parts) - 1].name
+    return digest([file_digest(path) for path in sorted(weights) or [file]])
+
+
 def decode_image(path):
-    """Decode an image to RGB: upright, and on white where it is transparent. Its metadata may be broken."""
+    """Decode an image to RGB: upright, and composited over white where it is transparent. Ignores broken metadata."""
     with Image.open(path) as image:
         image.load()
-        # Pillow's own conversion clips. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
+        # Pillow's own conversion clips 16-bit grey, whose mode is "I;16", or "I" in older versions.
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
-        # ImageOps.exif_transpose also writes the EXIF data again, which fails if one of its tags is wrong.
+        # ImageOps.exif_transpose also rewrites the EXIF data, which fails if one of its tags is wrong.
         orientation = None
         with contextlib.suppress(Exception):
             orientation = image.getexif().get(ORIENTATION)
@@ -391,8 +949,14 @@ def decode_image(path):
         return image.convert("RGB")
 
 
+def read_image(path):
+    """`decode_image` with an error that names the file."""
+    with explain(f"Image {path} cannot be read, fix or delete it"):
+        return decode_image(path)
+
+
 def find_images(folder):
-    """Paths of a folder's images, by name, and the names of the files that Pillow cannot open."""
+    """Paths of the images in a folder, sorted by name, and the names of the files that Pillow cannot open."""
     images = []
     others = []
     for path in sorted(Path(folder).glob("[!.]*")):
@@ -409,62 +973,66 @@ def find_images(folder):
     return images, others
 
 
-def read_image(path):
-    """An image in RGB; EvaluationError if it cannot be decoded."""
-    with naming(f"Image {path}", "cannot be read, fix or delete it"):
-        return decode_image(path)
-
-
-def write_whole(path, write):
-    """Call `write(path)` on a hidden neighbour that then takes the path's place, so nobody sees half a file."""
-    aside = path.with_name(f".incomplete-{path.name}")
-    with naming(f"--output_dir: {path}", "cannot be written"):
+def write_atomically(path, save):
+    """Let `save` write a file that appears under its name only when it is complete."""
+    with explain(f"--output_dir: {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
+        aside = path.with_name(f".incomplete-{path.name}")
+        save(aside)
         os.replace(aside, path)
 
 
 def write_text(path, text):
-    write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def in_batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-# Prompts and models --------------------------------------------------------------------------------------------------
-
-
-# Source, split, and columns of prompt and category, of each known prompt set. HPDv2 (arXiv 2306.09341) is a list of
-# prompts for each style.
-HPDV2 = {s: f"hf://datasets/zhwang/HPDv2/benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")}
+# Prompts -------------------------------------------------------------------------------------------------------------
+PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Source, split, and columns of prompt and category of known prompt sets.
 PROMPT_SETS = {
     "pickapic_v2": ("yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", None),
     "partiprompts": ("nateraw/parti-prompts", "train", "Prompt", "Category"),
 }
-PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# HPDv2 (arXiv 2306.09341) is a list of prompts per style.
+HPDV2 = {
+    "anime": "hf://datasets/zhwang/HPDv2/benchmark/anime.json",
+    "concept-art": "hf://datasets/zhwang/HPDv2/benchmark/concept-art.json",
+    "paintings": "hf://datasets/zhwang/HPDv2/benchmark/paintings.json",
+    "photo": "hf://datasets/zhwang/HPDv2/benchmark/photo.json",
+}
+
+
+class Prompt(NamedTuple):
+    text: str
+    scored: str  # what scorers read
+    category: str | None
+    number: int  # among the prompts of its category
 
 
 def stream_prompts(source, split, columns):
     """
-    Yield {flag: value} of each row of a prompts file, a local folder or a hub data set, for its columns {flag: name}.
+    Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset, with columns {flag: name}.
 
-    The lines of a text file, and the strings of a JSON list, are the prompts whatever the name of their column.
+    The lines of a text file, and the strings of a JSON list, are prompts whatever the name of their column.
     """
-    # `datasets` takes the path of a file as a pattern.
     suffix = Path(source).suffix.lower()
     options = {"path": source}
     if suffix in PROMPT_FILES:
+        # `datasets` takes the path of a file as a pattern.
         options = {"path": PROMPT_FILES[suffix], "data_files": glob.escape(source)}
         split = "train"
     if suffix == ".txt":
         options["encoding"] = "utf-8-sig"
-    elif suffix == ".tsv":
+    if suffix == ".tsv":
         options["sep"] = "\t"
     builder = datasets.load_dataset_builder(**options)
     rows = builder.as_streaming_dataset(split=split)
 
-    # Of parquet files, which may contain images, read only these columns.
+    # Read only these columns of parquet files, which may contain images.
     names = list(dict.fromkeys(columns.values()))
     if hasattr(builder.config, "columns") and set(names) <= set(rows.features or ()):
         builder.config.columns = names
@@ -479,17 +1047,8 @@ def stream_prompts(source, split, columns):
         yield {flag: row[name] for flag, name in columns.items()}
 
 
-class Prompt(NamedTuple):
-    """What is drawn, what scorers read, the category, and the prompt's number within its category."""
-
-    text: str
-    scored: str
-    category: str | None
-    number: int
-
-
 def read_rows(args):
-    """Yield text, text for scorers, and category."""
+    """Yield (prompt, prompt for scorers, category) for each row of --prompts."""
     if args.prompts == "hpdv2":
         for style, file in HPDV2.items():
             for row in stream_prompts(file, "train", {"--prompt_column": "text"}):
@@ -498,125 +1057,325 @@ def read_rows(args):
 
     source = args.prompts
     split = args.prompt_split
-    columns = {
-        "--prompt_column": args.prompt_column,
-        "--scoring_prompt_column": args.scoring_prompt_column,
-        "--category_column": args.category_column,
-    }
+    prompt_column = args.prompt_column
+    category_column = args.category_column
     if args.prompts in PROMPT_SETS:
-        source, split, columns["--prompt_column"], columns["--category_column"] = PROMPT_SETS[args.prompts]
+        source, split, prompt_column, category_column = PROMPT_SETS[args.prompts]
+    columns = {"--prompt_column": prompt_column}
+    if args.scoring_prompt_column is not None:
+        columns["--scoring_prompt_column"] = args.scoring_prompt_column
+    if category_column is not None:
+        columns["--category_column"] = category_column
 
-    columns = {flag: name for flag, name in columns.items() if name is not None}
     for row in stream_prompts(source, split, columns):
         text = row["--prompt_column"]
         category = None
-        if "--category_column" in row:
+        if category_column is not None:
+            if row["--category_column"] is None:
+                raise ValueError(f"--category_column: the row of {text!r} has no category")
             category = str(row["--category_column"])
         yield text, row.get("--scoring_prompt_column", text), category
 
 
 def read_prompts(args):
-    """The first --max_prompts prompts; EvaluationError if there are none, or one is not text."""
-    with naming(f"--prompts {args.prompts}"):
+    """The first --max_prompts prompts."""
+    with explain(f"--prompts {args.prompts} cannot be loaded"):
         rows = list(itertools.islice(read_rows(args), args.max_prompts))
     while rows and rows[-1][0] == "":
         rows.pop()
     if not rows:
-        raise EvaluationError(f"--prompts {args.prompts} holds no prompt.")
-    seen, prompts = {}, []
+        raise EvaluationError(f"--prompts {args.prompts} contains no prompts.")
+
+    prompts = []
+    seen = {}  # {category: number of its prompts so far}
     for i, (text, scored, category) in enumerate(rows):
-        if not all(isinstance(words, str) and words.strip() for words in (text, scored)):
-            raise EvaluationError(f"--prompts {args.prompts}: row {i} is empty or not text.")
-        prompts.append(Prompt(text, scored, category, seen.get(category, 0)))
-        seen[category] = prompts[-1].number + 1
+        for words in (text, scored):
+            if not isinstance(words, str) or not words.strip():
+                raise EvaluationError(f"--prompts {args.prompts}: row {i} is empty or not text.")
+        number = seen.get(category, 0)
+        seen[category] = number + 1
+        prompts.append(Prompt(text, scored, category, number))
     return prompts
 
 
-class Model(NamedTuple):
-    """What draws: `load` makes a pipeline of `source`; `version` tells its weights."""
-
-    kind: str
-    load: object
-    source: str
-    version: str
-
-
-class System(NamedTuple):
-    """
-    A set of images under evaluation; messages call it `shown`, `folder` holds it, and `models` draw it: {category:
-    Model}, or {None: Model} if one model draws all. Images that exist already have no models.
-    """
-
-    name: str
-    shown: str
-    folder: Path
-    models: dict
-
-    def image(self, prompts, place):
-        """Path of an image, by the numbers of its prompt and of the image among those of the prompt."""
-        i, number = place
-        paths = [self.folder / f"{i:05d}_{number}{suffix}" for suffix in IMAGE_SUFFIXES]
-        if not self.models and prompts[i].category and number == 0:
-            # The layout of hpsv2.
-            hpsv2 = self.folder / prompts[i].category
-            paths += [hpsv2 / f"{prompts[i].number:05d}{suffix}" for suffix in IMAGE_SUFFIXES]
-        return next((path for path in paths if path.exists()), paths[0])
+def warn_about_long_prompts(prompts, tokenizer):
+    """Warn about prompts with more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
+    limit = tokenizer.model_max_length
+    too_long = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
+    if too_long > 0:
+        logger.warning(f"{too_long} of {len(prompts)} prompts have more than {limit} tokens; SDXL ignores the rest.")
 
 
+# Models --------------------------------------------------------------------------------------------------------------
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# The first of these files that a source contains tells its kind.
+KINDS = {
+    "model_index.json": "pipeline",
+    "unet/config.json": "unet",
+    LORA_FILE: "lora",
+    "config.json": "unet",
+}
 # The parts of an SDXL pipeline that have weights.
-MODELS = {
+COMPONENTS = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
+# Pipelines that share a scheduler must agree on these keys of its config. Defaults are for configs without the key.
+SCHEDULE = {
+    "prediction_type": "epsilon",
+    "beta_start": None,
+    "beta_end": None,
+    "beta_schedule": None,
+    "rescale_betas_zero_snr": False,
+}
 
 
-def load_model(source, name, variant, dtype):
-    """One of MODELS. As in diffusers, a part may lack the variant that others have."""
-    try:
-        return load_complete(MODELS[name], source, subfolder=name, variant=variant, dtype=dtype)
-    except OSError:
-        if variant is None:
-            raise
-        with contextlib.suppress(OSError):
-            return load_complete(MODELS[name], source, subfolder=name, dtype=dtype)
-        raise
+class Model(NamedTuple):
+    """What generates images: a pipeline, with another UNet or a LoRA unless these are None, by hub id or path."""
+
+    label: str  # the flag and its value, for messages
+    kind: str
+    source: str
+    version: str
+    pipeline: str
+    unet: str | None = None
+    lora: str | None = None
+
+
+class System(NamedTuple):
+    """
+    A set of images under evaluation, in `folder`; `label` names it in messages.
+
+    `models` generate the images: {category: Model}, or {None: Model} for all categories. Images of --images have no
+    models.
+    """
+
+    name: str
+    label: str
+    folder: Path
+    models: dict
+
+    def model_of(self, prompt):
+        """The Model that generates the images of a prompt."""
+        if None in self.models:
+            return self.models[None]
+        return self.models[prompt.category]
+
+    def image(self, prompts, image_id):
+        """Path of an image by its id: the number of its prompt, and its number among the images of that prompt."""
+        prompt_number, image_number = image_id
+        if self.models:
+            return self.folder / f"{prompt_number:05d}_{image_number}.png"
+
+        paths = [self.folder / f"{prompt_number:05d}_{image_number}{suffix}" for suffix in IMAGE_SUFFIXES]
+        prompt = prompts[prompt_number]
+        if prompt.category is not None and image_number == 0:
+            # hpsv2 names images by category, and by their number within it.
+            paths += [self.folder / prompt.category / f"{prompt.number:05d}{suffix}" for suffix in IMAGE_SUFFIXES]
+        for path in paths:
+            if path.exists():
+                return path
+        return paths[0]
+
+
+def find_kind(source, label, kinds):
+    """The kind of a folder, file or hub id, one of `kinds`, and the version of its weights."""
+    for name, kind in KINDS.items():
+        file = None
+        if kind == "lora" and "lora" in kinds:
+            file = find_lora_file(source)
+        elif kind in kinds and not source.endswith(".safetensors"):
+            file = find_file(source, name)
+        if file is None:
+            continue
+
+        weights = []
+        if kind == "pipeline":
+            weights = file.parent.glob("*/*.safetensors")
+        elif kind == "unet":
+            weights = file.parent.glob("*.safetensors")
+        return kind, version_of(source, name, file, weights)
+
+    names = [name for name, kind in KINDS.items() if kind in kinds]
+    raise EvaluationError(f"{label} is not a folder or a reachable hub id with {' or '.join(names)}.")
+
+
+def find_candidate(args, name, source):
+    """The Model of --candidates NAME=PATH; PATH may be UNET+LORA unless a file has that name."""
+    base = args.pretrained_model_name_or_path
+    label = f"--candidates {name}={source}"
+    if "+" in source and not Path(source).exists():
+        unet, _, lora = source.rpartition("+")
+        kind, unet_version = find_kind(unet, f"{label}: {unet}", ["pipeline", "unet"])
+        _, lora_version = find_kind(lora, f"{label}: {lora}", ["lora"])
+        version = digest([unet_version, lora_version])
+        if kind == "pipeline":
+            return Model(label, "unet and lora", source, version, pipeline=unet, lora=lora)
+        return Model(label, "unet and lora", source, version, pipeline=base, unet=unet, lora=lora)
+
+    kind, version = find_kind(source, label, ["pipeline", "unet", "lora"])
+    if kind == "pipeline":
+        return Model(label, kind, source, version, pipeline=source)
+    if kind == "unet":
+        return Model(label, kind, source, version, pipeline=base, unet=source)
+
+    with explain(f"{label} cannot be loaded"):
+        unet = read_lora_config(find_lora_file(source)).get("unet.base_model_name_or_path")
+    if unet not in (None, "", base):
+        logger.warning(f"{label} was trained on another UNet. Use {name}={unet}+{source}.")
+    return Model(label, kind, source, version, pipeline=base, lora=source)
+
+
+def find_systems(args, prompts):
+    """Everything under evaluation, the base model first."""
+    systems = []
+    folder = Path(args.output_dir) / "images"
+    base = args.pretrained_model_name_or_path
+    if base is not None:
+        label = f"--pretrained_model_name_or_path {base}"
+        _, version = find_kind(base, label, ["pipeline"])
+        model = Model(label, "base", base, version, pipeline=base)
+        systems.append(System("base", label, folder / "base", {None: model}))
+
+    for name, source in args.candidates:
+        models = {}
+        if CATEGORY in source:
+            for prompt in prompts:
+                if prompt.category not in models:
+                    models[prompt.category] = find_candidate(args, name, source.replace(CATEGORY, prompt.category))
+        else:
+            models[None] = find_candidate(args, name, source)
+        systems.append(System(name, f"--candidates {name}={source}", folder / name, models))
+
+    for name, source in args.images:
+        systems.append(System(name, f"--images {name}={source}", Path(source), {}))
+    return systems
+
+
+def find_vae(source):
+    """The version of --pretrained_vae_model_name_or_path."""
+    file = find_file(source, "config.json")
+    if file is None:
+        raise EvaluationError(
+            f"--pretrained_vae_model_name_or_path {source} is not a folder or a reachable hub id with config.json."
+        )
+    return version_of(source, "config.json", file, file.parent.glob("*.safetensors"))
+
+
+def load_complete(model_class, source, **options):
+    """`from_pretrained`, but missing weights are an error: libraries would initialize them at random."""
+    model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
+    return model
+
+
+def load_component(name, source, variant, dtype):
+    """One of COMPONENTS. All but the UNet may lack the variant."""
+    if variant is not None:
+        try:
+            return load_complete(COMPONENTS[name], source, subfolder=name, variant=variant, dtype=dtype)
+        except OSError:
+            if name == "unet":
+                raise
+    return load_complete(COMPONENTS[name], source, subfolder=name, dtype=dtype)
 
 
 def load_tokenizers(source):
-    """The tokenizers of an SDXL pipeline. Without its vocabulary, transformers would make one of a few tokens."""
+    """The tokenizers of an SDXL pipeline, checked against its text encoders."""
     tokenizers = {}
-    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+    for suffix in ("", "_2"):
+        name = f"tokenizer{suffix}"
         tokenizers[name] = CLIPTokenizer.from_pretrained(source, subfolder=name)
-        number = len(tokenizers[name])
-        expected = CLIPTextConfig.from_pretrained(source, subfolder=encoder).vocab_size
-        if number != expected:
-            raise ValueError(f"its {name} has {number} tokens, its {encoder} expects {expected}; are files missing?")
+        expected = CLIPTextConfig.from_pretrained(source, subfolder=f"text_encoder{suffix}").vocab_size
+        # Without its vocabulary file, transformers silently builds an empty tokenizer.
+        if len(tokenizers[name]) != expected:
+            raise ValueError(
+                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings of "
+                f"{expected}"
+            )
     return tokenizers
 
 
-def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
-    """The pipeline of a folder or hub id, with `parts` instead of its own. Nothing that it lacks is replaced."""
-    for name in MODELS:
-        if name not in parts:
-            parts[name] = load_model(source, name, variant, dtype)
-    parts.update(load_tokenizers(source))
-    return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
+def load_sdxl(source, variant=None, dtype=torch.float32, **components):
+    """A pipeline with these components instead of its own. Nothing that it lacks is initialized at random."""
+    for name in COMPONENTS:
+        if name not in components:
+            components[name] = load_component(name, source, variant, dtype)
+    components.update(load_tokenizers(source))
+    return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **components)
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+def check_schedule(source, base):
+    """Refuse a pipeline that was trained with another noise schedule than the base model."""
+    config = EulerDiscreteScheduler.load_config(source, subfolder="scheduler")
+    base_config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
+    for key, default in SCHEDULE.items():
+        value = config.get(key, default)
+        base_value = base_config.get(key, default)
+        if value != base_value:
+            raise ValueError(f"its scheduler's {key} is {value}, not {base_value} as in the base model")
+
+
+def load_unet(source, base, dtype):
+    """A UNet from a folder or hub id, or from `unet` in it. It must fit the base model's latents and prompts."""
+    subfolder = None
+    if find_file(source, "unet/config.json") is not None:
+        subfolder = "unet"
+    config = UNet2DConditionModel.load_config(source, subfolder=subfolder)
+    base_config = UNet2DConditionModel.load_config(base, subfolder="unet")
+    for key in ("cross_attention_dim", "in_channels"):
+        if config.get(key) != base_config.get(key):
+            raise ValueError(f"its {key} is {config.get(key)}, not {base_config.get(key)} as in the base model")
+    return load_complete(UNet2DConditionModel, source, subfolder=subfolder, dtype=dtype)
+
+
+class Shared(NamedTuple):
+    """What all pipelines have in common; `vae` is None if each one uses its own."""
+
+    dtype: torch.dtype
+    scheduler: object
+    vae: AutoencoderKL | None
+
+
+def load_pipeline(args, model, shared):
+    """A model's pipeline. Nothing is moved to the GPU."""
+    base = args.pretrained_model_name_or_path
+    variant = args.variant
+    components = {"scheduler": shared.scheduler}
+    if shared.vae is not None:
+        components["vae"] = shared.vae
+    with explain(f"{model.label} cannot be loaded"):
+        if model.pipeline != base:
+            check_schedule(model.pipeline, base)
+            variant = None
+        if model.unet is not None:
+            components["unet"] = load_unet(model.unet, base, shared.dtype)
+        pipeline = load_sdxl(model.pipeline, variant, shared.dtype, **components)
+        if model.lora is not None:
+            add_lora(pipeline, read_lora(find_lora_file(model.lora), pipeline.unet.config))
+    return pipeline
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------
+#
+# diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
+# W + alpha / rank * up @ down, and a file that contains anything else is refused.
+#
 # The second weight of a LoRA's layer, by the first: as kohya, peft, and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
 
-def find_lora(source):
-    """Path of a LoRA: a .safetensors file, also as HUB_ID/FILE, or the one of a folder or hub id; None without one."""
+def find_lora_file(source):
+    """Path of a LoRA: a .safetensors file (also as HUB_ID/FILE), or one in a folder or hub id; None without one."""
     if source.endswith(".safetensors"):
         return find_file(*os.path.split(source))
 
     file = find_file(source, LORA_FILE)
-    if file is None and not Path(source, "config.json").exists():
+    if file is None and not Path(source, "config.json").exists():  # a folder with config.json is a UNet
         # The only weights file of a local folder may have any name.
         files = list(Path(source).glob("*.safetensors"))
         if len(files) == 1:
@@ -625,14 +1384,14 @@ def find_lora(source):
 
 
 def read_lora_config(file):
-    """The peft config in the metadata of a LoRA's file: {"PART.NAME": value}, empty if it has none."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
+    """The peft config in the metadata of a LoRA's file: {"PART.NAME": value}, empty if there is none."""
+    with safe_open(file, "pt") as tensors:
+        metadata = tensors.metadata() or {}
     return json.loads(metadata.get("lora_adapter_metadata", "{}"))
 
 
 def find_alpha(config, layer):
-    """The alpha of a layer by the peft config in a file's metadata, or None. Patterns match as in peft."""
+    """The alpha of a layer by the peft config of its file, or None. Patterns match as in peft."""
     part, _, name = layer.partition(".")
     for pattern, alpha in (config.get(f"{part}.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -641,66 +1400,69 @@ def find_alpha(config, layer):
 
 
 def apply_alphas(weights, config):
-    """Return a LoRA's weights with each `up` times alpha / rank. Anything but such layers is refused."""
+    """A LoRA's weights in float32, each `up` multiplied by alpha / rank. Anything but such layers is refused."""
     alphas = {}
-    halves = {}
+    matrices = {}
     for name, weight in weights.items():
         if name.endswith(".alpha"):
             alphas[name.removesuffix(".alpha")] = weight.item()
         else:
-            halves[name] = weight.float()
+            matrices[name] = weight.float()
 
     num_layers = 0
-    for name, weight in halves.items():
+    for name, weight in matrices.items():
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in LORA_UP.values():
             continue
         if kind == "dora_scale" or kind.startswith("lora_magnitude"):
             raise ValueError("it is a DoRA, which is not supported")
         up = f"{layer}.{LORA_UP.get(kind)}.weight"
-        if up not in halves:
+        if up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
-        # Without an alpha, it equals the rank.
+        # A missing alpha means alpha = rank.
         alpha = alphas.pop(layer, find_alpha(config, layer))
         if alpha is not None:
-            halves[up] *= alpha / len(weight)
+            matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    others = len(halves) - 2 * num_layers + len(alphas)
-    if others or not num_layers:
+    others = len(matrices) - 2 * num_layers + len(alphas)
+    if others > 0 or num_layers == 0:
         raise ValueError(f"it has {num_layers} layers of two weights, and {others} other weights")
-    return halves
+    return matrices
 
 
 def read_lora(file, unet_config):
-    """
-    The layers of a LoRA, {name in the pipeline: (down, up)} in float32: W becomes W + up @ down.
-
-    `up` is that of the file times alpha / rank, layer by layer. Files that contain anything else are refused.
-    """
+    """The layers of a LoRA, {name in the pipeline: (down, up)} in float32; W becomes W + up @ down."""
     config = read_lora_config(file)
     for name, value in config.items():
         if name.endswith((".use_dora", ".use_rslora")) and value:
             raise ValueError(f"{name.partition('.')[2]} is not supported")
     weights = apply_alphas(load_file(file), config)
 
-    # Give all layers names in peft's way. diffusers knows the other formats, and leaves out what is in two of them.
+    # Rename all layers as peft does. diffusers knows the other formats, and drops weights of a file that mixes two.
     number = len(weights)
-    weights = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)[0]
+    weights, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
     if len(weights) < number:
         raise ValueError(f"{number - len(weights)} of its weights are named in another format than the others")
-    text = {name: weights.pop(name) for name in list(weights) if name.startswith("text_encoder")}
-    weights.update(convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD))
-    weights = convert_unet_state_dict_to_peft(weights)
+    unet = {}
+    text = {}
+    for name, weight in weights.items():
+        if name.startswith("text_encoder"):
+            text[name] = weight
+        else:
+            unet[name] = weight
+    weights = {
+        **convert_unet_state_dict_to_peft(unet),
+        **convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD),
+    }
 
     layers = {}
     for name, down in weights.items():
         if name.endswith(".lora_A.weight"):
-            up = weights[name.replace(".lora_A.", ".lora_B.")]
             # Files name the text encoders' layers as before transformers 5.
             layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
-            layers[layer] = (down, up)
+            layers[layer] = (down, weights[name.replace(".lora_A.", ".lora_B.")])
     return layers
 
 
@@ -708,7 +1470,7 @@ def add_lora(pipeline, layers):
     """
     Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
 
-    They stay apart from the pipeline's weights: half precision would round most of a small change of those away.
+    They are not merged: half precision would round most of a small change of the weights away.
     """
     modules = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -723,19 +1485,27 @@ def add_lora(pipeline, layers):
     for name, (down, up) in layers.items():
         weight = modules[name].weight
         if down.shape[1:] != weight.shape[1:] or up.shape[:2] != (len(weight), len(down)):
-            shapes = " and ".join(str(tuple(half.shape)) for half in (up, down))
-            raise ValueError(f"{name} of {tuple(weight.shape)} cannot be changed by weights of {shapes}")
+            raise ValueError(
+                f"{name} of {tuple(weight.shape)} cannot be changed by weights of {tuple(up.shape)} and "
+                f"{tuple(down.shape)}"
+            )
 
     for name, (down, up) in layers.items():
         add_branch(modules[name], down, up)
 
 
 def add_branch(layer, down, up):
-    """Let a linear or convolutional layer add up(down(x)) to what it computes."""
+    """Let a linear or convolutional layer add up(down(x)) to its output."""
     rank = len(down)
     if isinstance(layer, torch.nn.Conv2d):
-        options = {"stride": layer.stride, "padding": layer.padding, "bias": False}
-        layer.lora_down = torch.nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **options)
+        layer.lora_down = torch.nn.Conv2d(
+            layer.in_channels,
+            rank,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            bias=False,
+        )
         layer.lora_up = torch.nn.Conv2d(rank, layer.out_channels, 1, bias=False)
     else:
         layer.lora_down = torch.nn.Linear(layer.in_features, rank, bias=False)
@@ -746,255 +1516,152 @@ def add_branch(layer, down, up):
     layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
 
 
+# Images --------------------------------------------------------------------------------------------------------------
+def load_shared(args, accelerator):
+    base = args.pretrained_model_name_or_path
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if dtype == torch.float32 and accelerator.device.type != "cpu":
+        logger.warning("Images are generated in float32; --mixed_precision bf16 is faster and needs half the memory.")
+
+    vae = None
+    if args.pretrained_vae_model_name_or_path is not None:
+        source = args.pretrained_vae_model_name_or_path
+        with explain(f"--pretrained_vae_model_name_or_path {source} cannot be loaded"):
+            vae = load_complete(AutoencoderKL, source, dtype=dtype)
+
+    with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+        config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
+        if args.scheduler is not None and "beta_start" not in config:
+            raise EvaluationError(
+                f"--scheduler {args.scheduler} cannot be used with {base}: its scheduler has no beta schedule."
+            )
+        scheduler_class = getattr(diffusers, args.scheduler or config["_class_name"])
+        scheduler = scheduler_class.from_config(config)
+    try_scheduler(scheduler, args.num_inference_steps)
+    return Shared(dtype, scheduler, vae)
+
+
 def try_scheduler(scheduler, num_steps):
-    """Denoise some noise: a scheduler may lack a package, or not fit its config or the number of steps."""
+    """Run the scheduler once on noise: it may lack a package, or not support its config or the number of steps."""
     scheduler = copy.deepcopy(scheduler)
-    with naming(f"--num_inference_steps {num_steps} with {type(scheduler).__name__}", "does not work"):
+    with explain(f"--num_inference_steps {num_steps} with {type(scheduler).__name__} does not work"):
         scheduler.set_timesteps(num_steps)
         latents = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
-            noise = torch.zeros_like(scheduler.scale_model_input(latents, timestep))
-            latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+            prediction = torch.zeros_like(scheduler.scale_model_input(latents, timestep))
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         if not latents.isfinite().all():
-            raise ValueError("it gives NaN")
+            raise ValueError("it produces NaN")
 
 
-def warn_of_long_prompts(prompts, tokenizer):
-    """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
-    limit = tokenizer.model_max_length
-    number = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
-    if number:
-        logger.warning(f"{number} of {len(prompts)} prompts have more than {limit} tokens; SDXL ignores the rest.")
-
-
-def load_base(args, *_, **parts):
-    return load_sdxl(args.pretrained_model_name_or_path, args.variant, **parts)
-
-
-# What models must have in common to be sampled by one scheduler, with the defaults of configs that lack it.
-SCHEDULE = {
-    "prediction_type": "epsilon",
-    "beta_start": None,
-    "beta_end": None,
-    "beta_schedule": None,
-    "rescale_betas_zero_snr": False,
-}
-
-
-def load_whole(args, source, **parts):
-    """Another pipeline, which must fit the base's scheduler."""
-    own = EulerDiscreteScheduler.load_config(source, subfolder="scheduler")
-    base = EulerDiscreteScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
-    for key, default in SCHEDULE.items():
-        if own.get(key, default) != base.get(key, default):
-            raise ValueError(
-                f"its scheduler's {key} is {own.get(key, default)}, not {base.get(key, default)} as in the base"
-            )
-    return load_sdxl(source, **parts)
-
-
-def load_with_unet(args, source, subfolder=None, **parts):
-    """The base with this UNet, which must take the base's latents and prompts."""
-    unet = load_complete(UNet2DConditionModel, source, subfolder=subfolder, dtype=parts["dtype"])
-    base = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, subfolder="unet")
-    for key in ("cross_attention_dim", "in_channels"):
-        if unet.config[key] != base[key]:
-            raise ValueError(f"its {key} is {unet.config[key]}, not {base[key]} as in the base")
-    return load_base(args, unet=unet, **parts)
-
-
-def load_with_lora(args, source, **parts):
-    """The base with this LoRA."""
-    pipeline = load_base(args, **parts)
-    add_lora(pipeline, read_lora(find_lora(source), pipeline.unet.config))
-    return pipeline
-
-
-def load_with_unet_and_lora(args, source, unet, lora, **parts):
-    """The base with another UNet, or another pipeline, and with a LoRA."""
-    pipeline = unet.load(args, unet.source, **parts)
-    add_lora(pipeline, read_lora(find_lora(lora.source), pipeline.unet.config))
-    return pipeline
-
-
-# The first of these files that a model holds tells its kind, and who makes a pipeline of it on the CPU.
-BASE = {"model_index.json": ("base", load_base)}
-CANDIDATES = {
-    "model_index.json": ("pipeline", load_whole),
-    "unet/config.json": ("unet", partial(load_with_unet, subfolder="unet")),
-    LORA_FILE: ("lora", load_with_lora),
-    "config.json": ("unet", load_with_unet),
-}
-# The two parts of UNET+LORA.
-UNETS = {name: kind for name, kind in CANDIDATES.items() if name != LORA_FILE}
-LORAS = {LORA_FILE: CANDIDATES[LORA_FILE]}
-
-
-def find_model(source, shown, kinds):
-    """The Model of a folder, file or hub id; EvaluationError if it is of no known kind."""
-    for name, (kind, load) in kinds.items():
-        weights = []
-        if kind == "lora":
-            file = find_lora(source)
-        elif source.endswith(".safetensors"):
-            continue
-        else:
-            file = find_file(source, name)
-        if file is None:
-            continue
-        if kind in ("base", "pipeline"):
-            weights = file.parent.glob("*/*.safetensors")
-        elif kind == "unet":
-            weights = file.parent.glob("*.safetensors")
-        return Model(kind, load, source, version_of(source, file, name, weights))
-    raise EvaluationError(f"{shown} is no folder or reachable hub id with one of {', '.join(kinds)}.")
-
-
-def find_candidate(args, name, source):
-    """The Model of --candidates NAME=PATH, or of NAME=UNET+LORA if no path is called so."""
-    shown = f"--candidates {name}={source}"
-    if "+" in source and not Path(source).exists():
-        unet_source, _, lora_source = source.rpartition("+")
-        unet = find_model(unet_source, f"{shown}: {unet_source}", UNETS)
-        lora = find_model(lora_source, f"{shown}: {lora_source}", LORAS)
-        load = partial(load_with_unet_and_lora, unet=unet, lora=lora)
-        return Model("unet and lora", load, source, digest([unet.version, lora.version]))
-
-    model = find_model(source, shown, CANDIDATES)
-    if model.kind == "lora":
-        with naming(shown):
-            unet = read_lora_config(find_lora(source)).get("unet.base_model_name_or_path")
-        if unet not in (None, "", args.pretrained_model_name_or_path):
-            logger.warning(f"{shown} was trained on another UNet, with which it is {name}={unet}+{source}.")
-    return model
-
-
-def find_vae(source):
-    """The version of --pretrained_vae_model_name_or_path; EvaluationError if there is none."""
-    file = find_file(source, "config.json")
-    if file is None:
-        raise EvaluationError(
-            f"--pretrained_vae_model_name_or_path {source} is no folder or reachable hub id with config.json."
-        )
-    return version_of(source, file, "config.json", file.parent.glob("*.safetensors"))
-
-
-def find_systems(args, prompts):
-    """All that is evaluated, the base first."""
-    systems = []
-    images = Path(args.output_dir) / "images"
-    base = args.pretrained_model_name_or_path
-    if base is not None:
-        shown = f"--pretrained_model_name_or_path {base}"
-        systems.append(System("base", shown, images / "base", {None: find_model(base, shown, BASE)}))
-    for name, source in args.candidates:
-        categories = [None]
-        if CATEGORY in source:
-            categories = dict.fromkeys(prompt.category for prompt in prompts)
-        models = {c: find_candidate(args, name, source.replace(CATEGORY, str(c))) for c in categories}
-        systems.append(System(name, f"--candidates {name}={source}", images / name, models))
-    for name, folder in args.images:
-        systems.append(System(name, f"--images {name}={folder}", Path(folder), {}))
-    return systems
-
-
-# Drawing -------------------------------------------------------------------------------------------------------------
-
-
-def load_shared_parts(args, accelerator):
-    """The scheduler, the VAE and the dtype of all pipelines, as options of `from_pretrained`."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    parts = {"dtype": dtype}
-    if dtype == torch.float32 and accelerator.device.type != "cpu":
-        logger.warning("Images are drawn in float32; --mixed_precision bf16 is faster and takes half of the memory.")
-    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    if vae is not None:
-        with naming(f"--pretrained_vae_model_name_or_path {vae}"):
-            parts["vae"] = load_complete(AutoencoderKL, vae, dtype=dtype)
-    with naming(f"--pretrained_model_name_or_path {base}"):
-        config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
-        if args.scheduler is not None and "beta_start" not in config:
-            raise EvaluationError(f"--scheduler {args.scheduler} does not fit {base}, whose scheduler has no betas.")
-        parts["scheduler"] = getattr(diffusers, args.scheduler or config["_class_name"]).from_config(config)
-    try_scheduler(parts["scheduler"], args.num_inference_steps)
-    return parts
-
-
-def describe(system):
-    """The kind, source and version of a system's models."""
+def describe_models(system):
+    """The kind, source and version of a system's models, by category unless one model generates all images."""
     if not system.models:
         return {"kind": "images", "source": str(system.folder)}
-    models = {c: {"kind": m.kind, "source": m.source, "version": m.version} for c, m in system.models.items()}
-    return models.get(None, models)
+    described = {}
+    for category, model in system.models.items():
+        described[category] = {"kind": model.kind, "source": model.source, "version": model.version}
+    return described.get(None, described)
 
 
-def collect_settings(args, systems, prompts, scorers, parts, vae):
-    """The flags, and all else that the results depend on."""
+def collect_settings(args, systems, prompts, scorer_versions, shared, vae_version):
+    """The flags, and everything else that the results depend on."""
     settings = {
         **vars(args),
         "num_prompts": len(prompts),
         "num_distinct_prompts": len({prompt.text for prompt in prompts}),
-        "models": {system.name: describe(system) for system in systems},
-        "scorer_versions": scorers,
+        "models": {system.name: describe_models(system) for system in systems},
+        "scorer_versions": scorer_versions,
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }
-    if parts:
-        settings["vae"] = vae
-        settings["dtype"] = str(parts["dtype"])
-        settings["scheduler"] = type(parts["scheduler"]).__name__
-        settings["scheduler_config"] = json.loads(parts["scheduler"].to_json_string())
+    if shared is not None:
+        settings["vae"] = vae_version
+        settings["dtype"] = str(shared.dtype)
+        settings["scheduler"] = type(shared.scheduler).__name__
+        settings["scheduler_config"] = json.loads(shared.scheduler.to_json_string())
+        del settings["scheduler_config"]["_diffusers_version"]
     return settings
 
 
-def image_settings(settings, systems, system, prompts):
+def describe_images(settings, base, system, prompts):
     """
-    What the images of one system depend on. Batches, processes and the libraries' versions only move their rounding.
+    Everything that the images of a system depend on, for its settings.json.
+
+    Batches, processes and libraries only affect rounding.
     """
-    names = ["vae", "variant", "seed", "num_inference_steps", "guidance_scale"]
-    names += ["resolution", "dtype", "scheduler", "scheduler_config"]
-    versions = {name: {str(c): m.version for c, m in s.models.items()} for name, s in systems.items()}
+    names = [
+        "vae",
+        "variant",
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "resolution",
+        "dtype",
+        "scheduler",
+        "scheduler_config",
+    ]
+    models = {}
+    texts = {}
+    for i, prompt in enumerate(prompts):
+        models[f"model of prompt {i}"] = system.model_of(prompt).version
+        texts[f"prompt {i}"] = prompt.text
     return {
-        "settings": {name: settings[name] for name in names},
-        "base": versions["base"],
-        "model": versions[system.name],
-        "prompt": {str(i): prompt.text for i, prompt in enumerate(prompts)},
+        "settings": {"base model": base.model_of(None).version, **{name: settings[name] for name in names}},
+        "models": models,
+        "prompts": texts,
         "libraries": settings["versions"],
     }
 
 
-def check_settings(system, now):
-    """Refuse to mix images of different settings; returns those of images drawn before and now."""
+def check_images(system, description):
+    """Refuse to mix images of different settings. Returns the description of all images, old and new."""
     path = system.folder / "settings.json"
-    with naming(path):
-        drawn = path.exists() and any(system.folder.glob("*.png"))
-        before = json.loads(path.read_text(encoding="utf-8")) if drawn else now
-        merged = {part: {**before[part], **now[part]} for part in now}
-    for part in ("settings", "base", "model", "prompt"):
-        for name, value in now[part].items():
-            was = before[part].get(name, value)
-            if was != value:
-                # The None is the category of a model that draws all.
-                what = name if part == "settings" else f"{part} {name}".removesuffix(" None")
-                change = f"another {what} ({was}, now {value})"
-                raise EvaluationError(f"{system.folder} was drawn with {change}: delete it or change --output_dir.")
-    if before["libraries"] != now["libraries"]:
-        logger.warning(f"{system.folder} was begun with {before['libraries']}, now {now['libraries']}.")
-    return merged
+    if not any(system.folder.glob("*.png")):
+        return description
+    before = {}
+    if path.exists():
+        with explain(f"{path} cannot be loaded"):
+            before = json.loads(path.read_text(encoding="utf-8"))
+    if before.keys() != description.keys():
+        raise EvaluationError(
+            f"{system.folder} contains images without a settings.json of this version of the script: delete it or "
+            "change --output_dir."
+        )
+
+    for part in ("settings", "models", "prompts"):
+        for name, value in description[part].items():
+            previous = before[part].get(name, value)
+            if previous != value:
+                raise EvaluationError(
+                    f"{system.folder} was generated with another {name} ({previous}, now {value}): delete it or "
+                    "change --output_dir."
+                )
+    if before["libraries"] != description["libraries"]:
+        logger.warning(
+            f"Images in {system.folder} were generated with {before['libraries']}, now {description['libraries']}."
+        )
+    return {part: {**before[part], **description[part]} for part in description}
 
 
-def image_seed(seed, prompt, number):
-    """The seed of one image's noise, from --seed, the prompt's number and the image's number among those of it."""
-    return int(np.random.SeedSequence([seed, prompt, number]).generate_state(1, np.uint64)[0])
+def image_seed(seed, prompt_number, image_number):
+    """The seed of an image's noise. It depends on nothing but --seed and the image's id."""
+    return int(np.random.SeedSequence([seed, prompt_number, image_number]).generate_state(1, np.uint64)[0])
 
 
-def draw_images(args, pipeline, prompts, places):
-    """Images of the places [(prompt's number, image's number)]; each has its own noise, wherever it is drawn."""
-    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
-    options["generator"] = [torch.Generator().manual_seed(image_seed(args.seed, *place)) for place in places]
-    texts = [prompts[i].text for i, _ in places]
-    pixels = pipeline(texts, height=args.resolution, width=args.resolution, output_type="pt", **options).images
+def generate_images(args, pipeline, prompts, image_ids):
+    """Generate the images with these ids. Each has its own seed, whichever process runs it."""
+    generators = [torch.Generator().manual_seed(image_seed(args.seed, *image_id)) for image_id in image_ids]
+    pixels = pipeline(
+        [prompts[prompt_number].text for prompt_number, _ in image_ids],
+        height=args.resolution,
+        width=args.resolution,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=generators,
+        output_type="pt",
+    ).images
 
-    # As images, they would be black.
+    # Pillow would turn NaN into black.
     if not pixels.isfinite().all():
         raise ValueError(
             f"NaN in {pipeline.unet.dtype}, try --mixed_precision bf16 or another --pretrained_vae_model_name_or_path"
@@ -1002,451 +1669,218 @@ def draw_images(args, pipeline, prompts, places):
     return pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
 
 
-def load_pipeline(args, system, model, parts):
-    """The pipeline of a system's model, on the CPU."""
-    with naming(system.shown):
-        return model.load(args, model.source, **parts)
-
-
-def draw_batches(args, accelerator, system, model, prompts, batches, parts):
-    """Draw these batches of places and write the images that do not exist yet."""
-    pipeline = load_pipeline(args, system, model, parts).to(accelerator.device)
+def generate_batches(args, accelerator, system, model, prompts, batches, shared):
+    """Generate these batches of image ids, and write the images that do not exist yet."""
+    pipeline = load_pipeline(args, model, shared).to(accelerator.device)
     pipeline.vae.enable_slicing()
+    pipeline.set_progress_bar_config(disable=True)
     if args.compile:
-        # Blocks are compiled for each shape. Past the limit, they would run eagerly. What was compiled for the model
-        # before this one would be used again, without the hooks by which a LoRA is applied.
+        # Drop the blocks compiled for the previous model; they would skip the hooks that apply this model's LoRA.
         torch._dynamo.reset()
+        # Blocks are compiled for each shape; beyond this limit they would run eagerly.
         torch._dynamo.config.recompile_limit = 64
         pipeline.unet.compile_repeated_blocks(dynamic=False)
-    pipeline.set_progress_bar_config(disable=True)
-    for batch in tqdm(batches, desc=f"Drawing {system.name}", disable=not accelerator.is_local_main_process):
-        with naming(system.shown, "generates no images"):
-            images = draw_images(args, pipeline, prompts, batch)
-        for place, image in zip(batch, images, strict=True):
-            path = system.image(prompts, place)
+
+    for batch in tqdm(batches, desc=f"Generating {system.name}", disable=not accelerator.is_local_main_process):
+        images = generate_images(args, pipeline, prompts, batch)
+        for image_id, image in zip(batch, images, strict=True):
+            path = system.image(prompts, image_id)
             if not path.exists():
-                # Level 1 takes a quarter of the time of the default.
-                write_whole(path, partial(image.save, format="PNG", compress_level=1))
+                # Level 1 takes a quarter of the default's time.
+                write_atomically(path, functools.partial(image.save, format="PNG", compress_level=1))
 
 
-def draw_missing(args, accelerator, systems, prompts, places, settings, parts):
-    """Draw missing images. Batches are those of a run from the start, so an interruption changes no image."""
-    jobs, named = [], {system.name: system for system in systems}
-    # No process writes before all have looked.
-    with failing_together():
-        for system in systems:
-            used = check_settings(system, image_settings(settings, named, system, prompts))
-            for category, model in system.models.items():
-                its_places = [place for place in places if category in (None, prompts[place[0]].category)]
-                batches = in_batches(its_places, args.batch_size)
-                batches = [b for b in batches if not all(system.image(prompts, place).exists() for place in b)]
-                jobs.append((system, used, model, batches))
+class Job(NamedTuple):
+    """Batches of image ids that one model generates, and the description of its system's images."""
 
-    # Load every model once: if one cannot be loaded, images of the models before it would be generated in vain.
-    with failing_together():
-        if accelerator.is_main_process:
-            for system, _, model, batches in jobs:
-                if batches:
-                    load_pipeline(args, system, model, parts)
+    system: System
+    model: Model
+    description: dict
+    batches: list
 
-    for system, used, model, batches in jobs:
-        with failing_together():
+
+def find_jobs(args, systems, prompts, image_ids, settings):
+    """
+    The batches that lack an image, for each model.
+
+    They are cut as in an uninterrupted run, because rounding depends on the rest of the batch.
+    """
+    jobs = []
+    for system in systems:
+        description = check_images(system, describe_images(settings, systems[0], system, prompts))
+        for category, model in system.models.items():
+            ids_of_model = [i for i in image_ids if category is None or prompts[i[0]].category == category]
+            batches = []
+            for batch in in_batches(ids_of_model, args.batch_size):
+                if not all(system.image(prompts, image_id).exists() for image_id in batch):
+                    batches.append(batch)
+            if batches:
+                jobs.append(Job(system, model, description, batches))
+    return jobs
+
+
+def generate_missing(args, accelerator, systems, prompts, image_ids, settings, shared):
+    """Generate the images that do not exist yet. `systems` begin with the base model."""
+    jobs = from_main_process(find_jobs, args, systems, prompts, image_ids, settings)
+
+    # Load every model once, so that the second one does not fail after hours of generating with the first.
+    with raise_on_all_ranks("The models cannot be loaded"):
+        if accelerator.is_main_process and len(jobs) > 1:
+            for job in jobs:
+                load_pipeline(args, job.model, shared)
+
+    for job in jobs:
+        with raise_on_all_ranks(f"{job.model.label}: the settings cannot be written"):
             if accelerator.is_main_process:
-                write_text(system.folder / "settings.json", json.dumps(used, indent=2))
-            mine = batches[accelerator.process_index :: accelerator.num_processes]
-            if mine:
-                draw_batches(args, accelerator, system, model, prompts, mine, parts)
+                write_text(job.system.folder / "settings.json", json.dumps(job.description, indent=2))
+        with raise_on_all_ranks(f"{job.model.label}: image generation failed"):
+            batches = job.batches[accelerator.process_index :: accelerator.num_processes]
+            if batches:
+                generate_batches(args, accelerator, job.system, job.model, prompts, batches, shared)
         accelerator.free_memory()
 
 
-def list_records(systems, prompts, places):
-    """A record for each image; EvaluationError if all images of a system are those of the first one."""
-    records, seen = [], {}
+# Scores --------------------------------------------------------------------------------------------------------------
+def list_records(systems, prompts, image_ids):
+    """A record for each image, in order. Refuses a system whose images are all equal to those of the first one."""
+    records = []
+    hashes_of_base = []
     for system in systems:
-        for i, number in places:
-            prompt, file = prompts[i], system.image(prompts, (i, number))
-            record = {"model": system.name, "prompt_index": i, "image": number, "prompt": prompt.text}
-            record |= {} if prompt.scored == prompt.text else {"scored_prompt": prompt.scored}
-            record |= {} if prompt.category is None else {"category": prompt.category}
-            records.append({**record, "file": str(file), "sha256": file_digest(file)})
-            seen.setdefault(system.name, []).append(records[-1]["sha256"])
-        if system is not systems[0] and seen[system.name] == seen[systems[0].name]:
-            same = f"all {len(places)} images are those of {systems[0].name}"
-            raise EvaluationError(f"{system.shown}: {same}, so there is nothing to compare.")
+        hashes = []
+        for prompt_number, image_number in image_ids:
+            prompt = prompts[prompt_number]
+            file = system.image(prompts, (prompt_number, image_number))
+            record = {
+                "model": system.name,
+                "prompt_index": prompt_number,
+                "image": image_number,
+                "prompt": prompt.text,
+            }
+            if prompt.scored != prompt.text:
+                record["scored_prompt"] = prompt.scored
+            if prompt.category is not None:
+                record["category"] = prompt.category
+            record["file"] = str(file)
+            record["sha256"] = file_digest(file)
+            records.append(record)
+            hashes.append(record["sha256"])
+
+        if system is systems[0]:
+            hashes_of_base = hashes
+        elif hashes == hashes_of_base:
+            raise EvaluationError(
+                f"{system.label}: all {len(hashes)} images are identical to those of {systems[0].name}, so there is "
+                "nothing to compare."
+            )
     return records
 
 
-# Scores --------------------------------------------------------------------------------------------------------------
-
-
-def references_of(args, category):
-    """The folder of a subject's images."""
-    return args.reference_images.replace(CATEGORY, str(category))
-
-
-def read_weights(source):
-    return torch.load(find_file(*os.path.split(source)), map_location="cpu", weights_only=True)
-
-
-class Scorer:
-    """
-    A published model. `score(images, prompts)` takes N PIL images in RGB and N strings, and returns [N] scores.
-
-    Images pass through Pillow whatever else is installed, and texts are padded to one length, so that a score depends
-    neither on the machine nor on the batch. All is float32.
-
-    Keyword arguments give other hub ids, folders or files than the class's `sources`.
-    """
-
-    sources = {}
-    # Files that each source must have; the first found of those in a tuple.
-    files = {"model": ("model.safetensors", "model.safetensors.index.json")}
-    architecture = CLIPModel
-    reads_text = True
-
-    def __init__(self, device, **sources):
-        if not sources.keys() <= self.sources.keys():
-            raise TypeError(f"{type(self).__name__} takes {', '.join(self.sources)}, not {', '.join(sources)}")
-        self.device, self.sources, self.texts = device, {**self.sources, **sources}, {}
-        self.model = self.load_model().eval().requires_grad_(False).to(device)
-        source = self.sources.get("processor") or self.sources["model"]
-        self.image_processor = self.load_image_processor(source)
-        self.tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
-        if self.reads_text and len(self.tokenizer) == len(self.tokenizer.all_special_ids):
-            raise ValueError(f"the tokenizer of {source} has no vocabulary")
-
-    def load_model(self):
-        return load_complete(self.architecture, self.sources["model"], dtype=torch.float32)
-
-    def load_image_processor(self, source):
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
-
-    def max_tokens(self):
-        return self.model.config.text_config.max_position_embeddings
-
-    def to_pixels(self, images):
-        """[N, 3, H, W], normalised."""
-        return self.image_processor(images, return_tensors="pt").pixel_values
-
-    def embed_images(self, images):
-        """Unit vectors [N, D] of N images."""
-        pixels = self.to_pixels(images).to(self.device)
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-
-    def tokenize(self, prompts):
-        """The tokens of N texts, each cut after as many as the model was trained with."""
-        options = {"padding": "max_length", "truncation": True, "max_length": self.max_tokens()}
-        return self.tokenizer(prompts, **options, return_tensors="pt").to(self.device)
-
-    def embed_texts(self, prompts):
-        """Unit vectors [N, D] of N texts."""
-        ids = self.tokenize(prompts).input_ids
-        return F.normalize(self.model.get_text_features(input_ids=ids).pooler_output, dim=-1)
-
-    def cosines(self, images, prompts):
-        """[N] cosines of N images with their own prompts; each text is embedded once, and alone."""
-        for prompt in prompts:
-            if prompt not in self.texts:
-                self.texts[prompt] = self.embed_texts([prompt])[0]
-        return (self.embed_images(images) * torch.stack([self.texts[prompt] for prompt in prompts])).sum(dim=-1)
-
-
-class PickScore(Scorer):
-    """exp(logit_scale) x cosine, about 22 for SDXL (arXiv 2305.01569, model card of yuvalkirstain/PickScore_v1)."""
-
-    sources = SOURCES["pickscore"]
-
-    def score(self, images, prompts):
-        return self.model.logit_scale.exp() * self.cosines(images, prompts)
-
-
-class CLIP(Scorer):
-    """max(100 x cosine, 0) (arXiv 2104.08718, with the factor 100 of torchmetrics)."""
-
-    sources = SOURCES["clip"]
-
-    def score(self, images, prompts):
-        return (100 * self.cosines(images, prompts)).clamp(min=0)
-
-
-# Where open_clip's names of a CLIP model's weights differ from those of transformers, in the order of replacement.
-OPEN_CLIP_NAMES = (
-    (r"^(visual\.)?transformer\.resblocks\.", r"\1encoder.layers."),
-    (r"^(encoder|positional_embedding|token_embedding|ln_final)", r"text_model.\1"),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"^visual\.", "vision_model."),
-    (r"positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"(token_embedding|class_embedding)", r"embeddings.\1"),
-    (r"\.conv1\.", ".embeddings.patch_embedding."),
-    (r"\.ln_pre\.", ".pre_layrnorm."),
-    (r"\.ln_post\.", ".post_layernorm."),
-    (r"\.ln_final\.", ".final_layer_norm."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."),
-)
-
-
-def from_open_clip(weights):
-    """The weights of an open_clip CLIP model under the names of transformers' CLIPModel."""
-    converted = {}
-    for name, weight in weights.items():
-        for pattern, replacement in OPEN_CLIP_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if ".in_proj_" in name:
-            for part, rows in zip("qkv", weight.chunk(3), strict=True):
-                converted[name.replace("in_proj_", f"{part}_proj.")] = rows
-        else:
-            # A projection is stored as the right factor, where a linear layer holds its transpose.
-            converted[name] = weight.T if name.endswith("_projection.weight") else weight
-    return converted
-
-
-def fit_into_square(image, side, antialias):
-    """[3, side, side] from 0 to 1: the image brought to `side` pixels in the longer direction, centred on black."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    height, width = (round(length * side / max(image.size)) for length in pixels.shape[-2:])
-    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=antialias)
-    left, top = (side - width) // 2, (side - height) // 2
-    return F.pad(pixels, (left, side - width - left, top, side - height - top))[0]
-
-
-class HPS(Scorer):
-    """
-    Human Preference Score v2.1: 100 x cosine, about 30 for SDXL (arXiv 2306.09341, github.com/tgxs002/HPSv2).
-
-    The weights are those of open_clip's ViT-H-14; `model` gives the same architecture's config and vocabulary. The
-    model sees the whole image, fitted into a black square, where CLIP would cut out its centre, and texts are fixed as
-    by open_clip. HPSv2 itself computes in float16.
-    """
-
-    sources = SOURCES["hps"]
-    files = {}
-    antialias = True
-
-    def load_model(self):
-        config = CLIPConfig.from_pretrained(self.sources["model"])
-        weights = from_open_clip(read_weights(self.sources["weights"])["state_dict"])
-        return load_complete(self.architecture, None, config=config, state_dict=weights, dtype=torch.float32)
-
-    def to_pixels(self, images):
-        side = self.model.config.vision_config.image_size
-        mean, std = (torch.tensor(getattr(self.image_processor, f"image_{name}")) for name in ("mean", "std"))
-        pixels = torch.stack([fit_into_square(image, side, self.antialias) for image in images])
-        return (pixels - mean[:, None, None]) / std[:, None, None]
-
-    def embed_texts(self, prompts):
-        import ftfy
-
-        return super().embed_texts([html.unescape(html.unescape(ftfy.fix_text(prompt))) for prompt in prompts])
-
-    def score(self, images, prompts):
-        return 100 * self.cosines(images, prompts)
-
-
-class HPSWithoutAntialias(HPS):
-    """
-    HPS v2.1 with the resize that it was trained and its tables were made with: torchvision turned antialiasing on in
-    0.17, under HPSv2's code. Users measure 28.7 with it where HPSv2's README, from before, says 30.6.
-    """
-
-    antialias = False
-
-
-def linear_head(weights):
-    """From 768 numbers to one: linear layers without activations (dropout between them in training)."""
-    head = nn.Sequential(
-        *(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity()),
-        *(nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1)),
-    )
-    head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
-    return head.requires_grad_(False)
-
-
-class Aesthetic(Scorer):
-    """
-    The LAION aesthetic predictor, about 5 to 7: linear layers on the unit vector of CLIP ViT-L/14
-    (github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`). The prompt plays
-    no part.
-    """
-
-    sources = SOURCES["aesthetic"]
-    reads_text = False
-
-    def __init__(self, device, **sources):
-        super().__init__(device, **sources)
-        self.head = linear_head(read_weights(self.sources["weights"])).to(device)
-
-    def score(self, images, prompts):
-        return self.head(self.embed_images(images))[:, 0]
-
-
-class SigLIP(Scorer):
-    """100 x sigmoid(exp(logit_scale) x cosine + logit_bias): how probably they match (arXiv 2303.15343)."""
-
-    sources = SOURCES["siglip"]
-    architecture = SiglipModel
-
-    def score(self, images, prompts):
-        logits = self.model.logit_scale.exp() * self.cosines(images, prompts) + self.model.logit_bias
-        return 100 * logits.sigmoid()
-
-
-class DINOv2(Scorer):
-    """
-    100 x the mean cosine of the CLS vectors of an image and each of the images in a folder: the subject fidelity of
-    DreamBooth (arXiv 2208.12242) with DINOv2 in place of DINO. The prompt plays no part.
-    """
-
-    sources = SOURCES["dinov2"]
-    architecture = Dinov2Model
-    reads_text = False
-
-    def __init__(self, device, reference_images, **sources):
-        super().__init__(device, **sources)
-        self.references = self.embed_images([read_image(path) for path in find_images(reference_images)[0]])
-
-    def embed_images(self, images):
-        pixels = self.to_pixels(images).to(self.device)
-        return F.normalize(self.model(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
-
-    def score(self, images, prompts):
-        return 100 * (self.embed_images(images) @ self.references.T).mean(dim=1)
-
-
-# Where BLIP's names of a vision model's weights differ from those of transformers, in the order of replacement.
-BLIP_NAMES = {"^cls_token": "embeddings.class_embedding", "^pos_embed": "embeddings.position_embedding"}
-BLIP_NAMES |= {r"^patch_embed\.proj": "embeddings.patch_embedding", "^norm": "post_layernorm"}
-BLIP_NAMES |= {r"^blocks\.": "encoder.layers.", r"\.norm": ".layer_norm", r"\.attn\.": ".self_attn."}
-BLIP_NAMES |= {r"self_attn\.proj\.": "self_attn.projection."}
-
-
-class ImageReward(Scorer):
-    """
-    ImageReward v1.0, of mean 0 and standard deviation 1 on its training images (arXiv 2304.05977,
-    github.com/zai-org/ImageReward): BLIP's text encoder reads the prompt and looks at the image, and linear layers
-    judge its first vector. The sizes are those of the weights; `processor` gives the vocabulary.
-    """
-
-    sources = SOURCES["imagereward"]
-    mean, std = 0.16717362830052426, 1.0333394966054072
-
-    def load_model(self):
-        weights, parts = read_weights(self.sources["weights"]), []
-        for prefix in ("blip.visual_encoder.", "blip.text_encoder.", "mlp."):
-            part = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-            parts.append({name: weight for name, weight in part.items() if not name.endswith("position_ids")})
-        vision, text, head = parts
-        for old, new in BLIP_NAMES.items():
-            vision = {re.sub(old, new, name): weight for name, weight in vision.items()}
-        width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
-        side = patch * math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1)
-        eyes = {"hidden_size": width, "num_attention_heads": width // 64, "image_size": side, "patch_size": patch}
-        eyes["intermediate_size"] = len(vision["encoder.layers.0.mlp.fc1.bias"])
-        eyes["num_hidden_layers"] = sum(name.endswith("fc1.bias") for name in vision)
-        words, hidden = text["embeddings.word_embeddings.weight"].shape
-        reader = {"vocab_size": words, "hidden_size": hidden, "num_attention_heads": hidden // 64}
-        reader["intermediate_size"] = len(text["encoder.layer.0.intermediate.dense.bias"])
-        reader["num_hidden_layers"] = sum(name.endswith("intermediate.dense.bias") for name in text)
-        reader["max_position_embeddings"] = len(text["embeddings.position_embeddings.weight"])
-        eyes = {"config": BlipVisionConfig(**eyes, layer_norm_eps=1e-6), "state_dict": vision}
-        reader = {"config": BlipTextConfig(**reader, encoder_hidden_size=width), "state_dict": text}
-        reader["add_pooling_layer"] = False
-        models = [load_complete(BlipVisionModel, None, **eyes), load_complete(BlipTextModel, None, **reader)]
-        return nn.ModuleList([*models, linear_head(head)]).float()
-
-    def load_image_processor(self, source):
-        side = self.model[0].config.image_size
-        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
-
-    def max_tokens(self):
-        return 35
-
-    def score(self, images, prompts):
-        vision, text, head = self.model
-        patches = vision(pixel_values=self.to_pixels(images).to(self.device)).last_hidden_state
-        tokens = self.tokenize(prompts)
-        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        states = text(**inputs, encoder_hidden_states=patches).last_hidden_state
-        return (head(states[:, 0])[:, 0] - self.mean) / self.std
-
-
-SCORERS = {"pickscore": PickScore, "hps": HPS, "aesthetic": Aesthetic, "clip": CLIP, "siglip": SigLIP}
-SCORERS |= {"dinov2": DINOv2, "imagereward": ImageReward, "hps_no_antialias": HPSWithoutAntialias}
-
-
-def sources_of(args, name):
-    """{part: (flag, source)} of a scorer."""
-    flags = {part: f"{name.removesuffix('_no_antialias')}_{part}" for part in SCORERS[name].sources}
-    return {part: (f"--{flag} {getattr(args, flag)}", getattr(args, flag)) for part, flag in flags.items()}
-
-
-def build_scorer(args, name, device, *references):
-    sources = sources_of(args, name)
-    with naming(" ".join(shown for shown, _ in sources.values())):
-        return SCORERS[name](device, *references, **{part: source for part, (_, source) in sources.items()})
-
-
-def find_scorers(args, prompts):
-    """The version of each scorer's sources; EvaluationError if one lacks a file. So nothing is drawn in vain."""
-    versions = {}
-    for name in args.scorers:
-        versions[name] = {}
-        for part, (shown, source) in sources_of(args, name).items():
-            folder, file = os.path.split(source) if part == "weights" else (source, "config.json")
-            names = (file,) if part == "weights" else SCORERS[name].files.get(part, (file,))
-            found = next(((path, file) for file in names if (path := find_file(folder, file))), None)
-            if found is None:
-                raise EvaluationError(f"{shown}: there is no {names[0]} in this folder or hub id.")
-            versions[name][part] = version_of(folder, *found)
-    if "dinov2" in args.scorers:
-        for folder in dict.fromkeys(references_of(args, prompt.category) for prompt in prompts):
-            images, others = find_images(folder)
-            if not images:
-                raise EvaluationError(f"--reference_images {folder} is not a folder with images that Pillow can open.")
-            if others:
-                logger.warning(
-                    f"--reference_images {folder}: left out {len(others)} files that Pillow cannot open: "
-                    f"{', '.join(others)}."
-                )
-            versions["dinov2"][folder] = digest([file_digest(path) for path in images])
-    return versions
-
-
-def read_ahead(batches):
-    """Yield the images of each batch of paths, while the next ones are decoded."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for batch in [*batches, None]:
-            ready, ahead = ahead, batch and pool.submit(lambda paths: [read_image(path) for path in paths], batch)
-            if ready:
-                yield ready.result()
-
-
-def text_of(record):
+def scored_text(record):
     return record.get("scored_prompt", record["prompt"])
 
 
+def reference_folder(args, category):
+    """The folder with the images of a prompt's subject."""
+    if CATEGORY not in args.reference_images:
+        return args.reference_images
+    return args.reference_images.replace(CATEGORY, category)
+
+
+def describe_sources(args, name):
+    """A scorer's flags and their values, for messages."""
+    return " ".join(f"--{flag} {getattr(args, flag)}" for flag in source_flags(name).values())
+
+
+def find_source(args, name, part):
+    """The version of one source of a scorer; an error if it lacks a file."""
+    flag = source_flags(name)[part]
+    source = getattr(args, flag)
+    names = SCORERS[name].files.get(part, ("config.json",))
+    if part == "weights":
+        source, file_name = os.path.split(source)
+        names = (file_name,)
+    for file_name in names:
+        file = find_file(source, file_name)
+        if file is not None:
+            return version_of(source, file_name, file)
+    raise EvaluationError(f"--{flag} {getattr(args, flag)}: there is no {names[0]} in this folder or hub repository.")
+
+
+def find_references(folder):
+    """A digest of the reference images in a folder."""
+    images, others = find_images(folder)
+    if not images:
+        raise EvaluationError(f"--reference_images {folder} is not a folder with images that Pillow can open.")
+    if others:
+        logger.warning(
+            f"--reference_images {folder}: left out {len(others)} files that Pillow cannot open: {', '.join(others)}."
+        )
+    return digest([file_digest(path) for path in images])
+
+
+def find_scorers(args, prompts):
+    """{scorer: {source: version}}. Fails if a source is missing, before any image is generated."""
+    versions = {}
+    for name in args.scorers:
+        versions[name] = {part: find_source(args, name, part) for part in SCORERS[name].sources}
+    if "dinov2" in args.scorers:
+        references = {}
+        for prompt in prompts:
+            folder = reference_folder(args, prompt.category)
+            if folder not in references:
+                references[folder] = find_references(folder)
+        versions["dinov2"]["reference_images"] = references
+    return versions
+
+
+def build_scorer(args, name, device, *references):
+    """A scorer with the sources that the flags name; `references` is the folder of images for dinov2."""
+    sources = {part: getattr(args, flag) for part, flag in source_flags(name).items()}
+    with explain(f"{describe_sources(args, name)} cannot be loaded"):
+        return SCORERS[name](device, *references, **sources)
+
+
+def read_ahead(batches):
+    """Yield the images of each batch of paths, while a thread decodes the next batch."""
+
+    def read(paths):
+        return [read_image(path) for path in paths]
+
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for paths in batches:
+            submitted = pool.submit(read, paths)
+            if pending is not None:
+                yield pending.result()
+            pending = submitted
+        if pending is not None:
+            yield pending.result()
+
+
 def score_records(args, accelerator, name, references, records):
-    """{key: score} for {key: record}, computed by all processes and rounded to six decimals."""
+    """{key: score} of {key: record}, rounded to six decimals. All processes take their share of the images."""
     batches = in_batches(list(records), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
     scores = []
-    with failing_together():
-        # A process of several has "cpu:0", to which weights would be copied: elsewhere in memory the last bits differ.
-        device = "cpu" if accelerator.device.type == "cpu" else accelerator.device
+    with raise_on_all_ranks(f"--scorers {name} failed"):
+        # With several processes the device is "cpu:0", to which weights are copied, and copies change the rounding.
+        device = accelerator.device
+        if device.type == "cpu":
+            device = "cpu"
         scorer = build_scorer(args, name, device, *references)
-        texts = {text_of(record) for record in records.values()} if scorer.reads_text else ()
-        long = [text for text in texts if len(scorer.tokenizer(text).input_ids) > scorer.max_tokens()]
-        if long:
-            logger.warning(f"{name} reads only {scorer.max_tokens()} tokens of {len(long)} prompts.")
-        shown = tqdm(batches, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process)
-        images = read_ahead([[records[key]["file"] for key in batch] for batch in batches])
-        for batch, its_images in zip(shown, images, strict=True):
-            values = scorer.score(its_images, [text_of(records[key]) for key in batch])
-            scores += zip(batch, values.tolist(), strict=True)
+
+        if scorer.reads_text:
+            texts = {scored_text(record) for record in records.values()}
+            too_long = sum(len(scorer.tokenizer(text).input_ids) > scorer.max_tokens() for text in texts)
+            if too_long > 0:
+                logger.warning(f"{name} truncates {too_long} prompts to {scorer.max_tokens()} tokens.")
+
+        progress = tqdm(batches, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process)
+        images_of_batches = read_ahead([[records[key]["file"] for key in batch] for batch in batches])
+        for batch, images in zip(progress, images_of_batches, strict=True):
+            values = scorer.score(images, [scored_text(records[key]) for key in batch]).tolist()
+            scores += zip(batch, values, strict=True)
         del scorer
+
     scores = dict(gather_object(scores))
     accelerator.free_memory()
     for key, record in records.items():
@@ -1455,167 +1889,137 @@ def score_records(args, accelerator, name, references, records):
     return {key: round(scores[key], 6) for key in records}
 
 
+def read_scores(path, versions):
+    """{key: score} of an earlier run, if its scorer had the same sources."""
+    if not path.exists():
+        return {}
+    with explain(f"{path} cannot be read, delete it"):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored["scores"] if stored["versions"] == versions else {}
+
+
 def score_images(args, accelerator, records, versions):
-    """Add each scorer's score to the records. Scores are kept in files, by image and prompt, for the next run."""
-    # cuDNN would run the convolutions in TF32.
-    torch.backends.cudnn.allow_tf32 = False
+    """Add each scorer's score to the records. Scores are kept by image and prompt, for the next run."""
     for name in args.scorers:
-        path, stored = Path(args.output_dir) / "scores" / f"{name}.json", {}
-        with failing_together(), naming(path, "cannot be read, delete it"):
-            if path.exists():
-                stored = json.loads(path.read_text(encoding="utf-8"))
-            known = stored["scores"] if stored.get("versions") == versions[name] else {}
-        keys, missing = [], {}
+        path = Path(args.output_dir) / "scores" / f"{name}.json"
+        scores = from_main_process(read_scores, path, versions[name])
+
+        # A scorer is built once for all images with the same references.
+        keys = []
+        missing = {}
         for record in records:
-            references = (references_of(args, record.get("category")),) if name == "dinov2" else ()
-            keys.append(digest([record["sha256"], text_of(record), references]))
-            if keys[-1] not in known:
-                missing.setdefault(references, {})[keys[-1]] = record
-        for references, its_records in missing.items():
-            known |= score_records(args, accelerator, name, references, its_records)
-        with failing_together():
+            references = ()
+            if name == "dinov2":
+                references = (reference_folder(args, record.get("category")),)
+            key = digest([record["sha256"], scored_text(record), references])
+            keys.append(key)
+            if key not in scores:
+                missing.setdefault(references, {})[key] = record
+        for references, records_of_references in missing.items():
+            scores.update(score_records(args, accelerator, name, references, records_of_references))
+
+        with raise_on_all_ranks("The scores cannot be written"):
             if missing and accelerator.is_main_process:
-                write_text(path, json.dumps({"versions": versions[name], "scores": known}, indent=0))
+                write_text(path, json.dumps({"versions": versions[name], "scores": scores}, indent=0))
         for record, key in zip(records, keys, strict=True):
-            record[name] = known[key]
+            record[name] = scores[key]
 
 
 # Results -------------------------------------------------------------------------------------------------------------
-
-
-def mean_and_error(scores):
-    """The mean of scores [prompts, images of each], and its standard error over prompts, None for a single one."""
-    means = scores.mean(axis=1)
-    error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-    return float(means.mean()), error
-
-
-def win_rate(candidate, base):
-    """
-    The share of images that the candidate wins, ties counting half, and its 95 % confidence interval (Wilson's).
-    Scores are [prompts, images of each], of the same seeds. Images of one prompt may agree: how many are worth
-    counting, from one to all of each prompt, follows from how far the prompts' shares differ.
-    """
-    wins = (candidate > base) + 0.5 * (candidate == base)
-    prompts, rate, z2 = len(wins), wins.mean(), 1.959964**2
-    variance = wins.mean(axis=1).var(ddof=1) / prompts if prompts > 1 else 0
-    number = np.clip(rate * (1 - rate) / variance, prompts, wins.size) if variance > 0 else prompts
-    centre = (rate + z2 / (2 * number)) / (1 + z2 / number)
-    half = math.sqrt(z2 * (rate * (1 - rate) / number + z2 / (4 * number**2))) / (1 + z2 / number)
-    # Rounding must not put the rate outside.
-    return float(rate), float(min(max(centre - half, 0), rate)), float(max(min(centre + half, 1), rate))
-
-
-def compare(scores, others):
-    """The paired comparison of the scores of two models, [prompts, images of each], of the same seeds."""
-    row = dict(zip(("difference", "difference_error"), mean_and_error(scores - others), strict=True))
-    row |= {"wins": int((scores > others).sum()), "ties": int((scores == others).sum())}
-    row["losses"] = scores.size - row["wins"] - row["ties"]
-    return row | dict(zip(("win_rate", "win_rate_low", "win_rate_high"), win_rate(scores, others), strict=True))
-
-
-def summarize(scorers, names, tables, categories):
-    """
-    Rows of results: of each scorer and model, the base first; of any two models; of each category, and their mean.
-    `tables` is {scorer: [models, prompts, images of each]}, `categories` the category of each prompt.
-    """
-    results, pairs, by_category = [], [], []
-    for scorer in scorers:
-        for i, (name, scores) in enumerate(zip(names, tables[scorer], strict=True)):
-            row = dict(zip(("mean", "standard_error"), mean_and_error(scores), strict=True))
-            row |= compare(scores, tables[scorer][0]) if i else {}
-            results.append({"scorer": scorer, "model": name, **row})
-            against = [(names[j], compare(scores, tables[scorer][j])) for j in range(1, i)]
-            pairs += [{"scorer": scorer, "model": name, "against": other, **row} for other, row in against]
-    different = list(dict.fromkeys(categories))
-    for i, name in enumerate(names if len(different) > 1 else []):
-        # Every category counts the same in their mean, however many prompts it has.
-        means = {s: [tables[s][i][np.array(categories) == c].mean() for c in different] for s in scorers}
-        for j, category in enumerate(different):
-            by_category.append({"category": category, "model": name, **{s: float(means[s][j]) for s in scorers}})
-        mean = {s: float(np.mean(means[s])) for s in scorers}
-        by_category.append({"category": "mean of categories", "model": name, **mean})
-    return {"results": results, "pairs": pairs, "categories": by_category}
-
-
 def as_table(columns, rows):
-    """Rows as a Markdown table of these columns {key: format}; what a row lacks stays empty."""
-    lines = [columns, ["---"] * len(columns)]
+    """A Markdown table of rows with these columns {key: format}; missing values stay empty."""
+    lines = [list(columns), ["---"] * len(columns)]
     for row in rows:
-        lines.append(["" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        cells = []
+        for key, spec in columns.items():
+            value = row.get(key)
+            cells.append("" if value is None else format(value, spec))
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def markdown(scorers, summary, settings):
-    """Models and scorers first, as papers print them; then comparisons, categories and settings."""
+def results_as_markdown(args, summary, settings):
+    """The text of results.md: models x scorers, as papers print them; then comparisons, categories and settings."""
     models = {}
     for row in summary["results"]:
         models.setdefault(row["model"], {"model": row["model"]})[row["scorer"]] = row["mean"]
-    means = dict.fromkeys(scorers, ".3f")
-    sources = {
-        s: ", ".join(source for _, source in sources_of(argparse.Namespace(**settings), s).values()) for s in scorers
+    means = dict.fromkeys(args.scorers, ".3f")
+    comparison = {
+        "wins": "",
+        "ties": "",
+        "losses": "",
+        "win_rate": ".1%",
+        "win_rate_low": ".1%",
+        "win_rate_high": ".1%",
     }
+    details = {
+        "scorer": "",
+        "model": "",
+        "mean": ".3f",
+        "standard_error": ".3f",
+        "difference": "+.3f",
+        "difference_error": ".3f",
+        **comparison,
+    }
+
     text = as_table({"model": "", **means}, models.values())
-    text += "".join(f"\n- {scorer}: {source}" for scorer, source in sources.items()) + "\n"
-    details = {"mean": ".3f", "standard_error": ".3f", "difference": "+.3f", "difference_error": ".3f"}
-    compared = {"wins": "", "ties": "", "losses": "", "win_rate": ".1%", "win_rate_low": ".1%", "win_rate_high": ".1%"}
-    text += "\n" + as_table({"scorer": "", "model": "", **details, **compared}, summary["results"])
+    for scorer in args.scorers:
+        sources = [getattr(args, flag) for flag in source_flags(scorer).values()]
+        text += f"\n- {scorer}: {', '.join(sources)}"
+    text += "\n\n" + as_table(details, summary["results"])
     if summary["pairs"]:
-        text += "\n" + as_table({"scorer": "", "model": "", "against": "", **compared}, summary["pairs"])
+        text += "\n" + as_table({"scorer": "", "model": "", "against": "", **comparison}, summary["pairs"])
     if summary["categories"]:
         text += "\n" + as_table({"category": "", "model": "", **means}, summary["categories"])
     return f"{text}\n```json\n{json.dumps(settings, indent=2)}\n```\n"
 
 
-def tile(record, scorer):
+def draw_tile(record, scorer):
     """An image under its prompt and score."""
-    image = Image.new("RGB", (384, 424), "white")
-    image.paste(read_image(record["file"]).resize((384, 384)), (0, 40))
+    tile = Image.new("RGB", (384, 424), "white")
+    tile.paste(read_image(record["file"]).resize((384, 384)), (0, 40))
     text = f"{record['prompt'][:50]}\n{record['model']}: {scorer} {record[scorer]:.3f}"
-    ImageDraw.Draw(image).text((4, 0), text, fill="black", font_size=14)
-    return image
+    ImageDraw.Draw(tile).text((4, 0), text, fill="black", font_size=14)
+    return tile
 
 
 def draw_grid(scorer, pairs):
-    """A row for each pair of records (base's, candidate's): the four largest wins, then the four largest losses."""
+    """A row for each (base record, candidate record): the four largest wins, then the four largest losses."""
     ordered = sorted(pairs, key=lambda pair: pair[0][scorer] - pair[1][scorer])
-    shown = ordered[:4] + ordered[4:][-4:]
-    return make_image_grid([tile(record, scorer) for pair in shown for record in pair], len(shown), 2)
+    if len(ordered) > 8:
+        ordered = ordered[:4] + ordered[-4:]
+    tiles = []
+    for base, candidate in ordered:
+        tiles += [draw_tile(base, scorer), draw_tile(candidate, scorer)]
+    return make_image_grid(tiles, len(ordered), 2)
 
 
 def write_results(args, systems, prompts, records, settings):
-    """Write scores.jsonl, results.json, results.md and a grid for each candidate, all from the records in order."""
+    """Write scores.jsonl, results.json, results.md and a grid per candidate."""
     output_dir = Path(args.output_dir)
     write_text(output_dir / "scores.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    shape = (len(systems), -1, args.images_per_prompt)
-    tables = {scorer: np.reshape([record[scorer] for record in records], shape) for scorer in args.scorers}
-    names, categories = [system.name for system in systems], [prompt.category for prompt in prompts]
+
+    tables = {}
+    for scorer in args.scorers:
+        scores = [record[scorer] for record in records]
+        tables[scorer] = np.reshape(scores, (len(systems), len(prompts), args.images_per_prompt))
+    names = [system.name for system in systems]
+    categories = [prompt.category for prompt in prompts]
     summary = summarize(args.scorers, names, tables, categories)
     write_text(output_dir / "results.json", json.dumps({**summary, "settings": settings}, indent=2) + "\n")
-    write_text(output_dir / "results.md", markdown(args.scorers, summary, settings))
-    base, *others = in_batches(records, len(records) // len(systems))
-    for system, its_records in zip(systems[1:], others, strict=True):
-        grid = draw_grid(args.scorers[0], zip(base, its_records, strict=True))
-        write_whole(output_dir / f"grid-{system.name}.png", partial(grid.save, format="PNG"))
+    write_text(output_dir / "results.md", results_as_markdown(args, summary, settings))
+
+    records_of_base, *others = in_batches(records, len(records) // len(systems))
+    for system, records_of_system in zip(systems[1:], others, strict=True):
+        grid = draw_grid(args.scorers[0], zip(records_of_base, records_of_system, strict=True))
+        write_atomically(output_dir / f"grid-{system.name}.png", functools.partial(grid.save, format="PNG"))
     logger.info(f"Wrote {output_dir / 'results.md'}")
 
 
-def check_inputs(args, systems, prompts, places):
-    """Find the given images, the scorers and a place to write before hours are spent on drawing; returns versions."""
-    for system in systems:
-        paths = [system.image(prompts, place) for place in places if not system.models]
-        missing = [path for path in paths if not path.exists()]
-        if missing:
-            raise EvaluationError(f"{system.shown} lacks {len(missing)} of {len(paths)}, e.g. {missing[0]}")
-    with naming(f"--output_dir {args.output_dir}", "cannot be written"):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
-    return find_scorers(args, prompts)
-
-
+# Main ----------------------------------------------------------------------------------------------------------------
 def build_accelerator(args):
-    with naming(f"--mixed_precision {args.mixed_precision}", "does not work here"):
-        # Processes wait for the slowest, which may draw for hours.
+    with explain(f"accelerate does not start with --mixed_precision {args.mixed_precision}"):
+        # Processes wait for the slowest, which may generate images for hours.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
         accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
@@ -1625,27 +2029,49 @@ def build_accelerator(args):
     return accelerator
 
 
+def check_inputs(args, systems, prompts, image_ids):
+    """Check existing images and the output folder before hours of generating."""
+    for system in systems:
+        if system.models:
+            continue
+        paths = [system.image(prompts, image_id) for image_id in image_ids]
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            raise EvaluationError(f"{system.label} lacks {len(missing)} of {len(paths)} images, e.g. {missing[0]}")
+    with explain(f"--output_dir {args.output_dir} cannot be written"):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+
+
 def main(args):
     accelerator = build_accelerator(args)
-    prompts = decided_once(accelerator, partial(read_prompts, args))
-    systems = decided_once(accelerator, partial(find_systems, args, prompts))
-    places = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
-    scorers = decided_once(accelerator, partial(check_inputs, args, systems, prompts, places))
-    drawn = [system for system in systems if system.models]
-    parts = {}
-    vae = None  # the base's own
-    if drawn and args.pretrained_vae_model_name_or_path is not None:
-        vae = decided_once(accelerator, partial(find_vae, args.pretrained_vae_model_name_or_path))
-    if drawn:
-        parts = load_shared_parts(args, accelerator)
-        with naming(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-            tokenizer = load_tokenizers(args.pretrained_model_name_or_path)["tokenizer"]
-        warn_of_long_prompts([prompt.text for prompt in prompts], tokenizer)
-    settings = collect_settings(args, systems, prompts, scorers, parts, vae)
-    draw_missing(args, accelerator, drawn, prompts, places, settings, parts)
-    records = decided_once(accelerator, partial(list_records, systems, prompts, places))
-    score_images(args, accelerator, records, scorers)
-    with failing_together():
+
+    # What is evaluated, and with what?
+    prompts = from_main_process(read_prompts, args)
+    image_ids = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
+    systems = from_main_process(find_systems, args, prompts)
+    from_main_process(check_inputs, args, systems, prompts, image_ids)
+    scorer_versions = from_main_process(find_scorers, args, prompts)
+
+    # Load what all pipelines share.
+    generated = [system for system in systems if system.models]
+    shared = None
+    vae_version = None  # each pipeline uses its own VAE
+    if generated:
+        if args.pretrained_vae_model_name_or_path is not None:
+            vae_version = from_main_process(find_vae, args.pretrained_vae_model_name_or_path)
+        shared = load_shared(args, accelerator)
+        base = args.pretrained_model_name_or_path
+        with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+            tokenizer = load_tokenizers(base)["tokenizer"]
+        warn_about_long_prompts([prompt.text for prompt in prompts], tokenizer)
+
+    # Generate, score and compare.
+    settings = collect_settings(args, systems, prompts, scorer_versions, shared, vae_version)
+    generate_missing(args, accelerator, generated, prompts, image_ids, settings, shared)
+    records = from_main_process(list_records, systems, prompts, image_ids)
+    score_images(args, accelerator, records, scorer_versions)
+    with raise_on_all_ranks("The results cannot be written"):
         if accelerator.is_main_process:
             write_results(args, systems, prompts, records, settings)
     accelerator.end_training()
@@ -1653,6 +2079,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(ARGUMENTS)
+        main(parse_args())
     except EvaluationError as error:
         sys.exit(f"error: {error}")

@@ -4,34 +4,58 @@
 #
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8", "diffusers>=0.40", "transformers>=5.24", "accelerate>=1.12", "datasets>=4.4.1",
-#   "sentencepiece", "protobuf", "ftfy"]
+# dependencies = [
+#     "torch>=2.8",
+#     "diffusers>=0.40",
+#     "transformers>=5.24",
+#     "accelerate>=1.12",
+#     "datasets>=4.4.1",
+#     "sentencepiece",
+#     "protobuf",
+#     "ftfy",
+# ]
 # ///
-"""Make preference pairs with Stable Diffusion XL itself, in the layout of Pick-Style (arXiv 2406.06424).
+"""
+Make preference pairs with Stable Diffusion XL itself, in the layout of Pick-Style (arXiv 2406.06424).
 
-As the hub's Pick-Style was made: SDXL generates chosen images with a style prefix before the caption, and rejected
-images without it.
+Like the Pick-Style datasets on the hub, SDXL generates chosen images with a style prefix before the caption, and
+rejected images without it:
 
     accelerate launch make_pick_style_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --prompts captions.txt \
         --style_prefix "A flat cartoon with thick outlines of" --mixed_precision bf16 --output_dir pairs
 
-Version 2 of the paper made its data differently: FLUX.1-schnell generated the images, with a prefix on either side or
-both (`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here, `--scorer
-pickscore --min_score 21` keeps the pairs whose chosen image reaches a score.
+Version 2 of the paper used other data: FLUX.1-schnell generated the images, with a prefix on one side or both
+(`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here, `--scorer pickscore
+--min_score 21` keeps the pairs whose chosen image reaches a score.
 
 Instead of prefixes, `--num_candidates 8 --scorer pickscore` pairs the best and the worst of eight samples, and
-`--chosen_images photos` pairs photos of a subject with what the model generates of it. `--lora` or `--unet` generates
-with an aligned model, for another round. The same command resumes, on any number of processes.
+`--chosen_images photos` pairs photos of a subject with samples. `--lora` or `--unet` generates with a fine-tuned
+model, for another round. Run the same command again to resume, on any number of processes.
 
 Pairs that exist as files need no model: `--chosen_images A --rejected_images B` pairs the files of the same name.
 """
 
+# Sections:
+#
+#   Pairs      how pairs are made: with prefixes, from candidates, from photos or from files
+#   Errors     exceptions that one sentence explains
+#   Arguments  the command line
+#   Files      finding, reading and writing them
+#   Captions   from files, folders and hub datasets
+#   Models     loading an SDXL pipeline
+#   LoRA       reading a LoRA of any format, and applying it exactly
+#   Making     the missing pairs
+#   Dataset    shards, the card and the upload
+#   Main       puts everything together
+
 import argparse
 import contextlib
 import copy
+import functools
 import glob
+import importlib.util
 import io
 import json
 import logging
@@ -40,8 +64,6 @@ import os
 import re
 import sys
 from datetime import timedelta
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +76,8 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets.fingerprint import Hasher
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import (
@@ -85,49 +108,335 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 
 logger = get_logger(__name__)
-BASE, VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 
 
-# Errors and files ----------------------------------------------------------------------------------------------------
+# Pairs ---------------------------------------------------------------------------------------------------------------
+class Pair(NamedTuple):
+    """Two images as PNG, and their labels."""
+
+    chosen: bytes
+    rejected: bytes
+    chosen_label: float = 1
+    rejected_label: float = 0
+
+
+class PairOfFiles(NamedTuple):
+    """Two existing image files, and their caption."""
+
+    caption: str
+    chosen: Path
+    rejected: Path
+
+
+class Inputs(NamedTuple):
+    """What pairs are made of: captions, and photos (--chosen_images) or files (with --rejected_images) if given."""
+
+    captions: list
+    photos: list
+    files: list
+
+
+def random_choices(seed, number, num_images):
+    """Whether the chosen image of a pair is image 0, and the seeds of its images' noise."""
+    first, *seeds = np.random.SeedSequence([seed, number]).generate_state(1 + num_images, np.uint64).tolist()
+    return first % 2 == 1, seeds
+
+
+@torch.no_grad()
+def generate_images(args, pipeline, prompts, seeds):
+    """Generate one image per prompt, each from its own noise."""
+    vae = pipeline.vae
+    latents = pipeline(
+        prompts,
+        height=args.resolution,
+        width=args.resolution,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+
+    # Decode outside of the pipeline, because the VAE may need another precision than the UNet.
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    if not pixels.isfinite().all():
+        raise PairsError(
+            f"--pretrained_model_name_or_path: NaN in {latents.dtype}, try --mixed_precision bf16 or another "
+            "--pretrained_vae_model_name_or_path."
+        )
+    return pipeline.image_processor.postprocess(pixels.float())
+
+
+def encode_png(image):
+    """Encode an image as PNG. A higher level saves a few percent and takes as long as several denoising steps."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def add_prefix(prefix, captions):
+    """Captions as prompts for generation."""
+    if prefix is None:
+        return captions
+    return [f"{prefix} {caption}" for caption in captions]
+
+
+def score_images(scorer, images, captions):
+    """Scores of images. Scorers see the caption without a prefix."""
+    scores = scorer.score(images, captions).tolist()
+    for score, caption in zip(scores, captions, strict=True):
+        if not math.isfinite(score):
+            raise PairsError(f"--scorer gives {score} to an image of {caption!r}.")
+    return scores
+
+
+def pairs_of_samples(args, pipeline, scorer, captions, seeds, photos):
+    """
+    Pair photos, or samples with --style_prefix, with samples that have --rejected_prefix or no prefix.
+
+    A pair is None if its chosen image does not reach --min_score.
+    """
+    chosen = photos
+    if not photos:
+        chosen_seeds = [seeds_of_pair[0] for seeds_of_pair in seeds]
+        chosen = generate_images(args, pipeline, add_prefix(args.style_prefix, captions), chosen_seeds)
+
+    # By default, both images come from the same noise.
+    index = 1 if args.different_seeds else 0
+    rejected_seeds = [seeds_of_pair[index] for seeds_of_pair in seeds]
+    rejected = generate_images(args, pipeline, add_prefix(args.rejected_prefix, captions), rejected_seeds)
+
+    pairs = []
+    scores = score_images(scorer, chosen, captions) if scorer is not None else []
+    for i in range(len(captions)):
+        if scorer is not None and scores[i] < args.min_score:
+            pairs.append(None)
+        else:
+            pairs.append(Pair(encode_png(chosen[i]), encode_png(rejected[i])))
+    return pairs
+
+
+def pairs_of_candidates(args, pipeline, scorer, captions, seeds):
+    """
+    Pair the best and the worst of --num_candidates samples per caption, with their scores as labels.
+
+    A pair is None if its best sample does not reach --min_score.
+    """
+    candidates = []
+    scores = []
+    for number in range(args.num_candidates):
+        images = generate_images(args, pipeline, captions, [seeds_of_pair[number] for seeds_of_pair in seeds])
+        candidates.append(images)
+        scores.append(score_images(scorer, images, captions))
+    scores = np.array(scores)
+
+    pairs = []
+    for i in range(len(captions)):
+        best = scores[:, i].argmax()
+        worst = scores[:, i].argmin()
+        if args.min_score is not None and scores[best, i] < args.min_score:
+            pairs.append(None)
+            continue
+        pairs.append(
+            Pair(
+                chosen=encode_png(candidates[best][i]),
+                rejected=encode_png(candidates[worst][i]),
+                chosen_label=float(scores[best, i]),
+                rejected_label=float(scores[worst, i]),
+            )
+        )
+    return pairs
+
+
+def read_pair(files):
+    """The Pair of two image files; None if one of them is broken."""
+    images = []
+    for flag, path in (("chosen_images", files.chosen), ("rejected_images", files.rejected)):
+        try:
+            # Encoded again, because metadata may tell where a photo was taken.
+            images.append(encode_png(decode_image(path)))
+        except Exception as error:  # Pillow raises all kinds
+            logger.warning(
+                f"--{flag}: {path} cannot be read ({describe(error)}); its pair is left out.",
+                main_process_only=False,
+            )
+            return None
+    return Pair(*images)
+
+
+def make_block(args, pipeline, scorer, inputs, block):
+    """
+    Make the pairs with these numbers. Yields one table per pair: one row, or none if the pair is left out.
+
+    What is generated for a caption only depends on its number and --seed. Block boundaries are fixed, because an
+    image's last bits depend on the others in its batch.
+    """
+    captions = [inputs.captions[number] for number in block]
+    chosen_first = []
+    seeds = []
+    for number in block:
+        is_first, seeds_of_pair = random_choices(args.seed, number, args.num_candidates or 2)
+        chosen_first.append(is_first)
+        seeds.append(seeds_of_pair)
+
+    label_type = pa.int64()
+    if inputs.files:
+        pairs = [read_pair(inputs.files[number]) for number in block]
+    elif args.num_candidates is not None:
+        label_type = pa.float64()
+        pairs = pairs_of_candidates(args, pipeline, scorer, captions, seeds)
+    else:
+        photos = []
+        if inputs.photos:
+            photos = [inputs.photos[number % len(inputs.photos)] for number in block]
+        pairs = pairs_of_samples(args, pipeline, scorer, captions, seeds, photos)
+
+    schema = pa.schema(
+        {
+            "caption": pa.string(),
+            "jpg_0": pa.binary(),
+            "jpg_1": pa.binary(),
+            "label_0": label_type,
+            "label_1": label_type,
+        }
+    )
+    for caption, pair, is_first in zip(captions, pairs, chosen_first, strict=True):
+        if pair is None:
+            yield schema.empty_table()
+            continue
+        images = [pair.chosen, pair.rejected]
+        labels = [pair.chosen_label, pair.rejected_label]
+        if not is_first:
+            images.reverse()
+            labels.reverse()
+        row = {
+            "caption": caption,
+            "jpg_0": images[0],
+            "jpg_1": images[1],
+            "label_0": labels[0],
+            "label_1": labels[1],
+        }
+        yield pa.Table.from_pylist([row], schema)
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
 class PairsError(Exception):
-    """A wrong use or a fault that one sentence explains; the command line prints that sentence alone."""
+    """An error that one sentence explains; printed without a traceback."""
+
+
+def describe(error):
+    """An error's type and text in one line. The type of a ValueError says nothing, and is left out."""
+    text = " ".join(str(error).split())
+    if type(error) is ValueError and text:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def naming(subject, fault="cannot be loaded"):
-    """Turn any error into a PairsError that names the flag or file at fault, and gives the reason."""
+def explain(message):
+    """Raise any error of the body as a PairsError that begins with `message`."""
     try:
         yield
     except PairsError:
         raise
-    except Exception as error:  # broken files raise most of the built-in ones
-        raise PairsError(f"{subject} {fault}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except Exception as error:
+        raise PairsError(f"{message}: {describe(error)}") from error
 
 
-def write_whole(path, write):
-    """Call `write(path)` on a hidden neighbour that then takes the path's place, so nobody sees half a file."""
-    aside = path.with_name(f".incomplete-{path.name}")
-    with naming(f"--output_dir: {path}", "cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        os.replace(aside, path)
+@contextlib.contextmanager
+def raise_on_all_ranks(message):
+    """
+    If the body fails on any process, raise the same PairsError on all of them, so that none hangs.
+
+    The body must not contain another use of this: a process that fails before the inner one would meet the others
+    in the wrong place.
+    """
+    failure = None
+    try:
+        with explain(message):
+            yield
+    except PairsError as error:
+        failure = str(error)
+
+    for sentence in gather_object([failure]):
+        if sentence is not None:
+            raise PairsError(sentence)
+
+
+def from_main_process(function, *args):
+    """Call `function` on the main process; return its result, or raise its error, on all processes."""
+    result = None
+    with raise_on_all_ranks("The main process failed"):
+        if PartialState().is_main_process:
+            result = function(*args)
+    return broadcast_object_list([result])[0]
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
-PATH = os.path.expanduser  # shells leave the ~ of --flag=~/path
+def bounded(kind, low, high, wanted):
+    """A type for argparse: a number from `low` to `high`; `wanted` describes it in messages."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
 
 
-def add_arguments(parser):
+MODEL_FLAGS = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
+LARGEST = sys.float_info.max
+COUNT = bounded(int, 1, sys.maxsize, "a positive whole number")
+CANDIDATES = bounded(int, 2, sys.maxsize, "a whole number of at least 2")
+SEED = bounded(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+NUMBER = bounded(float, -LARGEST, LARGEST, "a finite number")
+NOT_NEGATIVE = bounded(float, 0, LARGEST, "zero or a positive number")
+PATH = os.path.expanduser  # leaves hub ids as they are
+
+
+def words(text):
+    """Parse a prefix for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text.strip()
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults other than None, False and []."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_pair_arguments(parser):
     add = parser.add_argument_group("captions and pairs").add_argument
-    shown = "Captions: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a local folder or a hub id."
-    add("--prompts", type=PATH, help=shown)
-    add("--prompt_column", "--caption_column", default="prompt", help="Column of the captions, except in a .txt.")
-    add("--prompt_split", default="train", help="Split of the hub data set.")
-    add("--max_prompts", type=int, help="Use only the first captions.")
-    add("--style_prefix", help="Words that stand before the captions of the chosen images only.")
-    add("--rejected_prefix", help="Words that stand before the captions of the rejected images only.")
-    add("--num_candidates", type=int, help="Number of samples per caption. Pairs the best and the worst.")
-    add("--chosen_images", type=PATH, metavar="FOLDER", help="Photos to prefer to generated images, used in turn.")
+    add(
+        "--prompts",
+        type=PATH,
+        help="Captions: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a local folder or a hub id.",
+    )
+    add("--prompt_column", "--caption_column", default="prompt", help="Column with the captions, except in a .txt.")
+    add("--prompt_split", default="train", help="Split of the hub dataset.")
+    add("--max_prompts", type=COUNT, help="Use only the first captions.")
+    add("--style_prefix", type=words, help="Words before the captions of the chosen images only.")
+    add("--rejected_prefix", type=words, help="Words before the captions of the rejected images only.")
+    add(
+        "--different_seeds",
+        action="store_true",
+        help="Generate the two images of a pair from different noise. Only with a prefix.",
+    )
+    add("--num_candidates", type=CANDIDATES, help="Number of samples per caption. Pairs the best and the worst.")
+    add(
+        "--chosen_images",
+        type=PATH,
+        metavar="FOLDER",
+        help="Photos that are used in turn as chosen images. The rejected ones are samples.",
+    )
     add(
         "--rejected_images",
         type=PATH,
@@ -135,127 +444,263 @@ def add_arguments(parser):
         help="Pair the files of --chosen_images with those of the same name here. Captions come from .txt files "
         "beside the chosen images, or from --prompts, by its column `file_name`.",
     )
-    add("--different_seeds", action="store_true", help="Give the two images of a style pair different noise.")
     add(
         "--scorer",
         choices=["pickscore", "hps", "imagereward", "aesthetic", "clip", "siglip"],
-        help="Scorer that ranks the candidates; takes the evaluation script's flags for its files.",
+        help="Scorer for --num_candidates and --min_score. The evaluation script's flags for its files are accepted.",
     )
-    add("--min_score", type=float, help="Drop pairs whose chosen image has a lower score.")
-    add = parser.add_argument_group("drawing").add_argument
-    add("--pretrained_model_name_or_path", type=PATH, help="SDXL pipeline: hub id or local folder.")
-    add("--pretrained_vae_model_name_or_path", type=PATH, help="Another VAE, e.g. madebyollin/sdxl-vae-fp16-fix.")
+    add("--min_score", type=NUMBER, help="Drop pairs whose chosen image has a lower score.")
+
+
+def add_generation_arguments(parser):
+    add = parser.add_argument_group("generation").add_argument
+    add("--pretrained_model_name_or_path", type=PATH, help="SDXL base model: hub id or local folder.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        type=PATH,
+        help="VAE to use instead, e.g. madebyollin/sdxl-vae-fp16-fix.",
+    )
     add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
-    add("--unet", type=PATH, help="UNet in place of the pipeline's: hub id or local folder, e.g. of training.")
-    add("--lora", type=PATH, help="LoRA to draw with: hub id, local folder, e.g. of training, or .safetensors file.")
-    add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
-    add("--resolution", type=int, default=1024, help="Side of the drawn images in pixels.")
-    add("--seed", type=int, default=0, help="Seed of the noise and of the sides.")
-    add("--batch_size", type=int, default=4, help="Images per process and forward pass.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Without it, accelerate's setting.")
+    add("--unet", type=PATH, help="UNet to use instead: hub id or local folder, e.g. an output_dir of training.")
+    add("--lora", type=PATH, help="LoRA: hub id, local folder, e.g. an output_dir of training, or .safetensors file.")
+    add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance scale.")
+    add("--resolution", type=COUNT, default=1024, help="Width and height of the images in pixels.")
+    add("--seed", type=SEED, default=0, help="Seed of the noise, and of which image of a pair comes first.")
+    add("--batch_size", type=COUNT, default=4, help="Images per process and forward pass.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Defaults to accelerate's setting.")
     add("--compile", action="store_true", help="Compile the UNet's transformer blocks to reduce CPU overhead.")
+
+
+def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=PATH, default="pairs", help="Folder for everything that the run writes.")
+    add("--output_dir", type=PATH, default="pairs", help="Output folder.")
     add("--push_to_hub", action="store_true", help="Upload the pairs and their card at the end.")
-    add("--hub_model_id", help="Data set repository to upload to. Without it, the name of output_dir.")
-    add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
-    add("--hub_token", help="Token for the upload. Without it, that of `hf auth login`.")
+    add("--hub_model_id", help="Dataset repository to upload to. Defaults to the name of output_dir.")
+    add("--hub_private_repo", action="store_true", help="Create a private repository.")
+    add("--hub_token", help="Token for the upload. Defaults to that of `hf auth login`.")
 
 
 def parse_args(input_args=None):
-    """Parse the command line (or `input_args`); a wrong use stops with one sentence that names the flag."""
+    """Parse the command line (or `input_args`). Misuse exits with one sentence that names the flag."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=__doc__.strip().splitlines()[0],
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --prompts FILE --style_prefix WORDS",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    add_arguments(parser)
-    args, others = parser.parse_known_args(input_args)
+    add_pair_arguments(parser)
+    add_generation_arguments(parser)
+    add_output_arguments(parser)
+    args, scorer_args = parser.parse_known_args(input_args)
+    check_arguments(parser, args, scorer_args)
+
+    if args.scorer is not None:
+        if importlib.util.find_spec("evaluate_diffusion_mapo_sdxl") is None:
+            parser.error("--scorer needs evaluate_diffusion_mapo_sdxl.py beside this script")
+        from evaluate_diffusion_mapo_sdxl import parse_args as parse_evaluation_args
+
+        # The evaluation script requires the first two; only the scorer's own flags are used.
+        args.scorer_args = parse_evaluation_args(
+            ["--images", "a=b", "--prompts", "c", "--scorers", args.scorer, *scorer_args]
+        )
+    return args
+
+
+def check_arguments(parser, args, scorer_args):  # noqa: C901
+    """Reject combinations of flags that cannot work."""
     base = args.pretrained_model_name_or_path
+    has_prefix = args.style_prefix is not None or args.rejected_prefix is not None
+
+    # Unknown flags. The evaluation script checks those of the scorer.
+    unknown = scorer_args
+    if args.scorer is not None:
+        unknown = [word for word in scorer_args if word.startswith("-") and not word.startswith(f"--{args.scorer}_")]
+    if unknown:
+        parser.error(f"unknown arguments: {', '.join(unknown)} (see --help for the list)")
+
+    # One way of making pairs.
+    if [has_prefix, args.num_candidates is not None, args.chosen_images is not None].count(True) != 1:
+        parser.error("give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images")
+    for flag in ("chosen_images", "rejected_images"):
+        if getattr(args, flag) == "":
+            parser.error(f"--{flag} is empty")
+    if args.rejected_images is not None:
+        if args.chosen_images is None:
+            parser.error("--rejected_images requires --chosen_images")
+        if args.rejected_images == args.chosen_images:
+            parser.error("--rejected_images and --chosen_images are the same")
+        for flag in MODEL_FLAGS:
+            if getattr(args, flag) is not None:
+                parser.error(f"--rejected_images cannot be combined with --{flag}")
+    else:
+        if base is None:
+            parser.error("--pretrained_model_name_or_path is required")
+        if args.prompts is None:
+            parser.error("--prompts is required")
+    if args.different_seeds and not has_prefix:
+        parser.error("--different_seeds requires --style_prefix or --rejected_prefix")
+    if has_prefix and args.style_prefix == args.rejected_prefix and not args.different_seeds:
+        parser.error("--style_prefix and --rejected_prefix are the same: add --different_seeds")
+
+    # Scores.
+    if args.num_candidates is not None and args.scorer is None:
+        parser.error("--num_candidates requires --scorer")
+    if args.min_score is not None and args.scorer is None:
+        parser.error("--min_score requires --scorer")
+    if args.scorer is not None and args.chosen_images is not None:
+        parser.error("--scorer cannot be combined with --chosen_images")
+    if args.scorer is not None and has_prefix and args.min_score is None:
+        parser.error("--scorer requires --num_candidates or --min_score")
+
+    # Generation.
     if base is not None and base.endswith(".safetensors"):
         parser.error(
             "--pretrained_model_name_or_path is a single file, convert it first: "
             f"python convert_sdxl.py single_file {base} FOLDER"
         )
-    unknown = [word for word in others if word.startswith("-") and not word.startswith(f"--{args.scorer}_")]
-    unknown = unknown or others * (not args.scorer)
-    counts = {name: vars(args)[name] for name in ("max_prompts", "num_inference_steps", "resolution", "batch_size")}
-    low = [f"--{name}" for name, number in counts.items() if number is not None and number < 1]
-    alone = args.scorer and not find_spec("evaluate_diffusion_mapo_sdxl")
-    prefixed = args.style_prefix is not None or args.rejected_prefix is not None
-    kinds = (prefixed, args.num_candidates is not None, args.chosen_images is not None)
-    from_files = args.rejected_images is not None
-    rules = [
-        (
-            sum(kinds) != 1,
-            "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images",
-        ),
-        (from_files and not args.chosen_images, "--rejected_images requires --chosen_images"),
-        (args.rejected_images == "", "--rejected_images is empty"),
-        (
-            from_files and args.rejected_images == args.chosen_images,
-            "--rejected_images and --chosen_images are the same",
-        ),
-        (from_files and base, "--rejected_images needs no --pretrained_model_name_or_path"),
-        (not from_files and not base, "--pretrained_model_name_or_path is required"),
-        (not from_files and not args.prompts, "--prompts is required"),
-        (low, f"{', '.join(low)} must be at least 1"),
-        (unknown, f"unknown arguments: {', '.join(unknown)} (see --help for the list)"),
-        (args.style_prefix is not None and not args.style_prefix.strip(), "--style_prefix is empty"),
-        (args.rejected_prefix is not None and not args.rejected_prefix.strip(), "--rejected_prefix is empty"),
-        (
-            prefixed and args.style_prefix == args.rejected_prefix and not args.different_seeds,
-            "--style_prefix and --rejected_prefix are the same: add --different_seeds",
-        ),
-        (args.min_score is not None and not math.isfinite(args.min_score), "--min_score must be a finite number"),
-        (args.different_seeds and not prefixed, "--different_seeds needs --style_prefix or --rejected_prefix"),
-        (args.num_candidates is not None and args.num_candidates < 2, "--num_candidates must be at least 2"),
-        (args.num_candidates and not args.scorer, "--num_candidates requires --scorer"),
-        (args.scorer and args.chosen_images, "--scorer cannot be combined with --chosen_images"),
-        (args.scorer and prefixed and args.min_score is None, "--scorer requires --num_candidates or --min_score"),
-        (args.min_score is not None and not args.scorer, "--min_score requires --scorer"),
-        (alone, "--scorer needs evaluate_diffusion_mapo_sdxl.py beside this script"),
-        (args.resolution % 8 != 0, "--resolution must be a multiple of 8"),
-        (not 0 <= args.seed < 2**32, "--seed must be from 0 to 4294967295"),
-        (not 0 <= args.guidance_scale < math.inf, "--guidance_scale must be a number of at least 0"),
-    ]
-    for sentence in [sentence for broken, sentence in rules if broken]:
-        parser.error(sentence)
-    args.style_prefix = args.style_prefix and args.style_prefix.strip()
-    args.rejected_prefix = args.rejected_prefix and args.rejected_prefix.strip()
-    if args.scorer:
-        from evaluate_diffusion_mapo_sdxl import parse_args as parse_evaluation
-
-        args.evaluation = parse_evaluation(["--images", "a=b", "--prompts", "c", "--scorers", args.scorer, *others])
-    return args
+    if args.resolution % 8 != 0:
+        parser.error("--resolution must be a multiple of 8")
 
 
-# Captions and photos -------------------------------------------------------------------------------------------------
+# Files ---------------------------------------------------------------------------------------------------------------
+# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**31 - 1
+PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+ORIENTATION = 0x0112
+# How an image is turned upright, by its EXIF orientation.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def find_file(source, name):
+    """Path of a file in a local folder, or in a hub repository (then downloaded); None if it does not exist."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    with explain(f"{name} of {source} cannot be downloaded"):
+        try:
+            return Path(hf_hub_download(source, name))
+        except HFValidationError:
+            return None
+        except GatedRepoError:
+            raise
+        except LocalEntryNotFoundError:
+            if not is_offline_mode():  # the hub cannot be reached, and may have the file
+                raise
+            return None
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            return None
+
+
+def decode_image(path):
+    """Decode an image to RGB: upright, and composited over white where it is transparent. Ignores broken metadata."""
+    with Image.open(path) as image:
+        image.load()
+        # Pillow's own conversion clips 16-bit grey, whose mode is "I;16", or "I" in older versions.
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+        # ImageOps.exif_transpose also rewrites the EXIF data, which fails if one of its tags is wrong.
+        orientation = None
+        with contextlib.suppress(Exception):
+            orientation = image.getexif().get(ORIENTATION)
+        if orientation in TRANSPOSITIONS:
+            image = image.transpose(TRANSPOSITIONS[orientation])
+
+        if is_16_bit:
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def find_images(folder):
+    """Paths of the images in a folder, sorted by name, and the names of the files that Pillow cannot open."""
+    images = []
+    others = []
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if not path.is_file():
+            continue
+        try:
+            Image.open(path).close()
+        except UnidentifiedImageError:
+            others.append(path.name)
+            continue
+        except Exception:  # raised again, with its path, when the image is decoded
+            pass
+        images.append(path)
+    return images, others
+
+
+def find_given_images(flag, folder):
+    """Paths of the images in the folder of a flag. Other files, but captions, are left out with a warning."""
+    paths, others = find_images(folder)
+    if not paths:
+        raise PairsError(f"--{flag} {folder} is not a folder with images that Pillow can open.")
+    others = [name for name in others if not name.endswith(".txt")]
+    if others:
+        logger.warning(
+            f"--{flag} {folder}: left out {len(others)} files that Pillow cannot open: {', '.join(others[:10])}."
+        )
+    return paths
+
+
+def read_photos(paths, resolution):
+    """The images of --chosen_images, with a short side of at most `resolution`."""
+    photos = []
+    for path in paths:
+        with explain(f"--chosen_images: {path} cannot be read"):
+            image = decode_image(path)
+        side = min(resolution, *image.size)
+        photos.append(ImageOps.cover(image, (side, side), Image.Resampling.LANCZOS))
+    return photos
+
+
+def write_atomically(path, save):
+    """Let `save` write a file that appears under its name only when it is complete."""
+    with explain(f"--output_dir: {path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".incomplete-{path.name}")
+        save(aside)
+        os.replace(aside, path)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+# Captions ------------------------------------------------------------------------------------------------------------
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def stream_prompts(source, split, columns):
     """
-    Yield {flag: value} of each row of a prompts file, a local folder or a hub data set, for its columns {flag: name}.
+    Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset, with columns {flag: name}.
 
-    The lines of a text file, and the strings of a JSON list, are the prompts whatever the name of their column.
+    The lines of a text file, and the strings of a JSON list, are prompts whatever the name of their column.
     """
-    # `datasets` takes the path of a file as a pattern.
     suffix = Path(source).suffix.lower()
     options = {"path": source}
     if suffix in PROMPT_FILES:
+        # `datasets` takes the path of a file as a pattern.
         options = {"path": PROMPT_FILES[suffix], "data_files": glob.escape(source)}
         split = "train"
     if suffix == ".txt":
         options["encoding"] = "utf-8-sig"
-    elif suffix == ".tsv":
+    if suffix == ".tsv":
         options["sep"] = "\t"
     builder = datasets.load_dataset_builder(**options)
     rows = builder.as_streaming_dataset(split=split)
 
-    # Of parquet files, which may contain images, read only these columns.
+    # Read only these columns of parquet files, which may contain images.
     names = list(dict.fromkeys(columns.values()))
     if hasattr(builder.config, "columns") and set(names) <= set(rows.features or ()):
         builder.config.columns = names
@@ -273,101 +718,44 @@ def stream_prompts(source, split, columns):
 def read_captions(args):
     """The first --max_prompts captions; rows without text are left out."""
     captions = []
-    left_out = 0
-    with naming(f"--prompts {args.prompts}"):
+    num_empty = 0
+    with explain(f"--prompts {args.prompts} cannot be loaded"):
         for row in stream_prompts(args.prompts, args.prompt_split, {"--prompt_column": args.prompt_column}):
             text = row["--prompt_column"]
             if isinstance(text, str) and text.strip():
                 captions.append(text.strip())
             else:
-                left_out += 1
+                num_empty += 1
             if len(captions) == args.max_prompts:
                 break
     if not captions:
-        raise PairsError(f"--prompts {args.prompts} holds no caption.")
-    if left_out:
-        logger.warning(f"--prompts {args.prompts}: {left_out} of the rows hold no text and are left out.")
+        raise PairsError(f"--prompts {args.prompts} contains no captions.")
+    if num_empty > 0:
+        logger.warning(f"--prompts {args.prompts}: {num_empty} rows without text are left out.")
     return captions
 
 
-# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
-ORIENTATION = 0x0112
-# How an image is turned upright, by its EXIF orientation.
-TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def decode_image(path):
-    """Decode an image to RGB: upright, and on white where it is transparent. Its metadata may be broken."""
-    with Image.open(path) as image:
-        image.load()
-        # Pillow's own conversion clips. It opens 16 bits of grey as "I;16" or, in these formats, as "I".
-        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-
-        # ImageOps.exif_transpose also writes the EXIF data again, which fails if one of its tags is wrong.
-        orientation = None
-        with contextlib.suppress(Exception):
-            orientation = image.getexif().get(ORIENTATION)
-        if orientation in TRANSPOSITIONS:
-            image = image.transpose(TRANSPOSITIONS[orientation])
-
-        if is_16_bit:
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def find_images(folder):
-    """Paths of a folder's images, by name, and the names of the files that Pillow cannot open."""
-    images = []
-    others = []
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if not path.is_file():
-            continue
-        try:
-            Image.open(path).close()
-        except UnidentifiedImageError:
-            others.append(path.name)
-            continue
-        except Exception:  # raised again, with its path, when the image is decoded
-            pass
-        images.append(path)
-    return images, others
-
-
-class PairOfFiles(NamedTuple):
-    caption: str
-    chosen: Path
-    rejected: Path
-
-
-def read_captions_of_files(args, images):
-    """{name of a file without its ending: caption}, from --prompts, or from the .txt files beside {name: image}."""
+def captions_beside(images):
+    """{name: caption} from the .txt files beside {name: image}."""
     captions = {}
-    if not args.prompts:
-        for name, path in images.items():
-            file = path.with_suffix(".txt")
-            if file.exists():
-                with naming(f"--chosen_images: {file}", "cannot be read"):
-                    captions[name] = file.read_text(encoding="utf-8-sig")
-        return captions
+    for name, path in images.items():
+        file = path.with_suffix(".txt")
+        if file.exists():
+            with explain(f"--chosen_images: {file} cannot be read"):
+                captions[name] = file.read_text(encoding="utf-8-sig")
+    return captions
 
+
+def captions_by_file_name(args):
+    """{name: caption} from --prompts, by its column `file_name`."""
+    captions = {}
     columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}
-    with naming(f"--prompts {args.prompts}"):
+    with explain(f"--prompts {args.prompts} cannot be loaded"):
         for row in stream_prompts(args.prompts, args.prompt_split, columns):
-            if not isinstance(row["--prompts"], str):
-                raise ValueError(f"file_name {row['--prompts']!r} is not text")
-            name = Path(row["--prompts"]).stem
+            file_name = row["--prompts"]
+            if not isinstance(file_name, str):
+                raise ValueError(f"file_name {file_name!r} is not text")
+            name = Path(file_name).stem
             if name in captions:
                 raise ValueError(f"file_name: {name} occurs twice")
             captions[name] = row["--prompt_column"]
@@ -375,126 +763,50 @@ def read_captions_of_files(args, images):
 
 
 def match_files(args):
-    """Pairs of --chosen_images and --rejected_images that have the same name (before its ending), with captions."""
-    folders = {}
+    """The PairOfFiles of --chosen_images and --rejected_images. Files are matched by name, without extension."""
+    images_of_flags = []
     for flag in ("chosen_images", "rejected_images"):
         folder = getattr(args, flag)
-        paths, _ = find_images(folder)
-        if not paths:
-            raise PairsError(f"--{flag} {folder} is not a folder with images that Pillow can open.")
-        folders[flag] = {path.stem: path for path in paths}
-        if len(folders[flag]) < len(paths):
-            raise PairsError(f"--{flag} {folder}: some files have the same name with different endings.")
-    chosen, rejected = folders.values()
-    captions = read_captions_of_files(args, chosen)
+        paths = find_given_images(flag, folder)
+        images = {path.stem: path for path in paths}
+        if len(images) < len(paths):
+            raise PairsError(f"--{flag} {folder}: some files have the same name with different extensions.")
+        images_of_flags.append(images)
+    chosen, rejected = images_of_flags
+    captions = captions_by_file_name(args) if args.prompts else captions_beside(chosen)
 
-    pairs = []
-    left_out = []
+    files = []
+    incomplete = []
     for name in sorted({*chosen, *rejected}):
         caption = captions.get(name)
         if name in chosen and name in rejected and isinstance(caption, str) and caption.strip():
-            pairs.append(PairOfFiles(caption.strip(), chosen[name], rejected[name]))
+            files.append(PairOfFiles(caption.strip(), chosen[name], rejected[name]))
         else:
-            left_out.append(name)
-    if left_out:
+            incomplete.append(name)
+    if incomplete:
         logger.warning(
-            f"{len(left_out)} names lack an image or a caption and are left out: {', '.join(left_out[:10])}"
-            f"{', ...' if len(left_out) > 10 else ''}."
+            f"{len(incomplete)} names without two images and a caption are left out: {', '.join(incomplete[:10])}."
         )
-    if not pairs:
+    if not files:
         raise PairsError(
             f"--chosen_images {args.chosen_images} and --rejected_images {args.rejected_images} contain no two images "
             "of the same name with a caption."
         )
-    return pairs[: args.max_prompts]
+    return files[: args.max_prompts]
 
 
-def read_photos(folder, resolution):
-    """The images of a folder in the order of their names, no larger than `resolution` asks for."""
-    paths, others = find_images(folder)
-    if not paths:
-        raise PairsError(f"--chosen_images {folder} is not a folder with images that Pillow can open.")
-    if others:
-        logger.warning(
-            f"--chosen_images {folder}: left out {len(others)} files that Pillow cannot open: {', '.join(others)}."
-        )
-
-    photos = []
-    for path in paths:
-        with naming(f"--chosen_images: {path}", "cannot be read"):
-            image = decode_image(path)
-        side = min(resolution, *image.size)
-        photos.append(ImageOps.cover(image, (side, side), Image.Resampling.LANCZOS))
-    return photos
+def warn_about_long_prompts(prompts, tokenizer):
+    """Warn about prompts with more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
+    limit = tokenizer.model_max_length
+    too_long = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
+    if too_long > 0:
+        logger.warning(f"{too_long} of {len(prompts)} prompts have more than {limit} tokens; SDXL ignores the rest.")
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-def find_file(source, name):
-    """Path of a file in a local folder, or of a hub id (then downloaded); None if there is no such file."""
-    path = Path(source) / name
-    if Path(source).is_dir():
-        return path if path.is_file() else None
-    with naming(f"{name} of {source}", "cannot be downloaded"):
-        try:
-            return Path(hf_hub_download(source, name))
-        except HFValidationError:
-            return None
-        except (EntryNotFoundError, RepositoryNotFoundError) as error:
-            # A hub out of reach, or one that wants a token, may have it all the same.
-            unknown = isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
-            if unknown or isinstance(error, GatedRepoError):
-                raise
-            return None
-
-
-def find_models(args):
-    """The file that stands for each model, {flag: path}; a base or UNet of another kind is refused by its config."""
-    names = {
-        BASE: ["unet/config.json"],
-        VAE: ["config.json"],
-        "unet": ["unet/config.json", "config.json"],
-        "lora": [LORA_FILE],
-    }
-    files = {}
-    for flag, its_names in names.items():
-        source = getattr(args, flag)
-        if source is None:
-            continue
-        if flag == "lora":
-            file = find_lora(source)
-        else:
-            found = [find_file(source, name) for name in its_names]
-            file = next(filter(None, found), None)
-        if file is None:
-            raise PairsError(f"--{flag} {source} is no folder or reachable hub id with {' or '.join(its_names)}.")
-        files[flag] = file
-
-    with naming("A UNet's config"):
-        configs = {flag: json.loads(files[flag].read_text()) for flag in (BASE, "unet") if flag in files}
-    for flag, config in configs.items():
-        same = all(config.get(key) == configs[BASE].get(key) for key in ("cross_attention_dim", "in_channels"))
-        if config.get("addition_embed_type") != "text_time" or not same:
-            raise PairsError(f"--{flag} {getattr(args, flag)}: its UNet does not take SDXL's prompts and latents.")
-
-    if args.lora is not None and args.unet is None:
-        with naming(f"--lora {args.lora}"):
-            unet = read_lora_config(files["lora"]).get("unet.base_model_name_or_path")
-        if unet not in (None, "", getattr(args, BASE)):
-            logger.warning(f"--lora {args.lora} was trained on the UNet of {unet}: add --unet {unet}.")
-    return files
-
-
-def load_complete(architecture, source, **options):
-    """`from_pretrained`, but weights that are missing are an error: the libraries would initialize them at random."""
-    model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
-    missing = info["missing_keys"]
-    if missing:
-        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
-    return model
-
-
+LORA_FILE = "pytorch_lora_weights.safetensors"
 # The parts of an SDXL pipeline that have weights.
-MODELS = {
+COMPONENTS = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
@@ -502,51 +814,167 @@ MODELS = {
 }
 
 
-def load_model(source, name, variant, dtype):
-    """One of MODELS. As in diffusers, a part may lack the variant that others have."""
-    try:
-        return load_complete(MODELS[name], source, subfolder=name, variant=variant, dtype=dtype)
-    except OSError:
-        if variant is None:
-            raise
-        with contextlib.suppress(OSError):
-            return load_complete(MODELS[name], source, subfolder=name, dtype=dtype)
-        raise
+def find_models(args):
+    """The file that identifies each given model: {flag: path}."""
+    names_of_flags = {
+        "pretrained_model_name_or_path": ["unet/config.json"],
+        "pretrained_vae_model_name_or_path": ["config.json"],
+        "unet": ["unet/config.json", "config.json"],
+        "lora": [LORA_FILE],
+    }
+    model_files = {}
+    for flag in MODEL_FLAGS:
+        source = getattr(args, flag)
+        if source is None:
+            continue
+        file = None
+        for name in names_of_flags[flag]:
+            if file is None:
+                file = find_lora_file(source) if flag == "lora" else find_file(source, name)
+        if file is None:
+            names = " or ".join(names_of_flags[flag])
+            raise PairsError(f"--{flag} {source} is not a folder or a reachable hub id with {names}.")
+        model_files[flag] = file
+    return model_files
+
+
+def check_models(args, model_files):
+    """Refuse UNets that are not SDXL's by their configs, and warn about a LoRA that was trained on another UNet."""
+    base = args.pretrained_model_name_or_path
+    with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+        base_config = json.loads(model_files["pretrained_model_name_or_path"].read_text())
+    for flag in ("pretrained_model_name_or_path", "unet"):
+        if flag not in model_files:
+            continue
+        name = f"--{flag} {getattr(args, flag)}"
+        with explain(f"{name} cannot be loaded"):
+            config = json.loads(model_files[flag].read_text())
+        if config.get("addition_embed_type") != "text_time":
+            raise PairsError(f"{name}: its UNet is not conditioned on image sizes and crops (addition_embed_type).")
+        for key in ("cross_attention_dim", "in_channels"):
+            if config.get(key) != base_config.get(key):
+                raise PairsError(
+                    f"{name}: its {key} is {config.get(key)}, not {base_config.get(key)} as in the base model."
+                )
+
+    if args.lora is not None and args.unet is None:
+        with explain(f"--lora {args.lora} cannot be loaded"):
+            unet = read_lora_config(model_files["lora"]).get("unet.base_model_name_or_path")
+        if unet not in (None, "", base):
+            logger.warning(f"--lora {args.lora} was trained on the UNet of {unet}: add --unet {unet}.")
+
+
+def load_complete(model_class, source, **options):
+    """`from_pretrained`, but missing weights are an error: libraries would initialize them at random."""
+    model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
+    return model
+
+
+def load_component(name, source, variant, dtype):
+    """One of COMPONENTS. All but the UNet may lack the variant."""
+    if variant is not None:
+        try:
+            return load_complete(COMPONENTS[name], source, subfolder=name, variant=variant, dtype=dtype)
+        except OSError:
+            if name == "unet":
+                raise
+    return load_complete(COMPONENTS[name], source, subfolder=name, dtype=dtype)
 
 
 def load_tokenizers(source):
-    """The tokenizers of an SDXL pipeline. Without its vocabulary, transformers would make one of a few tokens."""
+    """The tokenizers of an SDXL pipeline, checked against its text encoders."""
     tokenizers = {}
-    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+    for suffix in ("", "_2"):
+        name = f"tokenizer{suffix}"
         tokenizers[name] = CLIPTokenizer.from_pretrained(source, subfolder=name)
-        number = len(tokenizers[name])
-        expected = CLIPTextConfig.from_pretrained(source, subfolder=encoder).vocab_size
-        if number != expected:
-            raise ValueError(f"its {name} has {number} tokens, its {encoder} expects {expected}; are files missing?")
+        expected = CLIPTextConfig.from_pretrained(source, subfolder=f"text_encoder{suffix}").vocab_size
+        # Without its vocabulary file, transformers silently builds an empty tokenizer.
+        if len(tokenizers[name]) != expected:
+            raise ValueError(
+                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings of "
+                f"{expected}"
+            )
     return tokenizers
 
 
-def load_sdxl(source, variant=None, dtype=torch.float32, **parts):
-    """The pipeline of a folder or hub id, with `parts` instead of its own. Nothing that it lacks is replaced."""
-    for name in MODELS:
-        if name not in parts:
-            parts[name] = load_model(source, name, variant, dtype)
-    parts.update(load_tokenizers(source))
-    return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **parts)
+def load_sdxl(source, variant=None, dtype=torch.float32, **components):
+    """A pipeline with these components instead of its own. Nothing that it lacks is initialized at random."""
+    for name in COMPONENTS:
+        if name not in components:
+            components[name] = load_component(name, source, variant, dtype)
+    components.update(load_tokenizers(source))
+    return StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False, **components)
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+def try_scheduler(scheduler, num_steps):
+    """Run the scheduler once on noise: it may lack a package, or not support its config or the number of steps."""
+    scheduler = copy.deepcopy(scheduler)
+    with explain(f"--num_inference_steps {num_steps} with {type(scheduler).__name__} does not work"):
+        scheduler.set_timesteps(num_steps)
+        latents = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            prediction = torch.zeros_like(scheduler.scale_model_input(latents, timestep))
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        if not latents.isfinite().all():
+            raise ValueError("it produces NaN")
+
+
+def load_pipeline(args, device, dtype, model_files):
+    """The pipeline on the device. A VAE that overflows in half precision stays in float32."""
+    base = args.pretrained_model_name_or_path
+    vae = args.pretrained_vae_model_name_or_path
+    components = {}
+    if vae is not None:
+        with explain(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded"):
+            components["vae"] = load_complete(AutoencoderKL, vae)
+    if args.unet is not None:
+        # The UNet is in the subfolder `unet`, unless the given folder is itself called `unet`.
+        folder = model_files["unet"].parent
+        subfolder = None
+        if folder.name == "unet" and folder != Path(args.unet):
+            subfolder = "unet"
+        with explain(f"--unet {args.unet} cannot be loaded"):
+            components["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=subfolder)
+    with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+        pipeline = load_sdxl(base, args.variant, **components)
+    try_scheduler(pipeline.scheduler, args.num_inference_steps)
+    if args.lora is not None:
+        with explain(f"--lora {args.lora} cannot be loaded"):
+            add_lora(pipeline, read_lora(model_files["lora"], pipeline.unet.config))
+    if pipeline.vae.config.latents_mean or pipeline.vae.config.shift_factor:
+        flag = "pretrained_model_name_or_path" if vae is None else "pretrained_vae_model_name_or_path"
+        raise PairsError(f"--{flag}: the VAE's config has latents_mean or shift_factor, which SDXL does not use.")
+
+    pipeline.vae.to(device, torch.float32 if pipeline.vae.config.force_upcast else dtype).enable_slicing()
+    for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        model.to(device, dtype)
+    if args.compile:
+        # Blocks are compiled for each shape; beyond this limit they would run eagerly.
+        torch._dynamo.config.recompile_limit = 64
+        pipeline.unet.compile_repeated_blocks(dynamic=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------
+#
+# diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
+# W + alpha / rank * up @ down, and a file that contains anything else is refused.
+#
 # The second weight of a LoRA's layer, by the first: as kohya, peft, and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
 
-def find_lora(source):
-    """Path of a LoRA: a .safetensors file, also as HUB_ID/FILE, or the one of a folder or hub id; None without one."""
+def find_lora_file(source):
+    """Path of a LoRA: a .safetensors file (also as HUB_ID/FILE), or one in a folder or hub id; None without one."""
     if source.endswith(".safetensors"):
         return find_file(*os.path.split(source))
 
     file = find_file(source, LORA_FILE)
-    if file is None and not Path(source, "config.json").exists():
+    if file is None and not Path(source, "config.json").exists():  # a folder with config.json is a UNet
         # The only weights file of a local folder may have any name.
         files = list(Path(source).glob("*.safetensors"))
         if len(files) == 1:
@@ -555,14 +983,14 @@ def find_lora(source):
 
 
 def read_lora_config(file):
-    """The peft config in the metadata of a LoRA's file: {"PART.NAME": value}, empty if it has none."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
+    """The peft config in the metadata of a LoRA's file: {"PART.NAME": value}, empty if there is none."""
+    with safe_open(file, "pt") as tensors:
+        metadata = tensors.metadata() or {}
     return json.loads(metadata.get("lora_adapter_metadata", "{}"))
 
 
 def find_alpha(config, layer):
-    """The alpha of a layer by the peft config in a file's metadata, or None. Patterns match as in peft."""
+    """The alpha of a layer by the peft config of its file, or None. Patterns match as in peft."""
     part, _, name = layer.partition(".")
     for pattern, alpha in (config.get(f"{part}.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -571,66 +999,69 @@ def find_alpha(config, layer):
 
 
 def apply_alphas(weights, config):
-    """Return a LoRA's weights with each `up` times alpha / rank. Anything but such layers is refused."""
+    """A LoRA's weights in float32, each `up` multiplied by alpha / rank. Anything but such layers is refused."""
     alphas = {}
-    halves = {}
+    matrices = {}
     for name, weight in weights.items():
         if name.endswith(".alpha"):
             alphas[name.removesuffix(".alpha")] = weight.item()
         else:
-            halves[name] = weight.float()
+            matrices[name] = weight.float()
 
     num_layers = 0
-    for name, weight in halves.items():
+    for name, weight in matrices.items():
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in LORA_UP.values():
             continue
         if kind == "dora_scale" or kind.startswith("lora_magnitude"):
             raise ValueError("it is a DoRA, which is not supported")
         up = f"{layer}.{LORA_UP.get(kind)}.weight"
-        if up not in halves:
+        if up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
-        # Without an alpha, it equals the rank.
+        # A missing alpha means alpha = rank.
         alpha = alphas.pop(layer, find_alpha(config, layer))
         if alpha is not None:
-            halves[up] *= alpha / len(weight)
+            matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    others = len(halves) - 2 * num_layers + len(alphas)
-    if others or not num_layers:
+    others = len(matrices) - 2 * num_layers + len(alphas)
+    if others > 0 or num_layers == 0:
         raise ValueError(f"it has {num_layers} layers of two weights, and {others} other weights")
-    return halves
+    return matrices
 
 
 def read_lora(file, unet_config):
-    """
-    The layers of a LoRA, {name in the pipeline: (down, up)} in float32: W becomes W + up @ down.
-
-    `up` is that of the file times alpha / rank, layer by layer. Files that contain anything else are refused.
-    """
+    """The layers of a LoRA, {name in the pipeline: (down, up)} in float32; W becomes W + up @ down."""
     config = read_lora_config(file)
     for name, value in config.items():
         if name.endswith((".use_dora", ".use_rslora")) and value:
             raise ValueError(f"{name.partition('.')[2]} is not supported")
     weights = apply_alphas(load_file(file), config)
 
-    # Give all layers names in peft's way. diffusers knows the other formats, and leaves out what is in two of them.
+    # Rename all layers as peft does. diffusers knows the other formats, and drops weights of a file that mixes two.
     number = len(weights)
-    weights = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)[0]
+    weights, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
     if len(weights) < number:
         raise ValueError(f"{number - len(weights)} of its weights are named in another format than the others")
-    text = {name: weights.pop(name) for name in list(weights) if name.startswith("text_encoder")}
-    weights.update(convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD))
-    weights = convert_unet_state_dict_to_peft(weights)
+    unet = {}
+    text = {}
+    for name, weight in weights.items():
+        if name.startswith("text_encoder"):
+            text[name] = weight
+        else:
+            unet[name] = weight
+    weights = {
+        **convert_unet_state_dict_to_peft(unet),
+        **convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD),
+    }
 
     layers = {}
     for name, down in weights.items():
         if name.endswith(".lora_A.weight"):
-            up = weights[name.replace(".lora_A.", ".lora_B.")]
             # Files name the text encoders' layers as before transformers 5.
             layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
-            layers[layer] = (down, up)
+            layers[layer] = (down, weights[name.replace(".lora_A.", ".lora_B.")])
     return layers
 
 
@@ -638,7 +1069,7 @@ def add_lora(pipeline, layers):
     """
     Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
 
-    They stay apart from the pipeline's weights: half precision would round most of a small change of those away.
+    They are not merged: half precision would round most of a small change of the weights away.
     """
     modules = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -653,19 +1084,27 @@ def add_lora(pipeline, layers):
     for name, (down, up) in layers.items():
         weight = modules[name].weight
         if down.shape[1:] != weight.shape[1:] or up.shape[:2] != (len(weight), len(down)):
-            shapes = " and ".join(str(tuple(half.shape)) for half in (up, down))
-            raise ValueError(f"{name} of {tuple(weight.shape)} cannot be changed by weights of {shapes}")
+            raise ValueError(
+                f"{name} of {tuple(weight.shape)} cannot be changed by weights of {tuple(up.shape)} and "
+                f"{tuple(down.shape)}"
+            )
 
     for name, (down, up) in layers.items():
         add_branch(modules[name], down, up)
 
 
 def add_branch(layer, down, up):
-    """Let a linear or convolutional layer add up(down(x)) to what it computes."""
+    """Let a linear or convolutional layer add up(down(x)) to its output."""
     rank = len(down)
     if isinstance(layer, torch.nn.Conv2d):
-        options = {"stride": layer.stride, "padding": layer.padding, "bias": False}
-        layer.lora_down = torch.nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **options)
+        layer.lora_down = torch.nn.Conv2d(
+            layer.in_channels,
+            rank,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            bias=False,
+        )
         layer.lora_up = torch.nn.Conv2d(rank, layer.out_channels, 1, bias=False)
     else:
         layer.lora_down = torch.nn.Linear(layer.in_features, rank, bias=False)
@@ -676,220 +1115,298 @@ def add_branch(layer, down, up):
     layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
 
 
-def try_scheduler(scheduler, num_steps):
-    """Denoise some noise: a scheduler may lack a package, or not fit its config or the number of steps."""
-    scheduler = copy.deepcopy(scheduler)
-    with naming(f"--num_inference_steps {num_steps} with {type(scheduler).__name__}", "does not work"):
-        scheduler.set_timesteps(num_steps)
-        latents = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
-            noise = torch.zeros_like(scheduler.scale_model_input(latents, timestep))
-            latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
-        if not latents.isfinite().all():
-            raise ValueError("it gives NaN")
+# Making --------------------------------------------------------------------------------------------------------------
+#
+# Captions are processed in blocks of --batch_size, each by one process. A finished pair is a file in `pairs_made`,
+# beside the settings that it depends on, until all of them go into `data`.
+def fingerprint(flag, source, file):
+    """Changes with a model's weights: from the hub commit, or names, sizes and times of local files."""
+    if not os.path.exists(source):
+        return Hasher.hash(str(file.parts[-3:]))
+
+    paths = file.parent.glob("*.safetensors")
+    if flag == "lora":
+        paths = [file]
+    elif flag == "pretrained_model_name_or_path":
+        paths = [path for path in file.parent.parent.glob("*/*") if path.is_file()]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    return Hasher.hash(str(stats))
 
 
-def warn_of_long_prompts(prompts, tokenizer):
-    """Say how many prompts have more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
-    limit = tokenizer.model_max_length
-    number = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
-    if number:
-        logger.warning(f"{number} of {len(prompts)} prompts have more than {limit} tokens; SDXL ignores the rest.")
+def without_local_path(source):
+    return "a local one" if os.path.exists(source) else source
 
 
-def load_pipeline(args, device, dtype, files):
-    """The pipeline on the device, in the precision asked for; a VAE that overflows in half precision in float32."""
-    base, vae, parts = getattr(args, BASE), getattr(args, VAE), {}
-    if vae:
-        with naming(f"--{VAE} {vae}"):
-            parts["vae"] = load_complete(AutoencoderKL, vae)
-    if args.unet:
-        parent = files["unet"].parent
-        folder = "unet" if parent.name == "unet" and parent != Path(args.unet) else None
-        with naming(f"--unet {args.unet}"):
-            parts["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=folder)
-    with naming(f"--{BASE} {base}"):
-        pipeline = load_sdxl(base, args.variant, **parts)
-    try_scheduler(pipeline.scheduler, args.num_inference_steps)
-    if args.lora:
-        with naming(f"--lora {args.lora}"):
-            add_lora(pipeline, read_lora(files["lora"], pipeline.unet.config))
-    if pipeline.vae.config.latents_mean or pipeline.vae.config.shift_factor:
-        raise PairsError(f"--{VAE if vae else BASE}: the VAE shifts its latents, which SDXL's does not.")
-    pipeline.vae.to(device, torch.float32 if pipeline.vae.config.force_upcast else dtype).enable_slicing()
-    for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
-        model.to(device, dtype)
-    if args.compile:
-        # Blocks are compiled for each shape. Past the limit, they would run eagerly.
-        torch._dynamo.config.recompile_limit = 64
-        pipeline.unet.compile_repeated_blocks(dynamic=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def describe_scorer(args):
+    """{flag: source and version} of the scorer."""
+    from evaluate_diffusion_mapo_sdxl import EvaluationError, find_source, source_flags
+
+    described = {}
+    for part, flag in source_flags(args.scorer).items():
+        try:
+            version = find_source(args.scorer_args, args.scorer, part)
+        except EvaluationError as error:
+            raise PairsError(str(error)) from error
+        described[f"--{flag}"] = f"{without_local_path(getattr(args.scorer_args, flag))}, version {version}"
+    return described
 
 
-# Pairs ---------------------------------------------------------------------------------------------------------------
-# What is drawn for a caption depends on --seed and the caption's number alone. Captions are drawn in blocks of
-# --batch_size, always the same ones, and each block by one process: an image's last bits depend on its neighbours.
-# A pair is a file in `pairs_made`, beside the settings that it depends on, until all of them go into `data`.
-ROWS_A_GROUP, ROWS_A_SHARD = 25, 100  # of about 3 MB each at 1024 px; streams keep some row groups in memory
+def collect_settings(args, dtype, inputs, model_files):
+    """What the pairs depend on, by flag. Local paths are left out, because the settings are published."""
+    settings = {}
+
+    # Models.
+    if args.scorer is not None:
+        settings.update(describe_scorer(args))
+    for flag, file in model_files.items():
+        source = getattr(args, flag)
+        settings[f"--{flag}"] = f"{without_local_path(source)}, version {fingerprint(flag, source, file)}"
+
+    # Captions and images.
+    captions = inputs.captions
+    settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
+    if inputs.files:
+        hashes = []
+        for pair in inputs.files:
+            for path in (pair.chosen, pair.rejected):
+                with explain(f"{path} cannot be read"):
+                    hashes.append(Hasher.hash(path.read_bytes()))
+        settings["--chosen_images, --rejected_images"] = f"{len(inputs.files)} pairs, version {Hasher.hash(hashes)}"
+    if inputs.photos:
+        version = Hasher.hash(b"".join(photo.tobytes() for photo in inputs.photos))
+        settings["--chosen_images"] = f"{len(inputs.photos)} photos, version {version}"
+
+    # Flags and libraries.
+    flags = ["seed"]
+    if not inputs.files:
+        settings["--mixed_precision"] = str(dtype)
+        flags += [
+            "style_prefix",
+            "rejected_prefix",
+            "different_seeds",
+            "num_candidates",
+            "scorer",
+            "min_score",
+            "num_inference_steps",
+            "guidance_scale",
+            "resolution",
+            "batch_size",
+            "variant",
+        ]
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None:
+            settings[f"--{flag}"] = value
+    for library in (torch, diffusers, transformers):
+        settings[library.__name__] = library.__version__
+    return settings
 
 
-@torch.no_grad()
-def draw(args, pipeline, prompts, seeds):
-    """An image of each prompt, each from its own noise."""
-    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
-    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
-    generators, vae = [torch.Generator().manual_seed(seed) for seed in seeds], pipeline.vae
-    latents = pipeline(prompts, generator=generators, **options).images
-    # Decoded outside of the pipeline, because the VAE may need another precision than the UNet.
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    if not pixels.isfinite().all():
-        raise PairsError(f"--{BASE}: NaN is drawn in {latents.dtype}, try --mixed_precision bf16 or another --{VAE}.")
-    return pipeline.image_processor.postprocess(pixels.float())
-
-
-def png(image):
-    """An image's bytes. A higher level would save a few per cent of them, and take as long as drawing steps do."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def with_prefix(prefix, prompts):
-    return [f"{prefix} {prompt}" for prompt in prompts] if prefix else prompts
-
-
-def copy_image(flag, path):
-    """An image as PNG, upright and without metadata, which may tell where it was taken. None if it is broken."""
-    try:
-        return png(decode_image(path))
-    except Exception as error:  # Pillow raises all kinds
-        logger.warning(f"--{flag}: {path} cannot be read ({error}); its pair is left out.", main_process_only=False)
-        return None
-
-
-def make_block(args, pipeline, scorer, captions, photos, block):
-    """The rows of a block of captions, as tables of one row, or of none if the chosen image misses --min_score."""
-    prompts, images = [captions[number] for number in block], args.num_candidates or 2
-    states = [np.random.SeedSequence([args.seed, number]).generate_state(1 + images, np.uint64) for number in block]
-    sides, *seeds = np.array(states).T.tolist()
-    kept = len(block) * [True]
-    if args.rejected_images:
-        chosen = [copy_image("chosen_images", photos[number].chosen) for number in block]
-        rejected = [copy_image("rejected_images", photos[number].rejected) for number in block]
-        pairs = [[(winner, 1), (loser, 0)] for winner, loser in zip(chosen, rejected)]
-        kept = [winner is not None and loser is not None for winner, loser in zip(chosen, rejected)]
-    elif args.num_candidates:
-        draws = [draw(args, pipeline, prompts, seeds_of_draw) for seeds_of_draw in seeds]
-        scores = np.array([scorer.score(images, prompts).tolist() for images in draws])
-        ends = enumerate(zip(scores.argmax(axis=0), scores.argmin(axis=0)))
-        pairs = [[(png(draws[n][i]), float(scores[n, i])) for n in pair] for i, pair in ends]
-        if args.min_score is not None:
-            kept = (scores.max(axis=0) >= args.min_score).tolist()
-    else:
-        if args.chosen_images:
-            chosen = [photos[number % len(photos)] for number in block]
-        else:
-            chosen = draw(args, pipeline, with_prefix(args.style_prefix, prompts), seeds[0])
-        if scorer is not None:
-            kept = [score >= args.min_score for score in scorer.score(chosen, prompts).tolist()]
-        rejected_prompts = with_prefix(args.rejected_prefix, prompts)
-        rejected = draw(args, pipeline, rejected_prompts, seeds[1 if args.different_seeds else 0])
-        pairs = [[(png(winner), 1), (png(loser), 0)] for winner, loser in zip(chosen, rejected)]
-
-    for side, prompt, pair, is_kept in zip(sides, prompts, pairs, kept):
-        (image_0, label_0), (image_1, label_1) = pair[:: 1 if side % 2 else -1]
-        row = {"caption": prompt, "jpg_0": image_0, "jpg_1": image_1, "label_0": label_0, "label_1": label_1}
-        table = pa.Table.from_pylist([row])
-        yield table if is_kept else table.slice(0, 0)
-
-
-def pair_file(args, number):
-    return Path(args.output_dir, "pairs_made", f"{number:06d}.parquet")
-
-
-def make_missing(args, accelerator, dtype, captions, photos, files):
-    """Make the missing pairs; each process takes its share of the blocks that lack one."""
-    numbers = range(0 if Path(args.output_dir, "README.md").exists() else len(captions))
-    # As one process sees the folder before any of them writes.
-    missing = gather_object([{number for number in numbers if not pair_file(args, number).exists()}])[0]
-    logger.info(f"{len(missing)} of {len(captions)} pairs are to be made in {args.output_dir}.")
-    blocks = [range(len(captions))[i : i + args.batch_size] for i in range(0, len(captions), args.batch_size)]
-    blocks = [block for block in blocks if not missing.isdisjoint(block)]
-    blocks, scorer = blocks[accelerator.process_index :: accelerator.num_processes], None
-    if blocks and args.scorer:
-        from evaluate_diffusion_mapo_sdxl import build_scorer
-
-        with naming(f"--scorer {args.scorer}"):
-            scorer = build_scorer(args.evaluation, args.scorer, accelerator.device)
-    pipeline = load_pipeline(args, accelerator.device, dtype, files) if blocks and not args.rejected_images else None
-    share = sum(number in missing for block in blocks for number in block)
-    with tqdm(None, "Pairs", share, unit="pair", disable=not accelerator.is_local_main_process) as bar:
-        for block in blocks:
-            for number, table in zip(block, make_block(args, pipeline, scorer, captions, photos, block)):
-                if number in missing:
-                    write_whole(pair_file(args, number), partial(pq.write_table, table))
-                    bar.update()
-
-
-# Results -------------------------------------------------------------------------------------------------------------
-def check_folder(args, settings):
-    """Refuse an --output_dir with pairs of other settings, or with another maker's files; write the settings."""
-    folder, file = Path(args.output_dir), Path(args.output_dir, "pairs_made", "settings.json")
-    made = [path for name in ("pairs_made/*.parquet", "data/*", "README.md") for path in folder.glob(name)]
-    with naming(f"--output_dir: {file}", "cannot be read"):
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    names = sorted(name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name))
-    if made and names:
-        change = f"with {names[0]} {before.get(names[0])}, now {settings.get(names[0])}" if before else "by another"
-        raise PairsError(f"--output_dir {folder} holds {made[0].name}, made {change}: take another folder.")
-    write_whole(file, partial(Path.write_text, data=json.dumps(settings, indent=2), encoding="utf-8"))
-
-
-def assemble(args, number, settings):
-    """Write the shards from the pairs' own files, and then the card, which names nothing of this machine."""
-    folder, sizes = Path(args.output_dir), []
-    with naming(f"--output_dir: a pair in {folder}", "cannot be read"):
-        kept = [row for row in range(number) if pq.read_metadata(pair_file(args, row)).num_rows > 0]
-    if len(kept) < number:
-        logger.info(f"{number - len(kept)} of {number} pairs are dropped.")
-    if not kept:
-        for row in range(number):
-            pair_file(args, row).unlink()  # so that another --min_score can start in this folder
+def check_output_dir(output_dir, settings):
+    """Refuse a folder with pairs of other settings, or with files of another program."""
+    folder = Path(output_dir)
+    existing = [*folder.glob("pairs_made/[0-9]*.parquet"), *folder.glob("data/*"), *folder.glob("README.md")]
+    if not existing:
+        return
+    file = settings_path(output_dir)
+    if not file.exists():
         raise PairsError(
-            f"--output_dir {folder}: no pair is left. With --min_score, try a lower one on a few prompts "
+            f"--output_dir {folder} contains {existing[0].name}, made by another program: choose another folder."
+        )
+
+    with explain(f"--output_dir: {file} cannot be read"):
+        previous = json.loads(file.read_text(encoding="utf-8"))
+    for name in sorted(settings.keys() | previous.keys()):
+        # A finished dataset can be uploaded with other libraries.
+        if is_finished(output_dir) and name in (torch.__name__, diffusers.__name__, transformers.__name__):
+            continue
+        if settings.get(name) != previous.get(name):
+            raise PairsError(
+                f"--output_dir {folder} contains {existing[0].name}, made with {name} {previous.get(name)}, now "
+                f"{settings.get(name)}: choose another folder."
+            )
+
+
+def settings_path(output_dir):
+    return Path(output_dir, "pairs_made", "settings.json")
+
+
+def pair_path(output_dir, number):
+    return Path(output_dir, "pairs_made", f"{number:06d}.parquet")
+
+
+def is_finished(output_dir):
+    """The card is written last."""
+    return Path(output_dir, "README.md").exists()
+
+
+def find_missing(output_dir, num_pairs):
+    """Numbers of the pairs that are still to be made."""
+    if is_finished(output_dir):
+        return set()
+    return {number for number in range(num_pairs) if not pair_path(output_dir, number).exists()}
+
+
+def load_scorer(args, device):
+    from evaluate_diffusion_mapo_sdxl import EvaluationError, build_scorer
+
+    try:
+        return build_scorer(args.scorer_args, args.scorer, device)
+    except EvaluationError as error:
+        raise PairsError(str(error)) from error
+
+
+def make_missing(args, accelerator, dtype, inputs, model_files):
+    """Make the missing pairs; each process takes its share of the blocks with missing pairs."""
+    num_pairs = len(inputs.captions)
+    missing = from_main_process(find_missing, args.output_dir, num_pairs)
+    logger.info(f"{len(missing)} of {num_pairs} pairs are missing in {args.output_dir}.")
+    blocks = []
+    for start in range(0, num_pairs, args.batch_size):
+        block = range(start, min(start + args.batch_size, num_pairs))
+        if not missing.isdisjoint(block):
+            blocks.append(block)
+    blocks = blocks[accelerator.process_index :: accelerator.num_processes]
+    if not blocks:
+        return
+
+    scorer = None
+    if args.scorer is not None:
+        scorer = load_scorer(args, accelerator.device)
+    pipeline = None
+    if not inputs.files:
+        pipeline = load_pipeline(args, accelerator.device, dtype, model_files)
+
+    num_own = sum(len(missing.intersection(block)) for block in blocks)
+    with tqdm(desc="Pairs", total=num_own, unit="pair", disable=not accelerator.is_local_main_process) as progress:
+        for block in blocks:
+            tables = make_block(args, pipeline, scorer, inputs, block)
+            for number, table in zip(block, tables, strict=True):
+                if number in missing:
+                    path = pair_path(args.output_dir, number)
+                    write_atomically(path, functools.partial(pq.write_table, table))
+                    progress.update()
+
+
+# Dataset -------------------------------------------------------------------------------------------------------------
+# About 3 MB per row at 1024 px. A streamed dataset keeps several row groups in memory.
+ROWS_PER_GROUP = 25
+ROWS_PER_SHARD = 100
+
+
+def find_kept(output_dir, num_pairs):
+    """Numbers of the pairs that were not dropped; an error if there are none."""
+    kept = []
+    for number in range(num_pairs):
+        path = pair_path(output_dir, number)
+        with explain(f"--output_dir: {path} cannot be read, delete it to make it again"):
+            if pq.read_metadata(path).num_rows > 0:
+                kept.append(number)
+    if len(kept) < num_pairs:
+        logger.info(f"{num_pairs - len(kept)} of {num_pairs} pairs are dropped.")
+    if not kept:
+        # Another --min_score can then start in this folder.
+        for number in range(num_pairs):
+            pair_path(output_dir, number).unlink()
+        raise PairsError(
+            f"--output_dir {output_dir}: every pair was dropped. Try a lower --min_score on a few captions "
             "(--max_prompts)."
         )
-    number, parts = len(kept), math.ceil(len(kept) / ROWS_A_SHARD)
-    for part, rows in enumerate(np.array_split(kept, parts)):
-        shard = folder / "data" / f"train-{part:05d}-of-{parts:05d}.parquet"
-        with naming(f"--output_dir: a pair in {folder}", "cannot be read"):
-            table = pa.concat_tables(pq.ParquetFile(pair_file(args, row)).read() for row in rows)
-        write_whole(shard, partial(pq.write_table, table, row_group_size=ROWS_A_GROUP))
-        sizes.append((table.nbytes, shard.stat().st_size))
-    size, download = map(sum, zip(*sizes))
-    features = datasets.Features.from_arrow_schema(table.schema).items()
-    features = [{"name": name, "dtype": feature.dtype} for name, feature in features]
-    info = {"features": features, "splits": [{"name": "train", "num_bytes": size, "num_examples": number}]}
-    info |= {"download_size": download, "dataset_size": size}
-    files = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
-    licence = {"license": "other"}
-    with contextlib.suppress(Exception):  # there is no base, or it has no card, or there is no network
-        card = ModelCard.load(Path(base, "README.md") if Path(base := getattr(args, BASE)).is_dir() else base)
-        licence |= {name: value for name, value in card.data.to_dict().items() if name.startswith("license")}
-    tags = {"task_categories": ["text-to-image"], "tags": ["mapo", "preference", "stable-diffusion-xl", "synthetic"]}
-    head = DatasetCardData(**licence, **tags, dataset_info=info, configs=files).to_yaml()
+    return kept
+
+
+def write_shards(output_dir, numbers):
+    """Write the shards from the files of pairs. Returns the schema, the size in memory and the size of the files."""
+    num_shards = math.ceil(len(numbers) / ROWS_PER_SHARD)
+    num_bytes = 0
+    download_size = 0
+    for shard_number, numbers_of_shard in enumerate(np.array_split(numbers, num_shards)):
+        tables = []
+        for number in numbers_of_shard:
+            path = pair_path(output_dir, number)
+            with explain(f"--output_dir: {path} cannot be read, delete it to make it again"):
+                tables.append(pq.ParquetFile(path).read())
+        table = pa.concat_tables(tables)
+        shard = Path(output_dir, "data", f"train-{shard_number:05d}-of-{num_shards:05d}.parquet")
+        write_atomically(shard, functools.partial(pq.write_table, table, row_group_size=ROWS_PER_GROUP))
+        num_bytes += table.nbytes
+        download_size += shard.stat().st_size
+    return table.schema, num_bytes, download_size
+
+
+def license_of(base):
+    """The fields of a base model's card that state its license."""
+    fields = {"license": "other"}
+    if base is None:
+        return fields
+    # There may be no card, or no network.
+    with contextlib.suppress(Exception):
+        card = ModelCard.load(Path(base, "README.md") if Path(base).is_dir() else base)
+        for name, value in card.data.to_dict().items():
+            if name.startswith("license"):
+                fields[name] = value
+    return fields
+
+
+def assemble(args, num_pairs, settings):
+    """Write the shards from the files of pairs, and then the card."""
+    folder = Path(args.output_dir)
+    kept = find_kept(args.output_dir, num_pairs)
+    schema, num_bytes, download_size = write_shards(args.output_dir, kept)
+
+    features = []
+    for name, feature in datasets.Features.from_arrow_schema(schema).items():
+        features.append({"name": name, "dtype": feature.dtype})
+    card = DatasetCardData(
+        **license_of(args.pretrained_model_name_or_path),
+        task_categories=["text-to-image"],
+        tags=["mapo", "preference", "stable-diffusion-xl", "synthetic"],
+        dataset_info={
+            "features": features,
+            "splits": [{"name": "train", "num_bytes": num_bytes, "num_examples": len(kept)}],
+            "download_size": download_size,
+            "dataset_size": num_bytes,
+        },
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    )
     lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
-    title = f"# {folder.resolve().name}\n\n{number:,} pairs of images in the layout of Pick-Style"
-    text = f"---\n{head}\n---\n\n{title}, made by `make_pick_style_sdxl.py` with:\n\n{lines}\n"
-    write_whole(folder / "README.md", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_text(
+        folder / "README.md",
+        f"---\n{card.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{len(kept):,} pairs of images in the layout of "
+        f"Pick-Style, made by `make_pick_style_sdxl.py` with:\n\n{lines}\n",
+    )
 
 
-# Making --------------------------------------------------------------------------------------------------------------
+def create_hub_repo(args):
+    """Create the dataset repository before anything is generated, so that a wrong name or token costs no time."""
+    with explain("--push_to_hub: the repository cannot be created"):
+        return create_repo(
+            args.hub_model_id or Path(args.output_dir).resolve().name,
+            repo_type="dataset",
+            exist_ok=True,
+            private=args.hub_private_repo or None,
+            token=args.hub_token,
+        ).repo_id
+
+
+def upload(args, repo_id):
+    """Upload the card and the shards, and delete the shards of an earlier upload."""
+    with explain(f"--push_to_hub: the pairs in {args.output_dir} cannot be uploaded"):
+        upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=args.output_dir,
+            commit_message="Upload pairs",
+            allow_patterns=["README.md", "data/*.parquet"],
+            delete_patterns="data/train-*",
+            token=args.hub_token,
+        )
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
 def build_accelerator(args):
-    """The Accelerator, and the dtype of computation."""
-    with naming(f"--mixed_precision {args.mixed_precision}", "does not work here"):
-        # Processes wait for the slowest, which may draw for hours.
+    with explain(f"accelerate does not start with --mixed_precision {args.mixed_precision}"):
+        # Processes wait for the slowest, which may generate images for hours.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
         accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
@@ -897,87 +1414,71 @@ def build_accelerator(args):
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return accelerator
 
 
-def fingerprint(flag, file):
-    """What changes with a model's weights, by its file of find_models: the commit, or names, sizes and times."""
-    if "snapshots" in file.parts:
-        return Hasher.hash(str(file.parts[-3:]))
+def find_inputs(args):
+    """The captions, the paths of photos, and the pairs of files; empty lists for what is not given."""
+    if args.rejected_images is not None:
+        files = match_files(args)
+        return [pair.caption for pair in files], [], files
 
-    if flag == "lora":
-        weights = [file]
-    elif flag == BASE:
-        weights = sorted(file.parent.parent.glob("*/*.safetensors"))
-    else:
-        weights = sorted(file.parent.glob("*.safetensors"))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    return Hasher.hash(str(stats))
+    captions = read_captions(args)
+    photo_paths = []
+    if args.chosen_images is not None:
+        photo_paths = find_given_images("chosen_images", args.chosen_images)
+    return captions, photo_paths, []
 
 
-def collect_settings(args, dtype, captions, photos, files):
-    """All that the pairs depend on, by the names of the flags; what lies on this machine is not named."""
-    flags = vars(args.evaluation).items() if args.scorer else ()
-    sources = {flag: path for flag, path in flags if flag.startswith(f"{args.scorer}_")}
-    sources |= {flag: getattr(args, flag) for flag in files}
-    settings = {f"--{flag}": "a local one" if os.path.exists(path) else path for flag, path in sources.items()}
-    for flag, file in files.items():
-        settings[f"--{flag}"] += f", version {fingerprint(flag, file)}"
-    settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
-    if args.rejected_images:
-        hashes = []
-        for pair in photos:
-            hashes += [Hasher.hash(pair.chosen.read_bytes()), Hasher.hash(pair.rejected.read_bytes())]
-        settings["--chosen_images, --rejected_images"] = f"{len(photos)} pairs, version {Hasher.hash(hashes)}"
-    elif photos:
-        version = Hasher.hash(b"".join(photo.tobytes() for photo in photos))
-        settings["--chosen_images"] = f"{len(photos)} photos, version {version}"
-    names = ["seed"]
-    if not args.rejected_images:
-        names += ["style_prefix", "rejected_prefix", "different_seeds", "num_candidates", "scorer", "min_score"]
-        names += ["num_inference_steps", "guidance_scale", "resolution", "batch_size", "variant"]
-        settings["--mixed_precision"] = str(dtype)
-    settings |= {f"--{name}": vars(args)[name] for name in names if vars(args)[name] is not None}
-    return settings | {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+def check_prompts(args, captions):
+    """Warn about prompts that are too long, prefixes included."""
+    base = args.pretrained_model_name_or_path
+    with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+        tokenizer = load_tokenizers(base)["tokenizer"]
+    prompts = add_prefix(args.style_prefix, captions)
+    if args.rejected_prefix is not None:
+        prompts = [*prompts, *add_prefix(args.rejected_prefix, captions)]
+    warn_about_long_prompts(prompts, tokenizer)
+
+
+def start_output(args, settings):
+    """Check the output folder, write the settings, and create the repository on the hub. Returns the latter's id."""
+    check_output_dir(args.output_dir, settings)
+    write_text(settings_path(args.output_dir), json.dumps(settings, indent=2))
+    if args.push_to_hub:
+        return create_hub_repo(args)
+    return None
 
 
 def main(args):
-    accelerator, dtype = build_accelerator(args)
-    main_process, card = accelerator.is_main_process, Path(args.output_dir, "README.md")
-    if args.rejected_images:
-        photos = match_files(args)
-        captions = [pair.caption for pair in photos]
-        files = {}
-    else:
-        captions = read_captions(args)
-        photos = read_photos(args.chosen_images, args.resolution) if args.chosen_images else []
-        files = find_models(args)
-        with naming(f"--{BASE} {getattr(args, BASE)}"):
-            tokenizer = load_tokenizers(getattr(args, BASE))["tokenizer"]
-        prompts = with_prefix(args.style_prefix, captions)
-        if args.rejected_prefix:
-            prompts = [*prompts, *with_prefix(args.rejected_prefix, captions)]
-        warn_of_long_prompts(prompts, tokenizer)
-    if main_process:
-        settings = collect_settings(args, dtype, captions, photos, files)
-        check_folder(args, settings)
-    if main_process and args.push_to_hub:  # now, so that a wrong name or token costs nothing
-        with naming("--push_to_hub: the repository", "cannot be created"):
-            hub, private = {"repo_type": "dataset", "token": args.hub_token}, args.hub_private_repo or None
-            name = args.hub_model_id or card.resolve().parent.name
-            hub["repo_id"] = create_repo(name, exist_ok=True, private=private, **hub).repo_id
-    make_missing(args, accelerator, dtype, captions, photos, files)
+    accelerator = build_accelerator(args)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    # Find everything that pairs are made of.
+    captions, photo_paths, files = from_main_process(find_inputs, args)
+    inputs = Inputs(captions, read_photos(photo_paths, args.resolution), files)
+    model_files = {}
+    if not files:
+        model_files = find_models(args)
+        check_models(args, model_files)
+        check_prompts(args, captions)
+    settings = from_main_process(collect_settings, args, dtype, inputs, model_files)
+    repo_id = from_main_process(start_output, args, settings)
+
+    # Make the pairs. The other processes end here, because they might not wait long enough for the upload.
+    make_missing(args, accelerator, dtype, inputs, model_files)
     accelerator.wait_for_everyone()
-    accelerator.end_training()  # no process waits for what follows
-    if main_process:
-        if not card.exists():
-            assemble(args, len(captions), settings)
-        for file in pair_file(args, 0).parent.glob("*.parquet"):
-            file.unlink()
-    if main_process and args.push_to_hub:  # in place of the shards of an earlier version
-        hub |= {"allow_patterns": ["README.md", "data/*.parquet"], "delete_patterns": "data/train-*"}
-        with naming(f"--push_to_hub: the pairs in {args.output_dir}", "cannot be uploaded"):
-            upload_folder(folder_path=args.output_dir, commit_message="Pairs", **hub)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+
+    # Turn them into a dataset.
+    if not is_finished(args.output_dir):
+        assemble(args, len(captions), settings)
+    for file in Path(args.output_dir, "pairs_made").glob("*.parquet"):
+        file.unlink()
+    if args.push_to_hub:
+        upload(args, repo_id)
 
 
 if __name__ == "__main__":

@@ -813,18 +813,22 @@ class UnusableRow(Exception):
 
 
 def describe(error):
-    """An error's type and text in one line. PyTorch wraps errors of loader workers: keep only the last line."""
+    """An error's type and text in one line. The type of a ValueError says nothing, and is left out."""
+    # PyTorch wraps errors of loader workers in text: keep only the last line.
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
     # `datasets` hides the reason in the cause of this error, and logs the file.
     if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = " ".join(str(error).split())
+    if type(error) is ValueError and text:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
 def explain(message):
-    """Turn any error of the body into a TrainingError that begins with `message`."""
+    """Raise any error of the body as a TrainingError that begins with `message`."""
     try:
         yield
     except TrainingError:

@@ -1,6 +1,5 @@
 """LoRA: its layers and alpha, the files that others load, second rounds, and text encoders."""
 
-import argparse
 import json
 
 import pytest
@@ -160,8 +159,10 @@ def test_evaluation_draws_with_the_lora_of_text_encoders(script, flags, spied):
     """Merged into them, it gives what the trained modules give; alpha is not the rank."""
     out = run(script, {**flags, **TEXT, "lora_alpha": 8, "learning_rate": 1e-2})
     evaluate = load_script(SCRIPT.with_name("evaluate_diffusion_mapo_sdxl.py"))
-    args = argparse.Namespace(pretrained_model_name_or_path=flags["pretrained_model_name_or_path"], variant=None)
-    pipelines = [spied[0], evaluate.load_with_lora(args, str(out)), evaluate.load_base(args)]
+    base = evaluate.load_sdxl(flags["pretrained_model_name_or_path"])
+    with_lora = evaluate.load_sdxl(flags["pretrained_model_name_or_path"])
+    evaluate.add_lora(with_lora, evaluate.read_lora(evaluate.find_lora_file(str(out)), with_lora.unet.config))
+    pipelines = [spied[0], with_lora, base]
     for result in (draw, lambda pipeline: pipeline.encode_prompt("a red circle")[0]):
         with torch.no_grad():
             trained, merged, base = map(result, pipelines)

@@ -184,20 +184,21 @@ def test_settings_reach_the_pipeline_and_seeds_may_differ(maker, small, flags):
 def test_sides_are_swapped_at_random_by_the_seed(maker, flags, monkeypatch):
     """Of 400 pairs; as many are on either side as of a coin, and another seed throws other ones."""
     monkeypatch.setattr(
-        maker, "draw", lambda args, pipeline, prompts, seeds: [Image.new("RGB", (1, 1))] * len(prompts)
+        maker, "generate_images", lambda args, pipeline, prompts, seeds: [Image.new("RGB", (1, 1))] * len(prompts)
     )
     sides = []
     for seed in (0, 0, 1):
         args = maker.parse_args(command_line(flags | {"seed": seed}))
-        tables = maker.make_block(args, None, None, ["a"] * 400, [], range(400))
+        inputs = maker.Inputs(["a"] * 400, [], [])
+        tables = maker.make_block(args, None, None, inputs, range(400))
         sides.append([table.to_pylist()[0]["label_0"] for table in tables])
     assert sides[0] == sides[1] != sides[2]
     assert all(160 < sum(side) < 240 for side in sides) and 160 < sum(a == b for a, b in zip(*sides[1:])) < 240
 
 
 def test_rows_are_grouped_and_sharded(maker, flags, made, monkeypatch):
-    monkeypatch.setattr(maker, "ROWS_A_GROUP", 3)
-    monkeypatch.setattr(maker, "ROWS_A_SHARD", 4)
+    monkeypatch.setattr(maker, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(maker, "ROWS_PER_SHARD", 4)
     out = run_script(maker, flags)
     names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     assert [shard.name for shard in shards(out)] == names and rows(out) == rows(made)
@@ -538,7 +539,7 @@ def test_rows_without_text_are_left_out_and_counted(maker, tmp_path, caplog):
 @pytest.mark.parametrize(
     "name, text, sentence",
     [
-        ("x.txt", "\n \n", "--prompts x.txt holds no caption"),
+        ("x.txt", "\n \n", "--prompts x.txt contains no captions"),
         ("x.csv", "text,n\na,1\n", "--prompts x.csv cannot be loaded: --prompt_column: there is no column 'prompt'"),
         ("nowhere.txt", None, "--prompts nowhere.txt cannot be loaded: "),
         ("no/such", None, "--prompts no/such cannot be loaded: "),
@@ -595,7 +596,7 @@ def test_a_killed_run_goes_on_as_if_it_never_was(maker, flags, made, monkeypatch
 
 
 def test_a_run_killed_between_shards_or_behind_the_card_goes_on(maker, flags, made, monkeypatch):
-    monkeypatch.setattr(maker, "ROWS_A_SHARD", 4)
+    monkeypatch.setattr(maker, "ROWS_PER_SHARD", 4)
 
     def stopped(*args, **options):
         raise KeyboardInterrupt
@@ -654,7 +655,7 @@ def test_pairs_of_other_settings_are_not_mixed(maker, small, flags, copied, spie
     before = hashes(copied)
     change = {name: small / value if name == "unet" else value for name, value in change.items()}
     sentence = refused(maker, flags | change)
-    assert sentence.startswith(f"--output_dir {copied} holds ") and f"made with {named}" in sentence
+    assert sentence.startswith(f"--output_dir {copied} contains ") and f"made with {named}" in sentence
     assert hashes(copied) == before and not spied
 
 
@@ -709,7 +710,7 @@ def test_files_of_another_maker_are_left_alone(maker, flags, spied, file):
     path.write_text("mine")
     assert (
         refused(maker, flags)
-        == f"--output_dir {flags['output_dir']} holds {path.name}, made by another: take another folder."
+        == f"--output_dir {flags['output_dir']} contains {path.name}, made by another program: choose another folder."
     )
     assert path.read_text() == "mine" and not spied
 
@@ -845,12 +846,12 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
     [
         ([], ONE_KIND),
         ([*STYLE, "--chosen_images", "x"], ONE_KIND),
-        (["--style_prefix", " "], "--style_prefix is empty"),
-        (["--rejected_prefix", " "], "--rejected_prefix is empty"),
+        (["--style_prefix", " "], "--style_prefix: it is empty"),
+        (["--rejected_prefix", " "], "--rejected_prefix: it is empty"),
         (["--num_candidates", "4"], "--num_candidates requires --scorer"),
         ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
         ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
-        ([*STYLE, "--scorer", "clip", "--min_score", "nan"], "--min_score must be a finite number"),
+        ([*STYLE, "--scorer", "clip", "--min_score", "nan"], "--min_score: nan is not a finite number"),
         (
             [*STYLE, "--rejected_prefix", "x"],
             "--style_prefix and --rejected_prefix are the same: add --different_seeds",
@@ -858,19 +859,22 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         (["--chosen_images", "x", "--rejected_images", "x"], "--rejected_images and --chosen_images are the same"),
         (["--chosen_images", "x", "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
         ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),
-        (["--chosen_images", "x", "--rejected_images", "y"], "--rejected_images needs no --pretrained_model_name_or_"),
-        (["--num_candidates", "1", "--scorer", "clip"], "--num_candidates must be at least 2"),
-        (["--num_candidates", "0", "--scorer", "clip"], "--num_candidates must be at least 2"),
+        (
+            ["--chosen_images", "x", "--rejected_images", "y"],
+            "--rejected_images cannot be combined with --pretrained_model",
+        ),
+        (["--num_candidates", "1", "--scorer", "clip"], "is not a whole number of at least 2"),
+        (["--num_candidates", "0", "--scorer", "clip"], "is not a whole number of at least 2"),
         (["--num_candidates", "4", "--scorer", "dinov2"], "argument --scorer: invalid choice: 'dinov2'"),
         (["--num_candidates", "4", "--scorer", "clip", "--hps_model", "x"], "unknown arguments: --hps_model ("),
         (["--num_candidates", "4", "--scorer", "clip", "--clip_modl", "x"], "--clip_modl"),
-        (["--chosen_images", "x", "--different_seeds"], "--different_seeds needs --style_prefix"),
+        (["--chosen_images", "x", "--different_seeds"], "--different_seeds requires --style_prefix"),
         ([*STYLE, "--resolution", "100"], "--resolution must be a multiple of 8"),
-        ([*STYLE, "--resolution", "0"], "--resolution must be at least 1"),
-        ([*STYLE, "--batch_size", "0"], "--batch_size must be at least 1"),
-        ([*STYLE, "--max_prompts", "0", "--num_inference_steps", "-1"], "--max_prompts, --num_inference_steps must"),
-        ([*STYLE, "--seed", "-1"], "--seed must be from 0 to 4294967295"),
-        ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale must be a number of at least 0"),
+        ([*STYLE, "--resolution", "0"], "--resolution: 0 is not a positive whole number"),
+        ([*STYLE, "--batch_size", "0"], "--batch_size: 0 is not a positive whole number"),
+        ([*STYLE, "--num_inference_steps", "-1"], "--num_inference_steps: -1 is not a positive whole number"),
+        ([*STYLE, "--seed", "-1"], "--seed: -1 is not a whole number from 0 to 4294967295"),
+        ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
         ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
         ([*STYLE, "stray"], "unknown arguments: stray"),
     ],
@@ -899,9 +903,16 @@ def test_home_is_expanded_in_every_path_flag(maker, monkeypatch):
     assert {name: vars(args)[name] for name in names} == {name: f"/home/me/{name}" for name in names}
 
 
-SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_model"]
-SHARED_FUNCTIONS += ["load_tokenizers", "load_sdxl", "warn_of_long_prompts", "find_file", "find_lora", "find_alpha"]
-SHARED_FUNCTIONS += ["read_lora_config"]
+SHARED_FUNCTIONS = ["decode_image", "find_images", "stream_prompts", "load_complete", "load_component"]
+SHARED_FUNCTIONS += [
+    "load_tokenizers",
+    "load_sdxl",
+    "warn_about_long_prompts",
+    "find_file",
+    "find_lora_file",
+    "find_alpha",
+]
+SHARED_FUNCTIONS += ["read_lora_config", "bounded", "describe", "write_text"]
 SHARED_FUNCTIONS += ["apply_alphas", "read_lora", "add_lora", "add_branch", "try_scheduler"]
 
 
@@ -925,7 +936,7 @@ def test_header_asks_for_a_python_that_its_packages_run_on(name):
 
 
 def test_what_is_not_installed_is_named(maker, capsys, monkeypatch):
-    monkeypatch.setattr(maker, "find_spec", lambda name: None)
+    monkeypatch.setattr(maker.importlib.util, "find_spec", lambda name: None)
     base = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
     wrong = {"--scorer needs evaluate_diffusion_mapo_sdxl.py beside": ["--num_candidates", "4", "--scorer", "clip"]}
     for sentence, words in wrong.items():
@@ -942,7 +953,7 @@ def test_missing_models_are_named_before_weights_are_loaded(maker, flags, spied,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     assert refused(maker, flags | {flag: source}).startswith(
-        f"--{flag} {source} is no folder or reachable hub id with "
+        f"--{flag} {source} is not a folder or a reachable hub id with "
     )
     assert not spied and not flags["output_dir"].exists()
 
@@ -951,7 +962,7 @@ def test_wrong_unets(maker, small, flags, spied, tmp_path):
     unet = shutil.copytree(small / "other" / "unet", tmp_path / "unet")
     config = json.loads((unet / "config.json").read_text())
     UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(tmp_path / "wide")
-    sentence = f"--unet {tmp_path / 'wide'}: its UNet does not take SDXL's prompts and latents."
+    sentence = f"--unet {tmp_path / 'wide'}: its cross_attention_dim is 768, not 96 as in the base model."
     assert refused(maker, flags | {"unet": tmp_path / "wide"}) == sentence
     base = shutil.copytree(small / "pipeline", tmp_path / "base")
     (base / "unet" / "config.json").write_text(json.dumps({**config, "addition_embed_type": None}))

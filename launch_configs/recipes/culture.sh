@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Culture, Pick-Culture (version 2 of the paper). Its 13k pairs are not public, as far as we know: set DATASET to your
 # own, or MAKE_FROM to a file of prompts.
-# 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 32.
+# 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs per step, 2,000 steps, the full UNet, beta 32.
 # One 80 GB GPU: 1 x 16 x 8.
 # Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
 # --output_dir, because the evaluation reads the results from there.
@@ -11,7 +11,7 @@ OUTPUT=${OUTPUT:-mapo-culture}
 
 # The pairs of version 2 are not on the hub: FLUX.1-schnell generated them with a prefix on the chosen side, and a
 # vision-language model kept those above 5 of 10. MAKE_FROM=FILE, a file of prompts without style words, makes such pairs
-# with SDXL first. There is no such judge here; --scorer and --min_score come closest.
+# with SDXL first. This repository has no such judge; --scorer and --min_score come closest.
 if [ -n "${MAKE_FROM:-}" ]; then
     accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
         "$HERE/make_pick_style_sdxl.py" \

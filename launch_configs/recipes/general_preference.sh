@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # General preference, on pairs that the hub has: Open Image Preferences (Apache 2.0, 2.15 GB). The paper's own pairs
 # are gone, see pickapic.sh. Beta and learning rate are the paper's; batch and steps are those of its smaller data sets.
-# 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs a step, 2,000 steps, the whole UNet, beta 8.
+# 4 A100: 4 GPUs x 4 pairs x 8 accumulated batches = 128 pairs per step, 2,000 steps, the full UNet, beta 8.
 # One 80 GB GPU: 1 x 16 x 8. Set DATASET to train on other pairs (caption, jpg_0, jpg_1, label_0, label_1) instead, such
-# as those that make_pick_style_sdxl.py draws with SDXL and ranks by a scorer (--num_candidates 8 --scorer pickscore).
+# as those that make_pick_style_sdxl.py generates with SDXL and ranks by a scorer (--num_candidates 8 --scorer pickscore).
 # Flags given to this file are appended to the training command and override its own. Set OUTPUT instead of
 # --output_dir, because the evaluation reads the results from there.
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Personalization of one DreamBooth subject, the paper's Table 1: chosen = its photos, rejected = the base model's own
-# images of the same prompts. The whole train set is the batch: 1 GPU x 1 pair x 5 accumulated = 5 pairs a step for five
+# images of the same prompts. The full training set is the batch: 1 GPU x 1 pair x 5 accumulated = 5 pairs per step for five
 # photos (PAIRS). DCO's settings: a LoRA of rank 32 on the UNet (5e-5) and both text encoders (5e-6), 2,000 steps; beta
 # 1024. DCO's textual inversion is left out: name the subject by a rare word.
 # PHOTOS: a folder of the photos; CAPTIONS: a text file that describes them, a line for each in the order of their names

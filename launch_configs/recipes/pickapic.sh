@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # General preference, Pick-a-Pic v2: Table 2 of the paper's version 2. Needs a copy of the data, which left the hub in 2025.
-# 8 H100 of 80 GB: 8 GPUs x 16 pairs x 16 accumulated batches = 2,048 pairs a step, 2,000 steps, the whole UNet, beta 8.
+# 8 H100 of 80 GB: 8 GPUs x 16 pairs x 16 accumulated batches = 2,048 pairs per step, 2,000 steps, the full UNet, beta 8.
 # (The paper: 8 x 32 x 8, by our accounting 75 GiB in float32 weights.) On fewer GPUs keep the product: 4 x 16 x 32.
 # The 335 GB of pairs are streamed, ties are dropped; each of the 8 loader workers of a process keeps --shuffle_shards row
 # groups in memory. Add --resume_from_checkpoint latest to resume a run that was stopped.

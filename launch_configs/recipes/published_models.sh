@@ -6,7 +6,7 @@
 # sources are in published_models.py. Only differences within a table compare: SDXL's own scores move with prompts, steps
 # and resize. HPS is scored with both resizes; the older one, without antialiasing, is that of the published tables.
 # 3,500 images take one H100 4.2 hours (STEPS=20: 1.7 hours) without --compile, estimated: 0.69 PFLOP for 50 steps
-# (tests/benchmarks/flops.py) at 16 % of its peak, which stock diffusers reaches. If the hub no longer has the prompts,
+# (tests/benchmarks/estimate.py) at 16 % of its peak, which stock diffusers reaches. If the hub no longer has the prompts,
 # use another copy: PROMPTS=FILE, with a column caption.
 # Flags given to this file are appended to the evaluation's command and override its own. Set OUTPUT and STEPS instead of
 # --output_dir and --num_inference_steps, because the comparison reads them.
