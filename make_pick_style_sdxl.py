@@ -27,8 +27,8 @@ rejected images without it:
         --style_prefix "A flat cartoon with thick outlines of" --mixed_precision bf16 --output_dir pairs
 
 Version 2 of the paper used other data: FLUX.1-schnell generated the images, with a prefix on one side or both
-(`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here, `--scorer pickscore
---min_score 21` keeps the pairs whose chosen image reaches a score.
+(`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here, `--scorer
+pickscore --min_score 21` keeps the pairs whose chosen image reaches a score.
 
 Instead of prefixes, `--num_candidates 8 --scorer pickscore` pairs the best and the worst of eight samples, and
 `--chosen_images photos` pairs photos of a subject with samples. `--lora` or `--unet` generates with a fine-tuned
