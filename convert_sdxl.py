@@ -261,6 +261,8 @@ def load_single_file(args):
     zero_terminal_snr = args.zero_terminal_snr
     if zero_terminal_snr is None:
         zero_terminal_snr = "ztsnr" in checkpoint and prediction_type == "v_prediction"
+    if zero_terminal_snr and prediction_type == "epsilon":
+        raise ConversionError("--zero_terminal_snr requires --prediction_type v_prediction.")
 
     scheduler = pipeline.scheduler
     scheduler.register_to_config(
@@ -274,7 +276,7 @@ def load_single_file(args):
 
 
 # LoRA extraction -----------------------------------------------------------------------------------------------------
-# The layers that a LoRA can adapt. Norms, biases, and the first and last layers are left out.
+# The layers that a LoRA adapts: those of the transformers and resnets. Norms, biases and all other layers are left out.
 TRANSFORMER = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 LORA_LAYERS = TRANSFORMER + RESNET
@@ -295,6 +297,8 @@ def open_unet(name):
             folder = folder / "unet"
 
         for pattern in UNET_FILES:
+            if files:
+                break
             for path in folder.glob(pattern):
                 file = safe_open(path, "pt")
                 files.update(dict.fromkeys(file.keys(), file))
@@ -308,7 +312,7 @@ def shapes_of(files):
 
 
 def factorize(change, rank):
-    """The LoRA that is closest to the change of a layer: down, up, and the squared norm of their product."""
+    """The best approximation of a layer's change with this rank (SVD): down, up, and the squared norm of their product."""
     u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
     kept = s[:rank]
     up = u[:, :rank] * kept.sqrt()
