@@ -276,7 +276,7 @@ def load_single_file(args):
 
 
 # LoRA extraction -----------------------------------------------------------------------------------------------------
-# The layers that a LoRA adapts: those of the transformers and resnets. Norms, biases and all other layers are left out.
+# A LoRA adapts these layers of the transformers and resnets. Norms, biases and all other layers are left out.
 TRANSFORMER = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 LORA_LAYERS = TRANSFORMER + RESNET
@@ -312,7 +312,7 @@ def shapes_of(files):
 
 
 def factorize(change, rank):
-    """The best approximation of a layer's change with this rank (SVD): down, up, and the squared norm of their product."""
+    """Best approximation of a change with this rank (SVD): down, up, and the squared norm of their product."""
     u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
     kept = s[:rank]
     up = u[:, :rank] * kept.sqrt()
