@@ -512,10 +512,11 @@ def check_arguments(parser, args, scorer_args):  # noqa: C901
     base = args.pretrained_model_name_or_path
     has_prefix = args.style_prefix is not None or args.rejected_prefix is not None
 
-    # Unknown flags. The evaluation script checks those of the scorer.
-    unknown = scorer_args
-    if args.scorer is not None:
-        unknown = [word for word in scorer_args if word.startswith("-") and not word.startswith(f"--{args.scorer}_")]
+    # Unknown flags, without their values: one may be a token. The evaluation script checks the flags of the scorer.
+    flags = [word.partition("=")[0] for word in scorer_args if word.startswith("-")]
+    unknown = [flag for flag in flags if not flag.startswith(f"--{args.scorer}_")]
+    if args.scorer is None and not flags:
+        unknown = scorer_args
     if unknown:
         parser.error(f"unknown arguments: {', '.join(unknown)} (see --help for the list)")
 

@@ -224,7 +224,7 @@ def test_hps_mends_texts_as_open_clip(script, scorers, monkeypatch):
 
 def test_cut_texts_are_counted(script, ready, caplog):
     run_script(script, ready)
-    assert "clip reads only 77 tokens of 1 prompts." in caplog.text
+    assert "clip truncates 1 prompts to 77 tokens." in caplog.text
 
 
 def test_results_hold_scores_and_what_they_depend_on(scored, small, scorers):
@@ -474,7 +474,7 @@ def test_other_weights_of_a_unet_or_a_lora_are_noticed(script, small, scorers, t
         (file,) = folder.glob("*.safetensors")
         before = file.read_bytes()
         save_file({name: weight * 1.1 for name, weight in load_file(file).items()}, file)
-        assert "x was generated with another model (" in refused(script, flags)
+        assert "x was generated with another model of prompt 0 (" in refused(script, flags)
         file.write_bytes(before)
 
 
@@ -549,8 +549,43 @@ def test_scheduler_and_settings_are_passed_on_and_logged(script, small, scorers,
     expected = {"scheduler": "DDIMScheduler", "guidance_scale": 1.5, "seed": 3, "num_inference_steps": 2}
     assert expected.items() <= settings.items()
     stored = json.loads((output_dir / "images" / "base" / "settings.json").read_text())
-    assert stored["model"] == stored["base"] == {"None": settings["models"]["base"]["version"]}
-    assert stored["settings"].items() <= settings.items() and stored["prompt"] == {"0": PROMPTS[0]}
+    version = settings["models"]["base"]["version"]
+    assert stored["settings"].pop("base model") == version
+    assert stored["settings"].items() <= settings.items()
+    assert stored["models"] == {"model of prompt 0": version}
+    assert stored["prompts"] == {"prompt 0": PROMPTS[0]}
+
+
+def test_images_of_one_model_are_not_taken_for_those_of_a_model_per_category(script, small, scorers, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle", "kind": "trained"}\n')
+    flags = drawing(small, scorers, tmp_path / "out", prompts=tmp_path / "prompts.jsonl", category_column="kind")
+    run_script(script, {**flags, "candidates": [f"x={small / 'lora'}"]})
+
+    sentence = refused(script, {**flags, "candidates": [f"x={small}/{{category}}"]})
+
+    assert "x was generated with another model of prompt 0 (" in sentence
+
+
+def test_images_without_their_settings_are_refused(script, small, scorers, copied):
+    (copied / "images" / "base" / "settings.json").unlink()
+
+    sentence = refused(script, drawing(small, scorers, copied))
+
+    assert sentence.startswith(f"{copied / 'images' / 'base'} contains images without a settings.json")
+
+
+def test_upgrades_of_diffusers_keep_the_images(script, small, scorers, tmp_path):
+    flags = drawing(small, scorers, tmp_path / "out", max_prompts=1)
+    pipeline = shutil.copytree(small / "pipeline", tmp_path / "pipeline")
+    run_script(script, {**flags, "pretrained_model_name_or_path": pipeline})
+    images = state(tmp_path / "out" / "images")
+    config = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
+
+    config["_diffusers_version"] = "99"
+    (pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    run_script(script, {**flags, "pretrained_model_name_or_path": pipeline})
+
+    assert state(tmp_path / "out" / "images") == images
 
 
 def test_variant(script, small, scorers, drawn, tmp_path):
@@ -695,7 +730,9 @@ def test_weights_are_known_by_their_content(script, small, scorers, tmp_path, mo
     assert {**state(tmp_path / "out"), grid: 0} == {**before, grid: 0}
     file = copied / "pytorch_lora_weights.safetensors"
     save_file({name: weight * 1.5 for name, weight in load_file(file).items()}, file)
-    assert "lora was generated with another model (" in refused(script, {**flags, "candidates": [f"lora={copied}"]})
+    assert "lora was generated with another model of prompt 0 (" in refused(
+        script, {**flags, "candidates": [f"lora={copied}"]}
+    )
 
 
 def test_a_vae_is_known_by_its_weights(script, small, scorers, tmp_path):
@@ -880,14 +917,23 @@ def test_wrong_prompts(script, ready, tmp_path, monkeypatch, name, text, sentenc
     assert sentence in refused(script, {**ready, "prompts": name})
 
 
+def test_prompts_without_a_category_are_refused(script, ready, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "kind": null}\n')
+
+    sentence = refused(script, {**ready, "prompts": file, "category_column": "kind"})
+
+    assert sentence.endswith("--category_column: the row of 'a' has no category")
+
+
 # Wrong use -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "give --pretrained_model_name_or_path to draw images, or --images"),
-        (["--candidates", "a=b"], "--candidates requires --pretrained_model_name_or_path"),
+        ([], "give --pretrained_model_name_or_path to generate images, or --images"),
+        (["--images", "i=j", "--candidates", "a=b"], "--candidates requires --pretrained_model_name_or_path"),
         (["--images", "a"], "'a' is not NAME=PATH"),
         (["--images", "a=b", "a=c"], "need different names, not a, a"),
         (["--pretrained_model_name_or_path", "m", "--images", "base=b"], "need different names, not base, base"),
@@ -897,6 +943,7 @@ def test_wrong_prompts(script, ready, tmp_path, monkeypatch, name, text, sentenc
         (["--images", "a=b", "--batch_size", "0"], "argument --batch_size: 0 is not a positive whole number"),
         (["--images", "a=b", "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
         (["--images", "a=b", "--reference_images", "x/{category}"], "{category} in a path requires --category_column"),
+        (["--images", "a=b", "--prompts", "hpdv2", "--category_column", "c"], "--prompts hpdv2 has its own columns"),
     ],
 )
 def test_wrong_arguments(script, capsys, words, sentence):
@@ -1175,7 +1222,7 @@ def test_images_of_nan_are_refused(script, small, scorers, tmp_path, flag, name)
     sentence = refused(script, flags)
 
     source = model if flag != "candidates" else f"x={model}"
-    assert sentence.startswith(f"--{flag} {source} generates no images: NaN in torch.float32, try ")
+    assert sentence.startswith(f"--{flag} {source}: image generation failed: NaN in torch.float32, try ")
     written = {path.parent.name for path in (tmp_path / "out").rglob("*.png")}
     assert written == ({"base"} if flag == "candidates" else set())
 
@@ -1215,7 +1262,7 @@ def test_candidates_that_are_the_base(script, small, scorers, ready, tmp_path):
         == f"--candidates {lora}: all 1 images are identical to those of base, so there is nothing to compare."
     )
     twins = {**ready, "images": [f"red={small / 'red'}", f"twin={small / 'red'}"]}
-    assert "all 3 images are those of red" in refused(script, twins)
+    assert "all 3 images are identical to those of red" in refused(script, twins)
 
 
 def test_wrong_candidates(script, small, scorers, tmp_path):
@@ -1223,7 +1270,7 @@ def test_wrong_candidates(script, small, scorers, tmp_path):
     assert "--candidates x=" in refused(script, {**flags, "candidates": [f"x={tmp_path}"]})
     for pair in (f"{tmp_path}+{small / 'lora'}", f"{small / 'lora'}+{tmp_path}"):
         sentence = refused(script, {**flags, "candidates": [f"x={pair}"]})
-        assert sentence.startswith(f"--candidates x={pair}: ") and " is not a folder or reachable hub id" in sentence
+        assert sentence.startswith(f"--candidates x={pair}: ") and " is not a folder or a reachable hub id" in sentence
     unet = shutil.copytree(small / "unet", tmp_path / "narrow")
     config = json.loads((unet / "config.json").read_text())
     narrow = UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768})
@@ -1297,7 +1344,9 @@ def test_a_hub_out_of_reach_is_no_missing_file(script, small, monkeypatch):
     monkeypatch.setattr(script, "hf_hub_download", hf_hub_download)
     assert script.find_file("me/mine", "unet/config.json") is None
     monkeypatch.setattr(script, "is_offline_mode", lambda: False)
-    with pytest.raises(script.EvaluationError, match="unet/config.json of me/mine cannot be downloaded: the network"):
+    with pytest.raises(
+        script.EvaluationError, match="unet/config.json of me/mine cannot be downloaded: .*the network"
+    ):
         script.find_file("me/mine", "unet/config.json")
 
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -271,7 +272,7 @@ def test_pairs_whose_chosen_image_misses_a_score_are_dropped(maker, scorers, mad
     expected = [row for row, score in zip(all_pairs, scores) if score > bound]
     assert rows(out) == expected and len(expected) == len(CAPTIONS) - 3
     sentence = refused(maker, flags | sources | kind | {"min_score": 1e9, "output_dir": tmp_path / "none"})
-    assert "no pair is left. With --min_score, try a lower one" in sentence
+    assert "every pair was dropped. Try a lower --min_score" in sentence
     assert not list((tmp_path / "none" / "pairs_made").glob("*.parquet"))
 
 
@@ -304,7 +305,7 @@ def test_files_of_the_same_name_are_paired(maker, pair_folders, tmp_path, caplog
     for row, colours in zip(found, ([(255, 0, 0), (255, 255, 255)], [(0, 128, 0), (0, 0, 0)])):
         for image, colour in zip(decoded(row), colours):
             assert image.shape == (30, 40, 3) and distance(image, np.full_like(image, colour)) < 3
-    assert "2 names lack an image or a caption and are left out: c, d." in caplog.text
+    assert "2 names without two images and a caption are left out: c, d." in caplog.text
 
 
 def test_pair_with_a_broken_file_is_left_out(maker, pair_folders, tmp_path, caplog):
@@ -533,7 +534,7 @@ def test_prompts_that_are_cut_are_counted_with_their_prefix(maker, flags, tmp_pa
 def test_rows_without_text_are_left_out_and_counted(maker, tmp_path, caplog):
     (tmp_path / "x.jsonl").write_text('{"prompt": " a "}\n{"prompt": " "}\n{"prompt": null}\n{"prompt": "b"}\n')
     assert captions_of(maker, ["--prompts", tmp_path / "x.jsonl"]) == ["a", "b"]
-    assert "2 of the rows hold no text" in caplog.text
+    assert "2 rows without text are left out." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -876,6 +877,7 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--seed", "-1"], "--seed: -1 is not a whole number from 0 to 4294967295"),
         ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
         ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
+        ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown arguments: --hub_tokn (see"),
         ([*STYLE, "stray"], "unknown arguments: stray"),
     ],
 )
@@ -1035,7 +1037,7 @@ def test_a_vae_of_other_latents_is_refused(maker, small, flags, tmp_path):
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, "latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}))
     sentence = refused(maker, flags | {"pretrained_vae_model_name_or_path": vae})
-    assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE shifts its latents")
+    assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE's config has latents_mean")
 
 
 def test_wrong_photos(maker, flags, spied, tmp_path):
@@ -1062,7 +1064,7 @@ def test_photos_of_any_format_are_used_and_other_files_named(maker, tmp_path, ca
     for name in ("photo.heic", "notes.md", ".hidden"):
         (tmp_path / name).write_text("no photo")
 
-    photos = maker.read_photos(tmp_path, 64)
+    photos = maker.read_photos(maker.find_given_images("chosen_images", tmp_path), 64)
 
     centres = [np.array(photo.getpixel((32, 32))) for photo in photos]
     expected = [(200, 30, 30)] * 5 + [(100, 100, 100), (255, 255, 255)]
@@ -1073,7 +1075,50 @@ def test_photos_of_any_format_are_used_and_other_files_named(maker, tmp_path, ca
 
 def test_a_missing_scorer_is_named_before_the_model_is_loaded(maker, flags, spied, tmp_path):
     changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": tmp_path / "nothing"}
-    assert refused(maker, flags | changes).startswith("--scorer clip cannot be loaded: ") and not spied
+    assert refused(maker, flags | changes).startswith(f"--clip_model {tmp_path / 'nothing'}: ") and not spied
+
+
+def test_scores_that_are_not_finite_are_refused(maker, scorers, flags, monkeypatch):
+    evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
+    monkeypatch.setattr(evaluation.CLIP, "score", lambda self, images, captions: torch.full((len(images),), math.nan))
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": scorers["clip_model"]}
+
+    sentence = refused(maker, flags | changes)
+
+    assert sentence == f"--scorer gives nan to an image of {CAPTIONS[0]!r}."
+
+
+def test_other_weights_of_a_local_scorer_are_noticed(maker, scorers, flags, tmp_path):
+    model = shutil.copytree(scorers["clip_model"], tmp_path / "clip")
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": model, "max_prompts": 1}
+    run_script(maker, flags | changes)
+
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight * 2 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+    assert "made with --clip_model a local one, version " in refused(maker, flags | changes)
+
+
+def test_finished_pairs_can_be_uploaded_after_an_upgrade(maker, flags, copied, hub, monkeypatch):
+    monkeypatch.setattr(maker.transformers, "__version__", "99")
+    uploads = []
+    monkeypatch.setattr(maker, "upload_folder", lambda **options: uploads.append(options))
+
+    run_script(maker, flags | {"push_to_hub": True})
+
+    assert len(uploads) == 1
+
+
+def test_damaged_pair_is_named(maker, flags, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(maker, "assemble", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_script(maker, flags)
+    pair = flags["output_dir"] / "pairs_made" / "000002.parquet"
+    pair.write_bytes(b"")
+
+    sentence = refused(maker, flags)
+
+    assert sentence.startswith(f"--output_dir: {pair} cannot be read, delete it to make it again: ")
 
 
 @pytest.mark.parametrize("below", ["", "below"])
