@@ -16,7 +16,7 @@
 # ]
 # ///
 """
-Generate images with SDXL and its fine-tuned versions, and score them with the preference models of the MaPO paper.
+Generate images with SDXL and its fine-tuned versions, and score them with PickScore, HPS v2.1 and others.
 
 The base model against a LoRA and a full UNet, on the 500 Pick-a-Pic v2 test prompts of the paper's Table 2:
 
@@ -30,9 +30,9 @@ Images that already exist, `00000_0.png` (prompt 0, image 0), `00001_0.png`, ...
     accelerate launch evaluate_diffusion_mapo_sdxl.py --images sdxl=images/sdxl mapo=images/mapo \
         --prompts prompts.txt --output_dir evaluation
 
-Run the same command again to resume, also with more prompts, models or scorers. `--output_dir` contains
+Run the same command again to resume; prompts, models and scorers may be added. `--output_dir` contains
 `images/NAME/` with its `settings.json`, `scores/SCORER.json`, `scores.jsonl` (one image per line), `results.md`,
-`results.json`, and `grid-NAME.png` with the largest wins and losses.
+`results.json`, and `grid-NAME.png` with the largest wins and losses by the first scorer.
 
 Scorers can be used without the rest: `PickScore("cuda").score(images, prompts)` scores PIL images in RGB.
 """
@@ -504,8 +504,8 @@ SCORERS = {
 
 # Statistics ----------------------------------------------------------------------------------------------------------
 #
-# Scores of a model are an array (prompts, images per prompt). Two models are compared image by image, because the
-# images of a prompt have the same seeds.
+# Scores of a model are an array (prompts, images per prompt). Two models are compared image by image, because their
+# images have the same seeds.
 def mean_and_error(scores):
     """The mean of scores, and its standard error over prompts (None for a single prompt)."""
     means = scores.mean(axis=1)
@@ -588,7 +588,7 @@ def summarize_categories(scorers, names, tables, categories):
 
 def summarize(scorers, names, tables, categories):
     """
-    Rows of results: of each scorer and model, the base model first; of any two candidates; of each category.
+    Rows of results: per scorer and model (base model first), per pair of candidates, and per category.
 
     `tables` is {scorer: (models, prompts, images per prompt)}, `categories` the category of each prompt.
     """
@@ -644,8 +644,8 @@ def raise_on_all_ranks(message):
     """
     If the body fails on any process, raise the same EvaluationError on all of them, so that none hangs.
 
-    The body must not contain another use of this: a process that fails before the inner one would meet the others
-    in the wrong place.
+    The body must not contain another use of this: a process that fails before the inner one would enter the outer
+    gather while the others enter the inner one.
     """
     failure = None
     try:
@@ -733,8 +733,8 @@ def add_prompt_arguments(parser):
         "--prompts",
         type=PATH,
         required=True,
-        help="`pickapic_v2`, `hpdv2`, `partiprompts`, a hub id, or a .txt, .csv, .tsv, .json, .jsonl or .parquet "
-        "file.",
+        help="`pickapic_v2`, `hpdv2`, `partiprompts`, a hub id, a local folder, or a .txt, .csv, .tsv, .json, .jsonl "
+        "or .parquet file.",
     )
     add("--prompt_column", default="prompt", help="Column with the prompts.")
     add("--scoring_prompt_column", help="Column with the prompts for scorers, e.g. without a subject's rare token.")
@@ -803,7 +803,7 @@ def add_scorer_arguments(parser):
         if name == "hps_no_antialias":
             continue
         for part, flag in source_flags(name).items():
-            add(f"--{flag}", type=PATH, default=scorer.sources[part], help=f"Source of {name}.")
+            add(f"--{flag}", type=PATH, default=scorer.sources[part], help=f"{part.capitalize()} of {name}.")
 
 
 def parse_args(input_args=None):
@@ -850,7 +850,9 @@ def check_arguments(parser, args):  # noqa: C901
         parser.error(f"{CATEGORY} in a path requires --category_column")
     if args.prompts in ("hpdv2", *PROMPT_SETS):
         if args.category_column is not None or args.scoring_prompt_column is not None:
-            parser.error(f"--prompts {args.prompts} has its own columns, and only those")
+            parser.error(
+                f"--category_column and --scoring_prompt_column cannot be combined with --prompts {args.prompts}"
+            )
 
     if args.resolution % 8 != 0:
         parser.error("--resolution must be a multiple of 8")
@@ -923,6 +925,7 @@ def file_digest(path):
 def version_of(source, name, file, weights=()):
     """The commit of a hub id; for a local folder, a digest of `weights`, or of the file `name` if there are none."""
     if not Path(source).exists():
+        # Files of the hub are at snapshots/COMMIT/NAME.
         return file.parents[len(Path(name).parts) - 1].name
     return digest([file_digest(path) for path in sorted(weights) or [file]])
 
@@ -961,6 +964,9 @@ def find_images(folder):
     others = []
     for path in sorted(Path(folder).glob("[!.]*")):
         if not path.is_file():
+            continue
+        if path.suffix == ".txt":  # Pillow takes some texts, e.g. "BMX rider", for images
+            others.append(path.name)
             continue
         try:
             Image.open(path).close()
@@ -1081,6 +1087,7 @@ def read_prompts(args):
     """The first --max_prompts prompts."""
     with explain(f"--prompts {args.prompts} cannot be loaded"):
         rows = list(itertools.islice(read_rows(args), args.max_prompts))
+    # Text files may end with blank lines.
     while rows and rows[-1][0] == "":
         rows.pop()
     if not rows:
@@ -1091,7 +1098,7 @@ def read_prompts(args):
     for i, (text, scored, category) in enumerate(rows):
         for words in (text, scored):
             if not isinstance(words, str) or not words.strip():
-                raise EvaluationError(f"--prompts {args.prompts}: row {i} is empty or not text.")
+                raise EvaluationError(f"--prompts {args.prompts}: row {i + 1} is empty or not text.")
         number = seen.get(category, 0)
         seen[category] = number + 1
         prompts.append(Prompt(text, scored, category, number))
@@ -1133,7 +1140,7 @@ SCHEDULE = {
 
 
 class Model(NamedTuple):
-    """What generates images: a pipeline, with another UNet or a LoRA unless these are None, by hub id or path."""
+    """What generates images: a pipeline, optionally with another UNet and a LoRA; each a hub id or a path."""
 
     label: str  # the flag and its value, for messages
     kind: str
@@ -1183,10 +1190,12 @@ class System(NamedTuple):
 def find_kind(source, label, kinds):
     """The kind of a folder, file or hub id, one of `kinds`, and the version of its weights."""
     for name, kind in KINDS.items():
+        if kind not in kinds:
+            continue
         file = None
-        if kind == "lora" and "lora" in kinds:
+        if kind == "lora":
             file = find_lora_file(source)
-        elif kind in kinds and not source.endswith(".safetensors"):
+        elif not source.endswith(".safetensors"):  # only a LoRA may be a single file
             file = find_file(source, name)
         if file is None:
             continue
@@ -1301,7 +1310,7 @@ def load_tokenizers(source):
 
 
 def load_sdxl(source, variant=None, dtype=torch.float32, **components):
-    """A pipeline with these components instead of its own. Nothing that it lacks is initialized at random."""
+    """A pipeline with these components instead of its own. Missing weights are an error."""
     for name in COMPONENTS:
         if name not in components:
             components[name] = load_component(name, source, variant, dtype)
@@ -1327,7 +1336,7 @@ def load_unet(source, base, dtype):
         subfolder = "unet"
     config = UNet2DConditionModel.load_config(source, subfolder=subfolder)
     base_config = UNet2DConditionModel.load_config(base, subfolder="unet")
-    for key in ("cross_attention_dim", "in_channels"):
+    for key in ("addition_embed_type", "cross_attention_dim", "in_channels"):
         if config.get(key) != base_config.get(key):
             raise ValueError(f"its {key} is {config.get(key)}, not {base_config.get(key)} as in the base model")
     return load_complete(UNet2DConditionModel, source, subfolder=subfolder, dtype=dtype)
@@ -1365,7 +1374,7 @@ def load_pipeline(args, model, shared):
 # diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
 #
-# The second weight of a LoRA's layer, by the first: as kohya, peft, and earlier versions of diffusers name them.
+# The two matrices of a LoRA's layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
 
@@ -1417,7 +1426,7 @@ def apply_alphas(weights, config):
         if kind == "dora_scale" or kind.startswith("lora_magnitude"):
             raise ValueError("it is a DoRA, which is not supported")
         up = f"{layer}.{LORA_UP.get(kind)}.weight"
-        if up not in matrices:
+        if kind not in LORA_UP or up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
         # A missing alpha means alpha = rank.
@@ -1470,7 +1479,7 @@ def add_lora(pipeline, layers):
     """
     Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
 
-    They are not merged: half precision would round most of a small change of the weights away.
+    They are not merged: half precision would round away most of a small change of the weights.
     """
     modules = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -1561,7 +1570,9 @@ def describe_models(system):
     described = {}
     for category, model in system.models.items():
         described[category] = {"kind": model.kind, "source": model.source, "version": model.version}
-    return described.get(None, described)
+    if None in described:
+        return described[None]
+    return described
 
 
 def collect_settings(args, systems, prompts, scorer_versions, shared, vae_version):
@@ -1644,7 +1655,7 @@ def check_images(system, description):
 
 
 def image_seed(seed, prompt_number, image_number):
-    """The seed of an image's noise. It depends on nothing but --seed and the image's id."""
+    """The seed of an image's noise. It only depends on --seed and the image's id."""
     return int(np.random.SeedSequence([seed, prompt_number, image_number]).generate_state(1, np.uint64)[0])
 
 
@@ -1664,7 +1675,8 @@ def generate_images(args, pipeline, prompts, image_ids):
     # Pillow would turn NaN into black.
     if not pixels.isfinite().all():
         raise ValueError(
-            f"NaN in {pipeline.unet.dtype}, try --mixed_precision bf16 or another --pretrained_vae_model_name_or_path"
+            f"the model produced NaN in {pipeline.unet.dtype}; try --mixed_precision bf16 or another "
+            "--pretrained_vae_model_name_or_path"
         )
     return pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
 
@@ -1709,7 +1721,10 @@ def find_jobs(args, systems, prompts, image_ids, settings):
     for system in systems:
         description = check_images(system, describe_images(settings, systems[0], system, prompts))
         for category, model in system.models.items():
-            ids_of_model = [i for i in image_ids if category is None or prompts[i[0]].category == category]
+            ids_of_model = []
+            for prompt_number, image_number in image_ids:
+                if category is None or prompts[prompt_number].category == category:
+                    ids_of_model.append((prompt_number, image_number))
             batches = []
             for batch in in_batches(ids_of_model, args.batch_size):
                 if not all(system.image(prompts, image_id).exists() for image_id in batch):
@@ -1862,7 +1877,8 @@ def score_records(args, accelerator, name, references, records):
     batches = in_batches(list(records), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
     scores = []
     with raise_on_all_ranks(f"--scorers {name} failed"):
-        # With several processes the device is "cpu:0", to which weights are copied, and copies change the rounding.
+        # With several processes the device is "cpu:0". Weights are copied to it, and scores of copied weights differ
+        # in the last bits.
         device = accelerator.device
         if device.type == "cpu":
             device = "cpu"
@@ -1885,7 +1901,7 @@ def score_records(args, accelerator, name, references, records):
     accelerator.free_memory()
     for key, record in records.items():
         if not math.isfinite(scores[key]):
-            raise EvaluationError(f"{name} gives {scores[key]} to {record['file']}.")
+            raise EvaluationError(f"{name} scored {record['file']} as {scores[key]}.")
     return {key: round(scores[key], 6) for key in records}
 
 
@@ -2018,11 +2034,12 @@ def write_results(args, systems, prompts, records, settings):
 
 # Main ----------------------------------------------------------------------------------------------------------------
 def build_accelerator(args):
-    with explain(f"accelerate does not start with --mixed_precision {args.mixed_precision}"):
+    with explain(f"accelerate cannot start (--mixed_precision {args.mixed_precision})"):
         # Processes wait for the slowest, which may generate images for hours.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
         accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
+    logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -2046,7 +2063,7 @@ def check_inputs(args, systems, prompts, image_ids):
 def main(args):
     accelerator = build_accelerator(args)
 
-    # What is evaluated, and with what?
+    # Find the prompts, the models and the scorers.
     prompts = from_main_process(read_prompts, args)
     image_ids = list(itertools.product(range(len(prompts)), range(args.images_per_prompt)))
     systems = from_main_process(find_systems, args, prompts)

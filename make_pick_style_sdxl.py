@@ -18,7 +18,7 @@
 """
 Make preference pairs with Stable Diffusion XL itself, in the layout of Pick-Style (arXiv 2406.06424).
 
-Like the Pick-Style datasets on the hub, SDXL generates chosen images with a style prefix before the caption, and
+As in the Pick-Style datasets on the hub, SDXL generates chosen images with a style prefix before the caption, and
 rejected images without it:
 
     accelerate launch make_pick_style_sdxl.py \
@@ -160,8 +160,8 @@ def generate_images(args, pipeline, prompts, seeds):
     pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     if not pixels.isfinite().all():
         raise PairsError(
-            f"--pretrained_model_name_or_path: NaN in {latents.dtype}, try --mixed_precision bf16 or another "
-            "--pretrained_vae_model_name_or_path."
+            f"--pretrained_model_name_or_path: the model produced NaN in {latents.dtype}; try --mixed_precision bf16 "
+            "or another --pretrained_vae_model_name_or_path."
         )
     return pipeline.image_processor.postprocess(pixels.float())
 
@@ -185,7 +185,7 @@ def score_images(scorer, images, captions):
     scores = scorer.score(images, captions).tolist()
     for score, caption in zip(scores, captions, strict=True):
         if not math.isfinite(score):
-            raise PairsError(f"--scorer gives {score} to an image of {caption!r}.")
+            raise PairsError(f"--scorer scored an image of {caption!r} as {score}.")
     return scores
 
 
@@ -252,7 +252,7 @@ def read_pair(files):
     images = []
     for flag, path in (("chosen_images", files.chosen), ("rejected_images", files.rejected)):
         try:
-            # Encoded again, because metadata may tell where a photo was taken.
+            # Encoded again, because metadata may reveal where a photo was taken.
             images.append(encode_png(decode_image(path)))
         except Exception as error:  # Pillow raises all kinds
             logger.warning(
@@ -267,8 +267,8 @@ def make_block(args, pipeline, scorer, inputs, block):
     """
     Make the pairs with these numbers. Yields one table per pair: one row, or none if the pair is left out.
 
-    What is generated for a caption only depends on its number and --seed. Block boundaries are fixed, because an
-    image's last bits depend on the others in its batch.
+    The noise of a pair only depends on its number and --seed. Block boundaries are fixed, because an image's last bits
+    depend on the others in its batch.
     """
     captions = [inputs.captions[number] for number in block]
     chosen_first = []
@@ -347,8 +347,8 @@ def raise_on_all_ranks(message):
     """
     If the body fails on any process, raise the same PairsError on all of them, so that none hangs.
 
-    The body must not contain another use of this: a process that fails before the inner one would meet the others
-    in the wrong place.
+    The body must not contain another use of this: a process that fails before the inner one would enter the outer
+    gather while the others enter the inner one.
     """
     failure = None
     try:
@@ -435,7 +435,7 @@ def add_pair_arguments(parser):
         "--chosen_images",
         type=PATH,
         metavar="FOLDER",
-        help="Photos that are used in turn as chosen images. The rejected ones are samples.",
+        help="Photos that are used in turn as chosen images. Without --rejected_images, samples are rejected.",
     )
     add(
         "--rejected_images",
@@ -460,7 +460,7 @@ def add_generation_arguments(parser):
         type=PATH,
         help="VAE to use instead, e.g. madebyollin/sdxl-vae-fp16-fix.",
     )
-    add("--variant", help="Variant of the pretrained weights, e.g. fp16.")
+    add("--variant", help="Variant of the base model's weights, e.g. fp16.")
     add("--unet", type=PATH, help="UNet to use instead: hub id or local folder, e.g. an output_dir of training.")
     add("--lora", type=PATH, help="LoRA: hub id, local folder, e.g. an output_dir of training, or .safetensors file.")
     add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps.")
@@ -502,7 +502,7 @@ def parse_args(input_args=None):
 
         # The evaluation script requires the first two; only the scorer's own flags are used.
         args.scorer_args = parse_evaluation_args(
-            ["--images", "a=b", "--prompts", "c", "--scorers", args.scorer, *scorer_args]
+            ["--images", "a=b", "--scorers", args.scorer, "--prompts", "c", *scorer_args]
         )
     return args
 
@@ -514,9 +514,11 @@ def check_arguments(parser, args, scorer_args):  # noqa: C901
 
     # Unknown flags, without their values: one may be a token. The evaluation script checks the flags of the scorer.
     flags = [word.partition("=")[0] for word in scorer_args if word.startswith("-")]
-    unknown = [flag for flag in flags if not flag.startswith(f"--{args.scorer}_")]
-    if args.scorer is None and not flags:
-        unknown = scorer_args
+    unknown = flags
+    if args.scorer is not None:
+        unknown = [flag for flag in flags if not flag.startswith(f"--{args.scorer}_")]
+    if not unknown and scorer_args and not scorer_args[0].startswith("-"):
+        unknown = scorer_args[:1]
     if unknown:
         parser.error(f"unknown arguments: {', '.join(unknown)} (see --help for the list)")
 
@@ -629,6 +631,9 @@ def find_images(folder):
     others = []
     for path in sorted(Path(folder).glob("[!.]*")):
         if not path.is_file():
+            continue
+        if path.suffix == ".txt":  # Pillow takes some texts, e.g. "BMX rider", for images
+            others.append(path.name)
             continue
         try:
             Image.open(path).close()
@@ -828,14 +833,16 @@ def find_models(args):
         source = getattr(args, flag)
         if source is None:
             continue
-        file = None
-        for name in names_of_flags[flag]:
-            if file is None:
-                file = find_lora_file(source) if flag == "lora" else find_file(source, name)
-        if file is None:
+        found = []
+        if flag == "lora":
+            found.append(find_lora_file(source))
+        else:
+            found += [find_file(source, name) for name in names_of_flags[flag]]
+        found = [file for file in found if file is not None]
+        if not found:
             names = " or ".join(names_of_flags[flag])
             raise PairsError(f"--{flag} {source} is not a folder or a reachable hub id with {names}.")
-        model_files[flag] = file
+        model_files[flag] = found[0]
     return model_files
 
 
@@ -852,6 +859,8 @@ def check_models(args, model_files):
             config = json.loads(model_files[flag].read_text())
         if config.get("addition_embed_type") != "text_time":
             raise PairsError(f"{name}: its UNet is not conditioned on image sizes and crops (addition_embed_type).")
+        if config.get("in_channels", 4) != config.get("out_channels", 4):
+            raise PairsError(f"{name} is not an SDXL base model: its UNet has extra input channels.")
         for key in ("cross_attention_dim", "in_channels"):
             if config.get(key) != base_config.get(key):
                 raise PairsError(
@@ -902,7 +911,7 @@ def load_tokenizers(source):
 
 
 def load_sdxl(source, variant=None, dtype=torch.float32, **components):
-    """A pipeline with these components instead of its own. Nothing that it lacks is initialized at random."""
+    """A pipeline with these components instead of its own. Missing weights are an error."""
     for name in COMPONENTS:
         if name not in components:
             components[name] = load_component(name, source, variant, dtype)
@@ -1017,7 +1026,7 @@ def apply_alphas(weights, config):
         if kind == "dora_scale" or kind.startswith("lora_magnitude"):
             raise ValueError("it is a DoRA, which is not supported")
         up = f"{layer}.{LORA_UP.get(kind)}.weight"
-        if up not in matrices:
+        if kind not in LORA_UP or up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
         # A missing alpha means alpha = rank.
@@ -1070,7 +1079,7 @@ def add_lora(pipeline, layers):
     """
     Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
 
-    They are not merged: half precision would round most of a small change of the weights away.
+    They are not merged: half precision would round away most of a small change of the weights.
     """
     modules = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -1121,7 +1130,7 @@ def add_branch(layer, down, up):
 # Captions are processed in blocks of --batch_size, each by one process. A finished pair is a file in `pairs_made`,
 # beside the settings that it depends on, until all of them go into `data`.
 def fingerprint(flag, source, file):
-    """Changes with a model's weights: from the hub commit, or names, sizes and times of local files."""
+    """A hash that changes with a model's weights, from the hub commit, or names, sizes and times of local files."""
     if not os.path.exists(source):
         return Hasher.hash(str(file.parts[-3:]))
 
@@ -1295,8 +1304,8 @@ ROWS_PER_GROUP = 25
 ROWS_PER_SHARD = 100
 
 
-def find_kept(output_dir, num_pairs):
-    """Numbers of the pairs that were not dropped; an error if there are none."""
+def list_kept(output_dir, num_pairs):
+    """Numbers of the pairs that were not dropped. If there are none, all are deleted, and it is an error."""
     kept = []
     for number in range(num_pairs):
         path = pair_path(output_dir, number)
@@ -1304,14 +1313,14 @@ def find_kept(output_dir, num_pairs):
             if pq.read_metadata(path).num_rows > 0:
                 kept.append(number)
     if len(kept) < num_pairs:
-        logger.info(f"{num_pairs - len(kept)} of {num_pairs} pairs are dropped.")
+        logger.info(f"{num_pairs - len(kept)} of {num_pairs} pairs were dropped.")
     if not kept:
         # Another --min_score can then start in this folder.
         for number in range(num_pairs):
             pair_path(output_dir, number).unlink()
         raise PairsError(
-            f"--output_dir {output_dir}: every pair was dropped. Try a lower --min_score on a few captions "
-            "(--max_prompts)."
+            f"--output_dir {output_dir}: every pair was dropped. No image can be read, or --min_score is too high: "
+            "try a few captions (--max_prompts)."
         )
     return kept
 
@@ -1352,7 +1361,7 @@ def license_of(base):
 def assemble(args, num_pairs, settings):
     """Write the shards from the files of pairs, and then the card."""
     folder = Path(args.output_dir)
-    kept = find_kept(args.output_dir, num_pairs)
+    kept = list_kept(args.output_dir, num_pairs)
     schema, num_bytes, download_size = write_shards(args.output_dir, kept)
 
     features = []
@@ -1406,7 +1415,7 @@ def upload(args, repo_id):
 
 # Main ----------------------------------------------------------------------------------------------------------------
 def build_accelerator(args):
-    with explain(f"accelerate does not start with --mixed_precision {args.mixed_precision}"):
+    with explain(f"accelerate cannot start (--mixed_precision {args.mixed_precision})"):
         # Processes wait for the slowest, which may generate images for hours.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
         accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
@@ -1443,7 +1452,7 @@ def check_prompts(args, captions):
 
 
 def start_output(args, settings):
-    """Check the output folder, write the settings, and create the repository on the hub. Returns the latter's id."""
+    """Check the output folder, write the settings, create the repository on the hub. Returns its id, or None."""
     check_output_dir(args.output_dir, settings)
     write_text(settings_path(args.output_dir), json.dumps(settings, indent=2))
     if args.push_to_hub:
@@ -1466,7 +1475,7 @@ def main(args):
     settings = from_main_process(collect_settings, args, dtype, inputs, model_files)
     repo_id = from_main_process(start_output, args, settings)
 
-    # Make the pairs. The other processes end here, because they might not wait long enough for the upload.
+    # Make the pairs. The other processes end here, because they would time out waiting for the upload.
     make_missing(args, accelerator, dtype, inputs, model_files)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -136,6 +136,7 @@ def log_phi(errors):
     series = -errors / 2 - errors**2 / 24 + errors**4 / 2880
     # torch.where backpropagates through both branches, so the one that is not selected must not see 0 either.
     safe = torch.where(small, 1.0, errors)
+    # log(exp(l) - 1) = l + log(1 - exp(-l)), which does not overflow.
     return torch.where(small, series, safe.log() - safe - (-torch.expm1(-safe)).log())
 
 
@@ -184,13 +185,17 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 # SDXL ----------------------------------------------------------------------------------------------------------------
 #
 # What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
-# belong to them. To train another model, change this section first, and then what else knows SDXL, mainly:
+# belong to them. To train another model, change this section first, and then what else knows SDXL:
 #
+#   Training         the types of `Run`
+#   Arguments        the default resolution of 1024
 #   Pairs            `load_pair` computes SDXL's sizes and crops, `PairDataset.load` samples integer timesteps
-#   Trained weights  `build_model`, the layers and names of `add_lora`, `read_lora`, `save_unet` and `save_lora`
-#   Cache            `encode_to_file`, `read_cached` and `describe_encoders` store what the encoders return
-#   Results          MODEL_CARD loads a pipeline
-#   Main             `find_model_commit`, and `alphas_cumprod` in `build_run`
+#   Trained weights  `trained_parts`, `build_model` and `compile_blocks`; the layers and names of `choose_lora_layers`,
+#                    `freeze_last_layer`, `read_lora`, `save_unet` and `save_lora`; the key "unet"
+#   Cache            `encode_to_file`, `read_cached`, `describe_encoders` and `fill_caches` know the encoders
+#   Validation       ranges of integer timesteps; `warn_if_diverging` knows the error of predicting zero
+#   Results          MODEL_CARD loads a pipeline; the license, and the names of the Kohya format
+#   Main             `find_model_commit`, and the scheduler of `set_up` and `build_run`
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -198,15 +203,14 @@ LORA_LAYERS = {"attention": ATTENTION, "transformer": TRANSFORMER, "all": TRANSF
 TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, noise, timesteps):
+def denoising_errors(model, noise_scheduler, latents, conditions, noise, timesteps):
     """
     Mean squared errors of the chosen and of the rejected images, two `(pairs,)` float32 tensors.
 
     Args:
         model: the UNet, or `UNetWithTextEncoders`.
         latents: `(2 * pairs, channels, height, width)` in float32, the chosen images first.
-        text: prompt embeddings, or token ids for `UNetWithTextEncoders`, as returned by `encode_captions`.
-        added_cond_kwargs: SDXL's other conditions, as returned by `encode_captions`.
+        conditions: arguments of the model, as returned by `encode_captions`.
         noise, timesteps: `(pairs, channels, height, width)` and `(pairs,)`, shared by the two images of a pair.
     """
     noise = noise.repeat(2, 1, 1, 1)
@@ -216,7 +220,7 @@ def denoising_errors(model, noise_scheduler, latents, text, added_cond_kwargs, n
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
 
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    prediction = model(noisy_latents, timesteps, text, added_cond_kwargs=added_cond_kwargs, return_dict=False)[0]
+    prediction = model(noisy_latents, timesteps, **conditions, return_dict=False)[0]
     errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
     return errors.chunk(2)
 
@@ -234,9 +238,10 @@ def sample_latents(vae, batch, vae_batch_size):
 
 def encode_captions(pipeline, batch, dtype, train_text_encoder):
     """
-    What the model is conditioned on, for both images of each pair: the prompt embeddings and SDXL's added conditions.
+    What the model is conditioned on, as its arguments: prompt embeddings `(2 * pairs, 77, dim)` and SDXL's added
+    conditions.
 
-    With --train_text_encoder it is the token ids of each pair, which the model encodes itself.
+    With --train_text_encoder, token ids `(pairs, 2, 77)` take the place of embeddings: the model encodes them itself.
     """
     # As at inference, the sizes get the dtype of the embeddings.
     time_ids = batch["add_time_ids"].repeat(2, 1).to(dtype)
@@ -246,11 +251,13 @@ def encode_captions(pipeline, batch, dtype, train_text_encoder):
     else:
         input_ids = tokenize(pipeline, batch["caption"]).to(time_ids.device, non_blocking=True)
         if train_text_encoder:
-            return input_ids, {"time_ids": time_ids}
+            return {"encoder_hidden_states": input_ids, "added_cond_kwargs": {"time_ids": time_ids}}
         with torch.no_grad():
             prompt_embeds, pooled_prompt_embeds = encode_prompts(pipeline, input_ids)
-    text_embeds = pooled_prompt_embeds.repeat(2, 1)
-    return prompt_embeds.repeat(2, 1, 1), {"text_embeds": text_embeds, "time_ids": time_ids}
+    return {
+        "encoder_hidden_states": prompt_embeds.repeat(2, 1, 1),
+        "added_cond_kwargs": {"text_embeds": pooled_prompt_embeds.repeat(2, 1), "time_ids": time_ids},
+    }
 
 
 def encode_images(vae, pixel_values, vae_batch_size):
@@ -300,8 +307,9 @@ class UNetWithTextEncoders(torch.nn.Module):
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
 
-    def forward(self, noisy_latents, timesteps, input_ids, added_cond_kwargs, return_dict=False):
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(self, input_ids)
+    def forward(self, noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs, return_dict=False):
+        # Token ids here, see `encode_captions`.
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(self, encoder_hidden_states)
         # In float32, because each layer of the UNet adds to the gradient of the embeddings.
         text_embeds = pooled_prompt_embeds.float().repeat(2, 1)
         return self.unet(
@@ -577,7 +585,7 @@ class StopSignal:
     """
     Records Ctrl-C, SIGTERM or SIGUSR1 (SLURM, cloud preemption), so that the current step is completed first.
 
-    A signal after the last step is ignored, because the results are being saved. torchrun kills its processes 30 s
+    After the last step the results are saved anyway; only a second Ctrl-C quits. torchrun kills its processes 30 s
     after it forwarded a signal, so a step and a checkpoint must fit into that time.
     """
 
@@ -627,14 +635,13 @@ def preference_loss(run, batch):
     batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
     latents = sample_latents(run.pipeline.vae, batch, args.vae_encode_batch_size)
     dtype = weight_dtype(run.accelerator)
-    text, added_cond_kwargs = encode_captions(run.pipeline, batch, dtype, args.train_text_encoder)
+    conditions = encode_captions(run.pipeline, batch, dtype, args.train_text_encoder)
     with autocast(args, run.accelerator):
         chosen_errors, rejected_errors = denoising_errors(
             run.model,
             run.noise_scheduler,
             latents,
-            text,
-            added_cond_kwargs,
+            conditions,
             batch["noise"],
             batch["timesteps"],
         )
@@ -995,7 +1002,7 @@ def add_pair_arguments(parser):
         "--shuffle_shards",
         type=COUNT,
         default=4,
-        help="Row groups that each reading process keeps in memory for shuffling.",
+        help="With --streaming: row groups that each reading process keeps in memory and shuffles together.",
     )
     add("--max_train_samples", type=COUNT, help="Train on a random subset of this many pairs.")
     add("--caption_column", default="caption", help="Column with the prompts.")
@@ -1024,9 +1031,14 @@ def add_pair_arguments(parser):
     add(
         "--cache_latents",
         action="store_true",
-        help="Encode all pairs before training. Runs on the same pairs reuse them.",
+        help="Encode all pairs before training. Later runs on the same pairs reuse the encodings.",
     )
-    add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="Processes that read and decode images.")
+    add(
+        "--dataloader_num_workers",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="Processes per GPU that read and decode images.",
+    )
     add("--vae_encode_batch_size", type=COUNT, default=1, help="Images per forward pass of the VAE.")
 
 
@@ -1062,7 +1074,7 @@ def add_training_arguments(parser):
         "--learning_rate",
         type=POSITIVE,
         default=1e-5,
-        help="Learning rate. For full fine-tuning, the paper uses 1e-7; 5e-4 breaks the UNet.",
+        help="Learning rate. The paper uses 1e-7 for the full UNet; diffusers' default of 5e-4 breaks it.",
     )
     add("--text_encoder_lr", type=POSITIVE, default=5e-6, help="Learning rate of the text encoders.")
     add("--scale_lr", action="store_true", help="Multiply the learning rates by the pairs per optimizer step.")
@@ -1330,7 +1342,7 @@ class StreamedRows:
     """
     Rows of parquet files, read when they are needed. A shard is a row group; their images are still encoded.
 
-    Of each lane, the latest `shards_kept` row groups stay in memory. A process may read several lanes after a restart.
+    Keeps the latest `shards_kept` row groups of each lane in memory. A process may read several lanes after a restart.
     """
 
     def __init__(self, files, columns, shards_kept):
@@ -1372,7 +1384,7 @@ def read_index(rows, file, remove_ties):
     """Index of one file, with its shards numbered from 0, and the size of each shard in bytes. Reads no images."""
     columns = rows.columns
     shards, frame = rows.read_texts(file, list(dict.fromkeys([columns.caption, *columns.labels])))
-    with explain(f"Column {columns.caption} must contain text"):
+    with explain(f"Column {columns.caption} cannot be read as text"):
         captions = frame[columns.caption].astype(str).to_numpy(object)
     caption_hashes = pd.util.hash_array(captions, categorize=False).view("int64")
     num_rows = [size for size, _ in shards]
@@ -1487,7 +1499,7 @@ def open_split(args, name, flag, revision):
 
 
 def hold_out(index, number):
-    """The first `number` pairs of an index, counted caption by caption."""
+    """The first `number` pairs of an index: those of the first caption, then of the second, and so on."""
     caption_numbers, _ = pd.factorize(index[:, CAPTION])  # in the order in which captions first appear
     by_caption = np.argsort(caption_numbers, kind="stable")
     return index[np.sort(by_caption[:number])]
@@ -1556,7 +1568,7 @@ def epoch_order(index, seed, epoch, layout):
 
 
 def training_batches(index, seed, layout, batch_size, pairs_seen, process_index, num_processes):
-    """Yield the batches of a process, lists of visits, without end, starting after `pairs_seen` pairs."""
+    """Yield a process's batches (lists of visits) endlessly, starting after `pairs_seen` pairs."""
     num_pairs = len(index)
     epoch = None
     order = None
@@ -1897,6 +1909,9 @@ def choose_lora_layers(args, name, part, weights):
     layers = [module for module in modules if f"{name}.{name_in_file(part, module)}.lora_A.weight" in weights]
     if layers:
         return layers
+
+    if name == "unet" and weights:
+        raise TrainingError(f"--init_lora {args.init_lora}: none of its layers is in the UNet.")
 
     # peft takes these as endings of names.
     if name == "unet":
@@ -2380,7 +2395,7 @@ def start_progress(args, accelerator, checkpoint, pairs, model_commit):
     index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
-            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on other pairs than these.")
+            logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on different pairs.")
         return replace(
             checkpoint.progress,
             index_hash=index_hash,
@@ -2537,7 +2552,7 @@ def warn_if_diverging(first, last):
 
 
 def validate(run):
-    """Log the eval_ metrics, and an image grid: left before training, right now. Returns the metrics."""
+    """Log the eval_ metrics and an image grid (left: before training, right: after this step). Returns the metrics."""
     args = run.args
     accelerator = run.accelerator
     step = run.progress.step
@@ -3040,7 +3055,8 @@ def main(args):
         run, batches = set_up(args, accelerator)
         start_trackers(args, accelerator, run.progress)
 
-        # Validate before the first step. A checkpoint is saved before its step is validated, so validate then as well.
+        # Validate before the first step. A checkpoint is saved before its step is validated: a resumed run does that
+        # first.
         step = run.progress.step
         if step % args.validation_steps == 0 and step < args.max_train_steps:
             validate(run)
