@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial, partialmethod
+from functools import partial, partialmethod, wraps
 from pathlib import Path
+from typing import NamedTuple
 
 
 # Before torch and the Hugging Face libraries are imported.
@@ -104,19 +105,38 @@ def flags(world, tmp_path):
     }
 
 
+class Call(NamedTuple):
+    """A call of a recorded function."""
+
+    args: tuple
+    kwargs: dict
+    result: object
+
+
 @pytest.fixture
-def spied(monkeypatch, script):
-    """The pipelines that the script loads, as it uses them."""
-    pipelines = []
-    load_pipeline = script.load_pipeline
+def record_calls(monkeypatch):
+    """`record_calls(owner, name)` is the list of the calls of a function or method from then on."""
 
-    def load_and_record(*args):
-        pipeline = load_pipeline(*args)
-        pipelines.append(pipeline)
-        return pipeline
+    def record_calls(owner, name):
+        original = getattr(owner, name)
+        calls = []
 
-    monkeypatch.setattr(script, "load_pipeline", load_and_record)
-    return pipelines
+        @wraps(original)
+        def recorded(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.append(Call(args, kwargs, result))
+            return result
+
+        monkeypatch.setattr(owner, name, recorded)
+        return calls
+
+    return record_calls
+
+
+@pytest.fixture
+def loaded(record_calls, script):
+    """The calls of `load_pipeline`, whose results are the pipelines."""
+    return record_calls(script, "load_pipeline")
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,9 @@ def run_ranks(flags, faults=None, size=2, env=None):
     return cpu_cluster.run_ranks([SCRIPT, *command_line(flags)], faults, size, env)
 
 
-def run_ranks_successfully(flags):
+def run_ranks_successfully(flags, faults=None, env=None):
     """Run on two ranks, and return the output folder."""
-    statuses, outputs = run_ranks(flags)
+    statuses, outputs = run_ranks(flags, faults, env=env)
     assert statuses == [0, 0], "\n".join(outputs)
     return Path(flags["output_dir"])
 

@@ -45,9 +45,7 @@ def test_a_rank_waits_at_a_lock_while_the_other_prepares_pairs(flags, tmp_path, 
     asking = Fault("lock", cluster.EVERY_CALL, partial(cluster.noting_lock, tmp_path))
     slow = Fault(place, (1,), partial(cluster.waiting_for_the_ranks, tmp_path, lock, 2))
 
-    statuses, outputs = run_ranks(flags, {0: [asking, slow], 1: [asking, slow]})
-
-    assert statuses == [0, 0], "\n".join(outputs)
+    run_ranks_successfully(flags, {0: [asking, slow], 1: [asking, slow]})
 
 
 def test_ranks_synchronize_while_they_fill_a_cache(script, flags, tmp_path):
@@ -73,9 +71,8 @@ def test_no_rank_waits_for_uploads_and_trackers(flags, tmp_path, place):
         Fault("tracker end", (1,), partial(cluster.noting_process_group, tmp_path / "tracker end")),
     ]
 
-    statuses, outputs = run_ranks(flags, {0: faults})
+    run_ranks_successfully(flags, {0: faults})
 
-    assert statuses == [0, 0], "\n".join(outputs)
     assert (tmp_path / place).read_text() == "False\n"
 
 

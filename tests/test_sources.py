@@ -373,19 +373,12 @@ def test_index_of_a_stream_reads_no_images(script, large_images, monkeypatch):
     assert 0 < sum(num_bytes) < 2**17
 
 
-def test_index_of_a_prepared_dataset_reads_no_images(script, large_images, monkeypatch):
-    selected = []
-    select_columns = datasets.Dataset.select_columns
-
-    def record(dataset, columns):
-        selected.append(columns)
-        return select_columns(dataset, columns)
-
-    monkeypatch.setattr(datasets.Dataset, "select_columns", record)
+def test_index_of_a_prepared_dataset_reads_no_images(script, large_images, record_calls):
+    calls = record_calls(datasets.Dataset, "select_columns")
 
     load_pairs(script, large_images)
 
-    assert selected == [["caption", *IMAGES, *LABELS], ["caption", *LABELS]]
+    assert [call.args[1] for call in calls] == [["caption", *IMAGES, *LABELS], ["caption", *LABELS]]
 
 
 @MAP_AND_STREAM
@@ -477,23 +470,17 @@ def test_size_of_the_row_groups_in_memory_is_logged(script, flags, tmp_path, cap
     assert float(found[2]) == pytest.approx(mebibytes, rel=0.05)
 
 
-def test_stream_keeps_as_many_row_groups_as_it_mixes(script, tmp_path, monkeypatch):
+def test_stream_keeps_as_many_row_groups_as_it_mixes(script, tmp_path, record_calls):
     pairs = load_pairs(script, write_groups(tmp_path / "data", [12 * [2]]), streaming=True, shuffle_shards=3)
-    read_row_group = pq.ParquetFile.read_row_group
-    read = []
-
-    def record(parquet, number, columns):
-        read.append(number)
-        return read_row_group(parquet, number, columns)
-
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", record)
+    calls = record_calls(pq.ParquetFile, "read_row_group")
 
     num_kept = []
     for epoch in range(3):
-        read.clear()
+        calls.clear()
         for pair in script.epoch_order(pairs.index, 0, epoch, script.Layout(3, 1, 4)):
             pairs[script.Visit(0, int(pair))]
             num_kept.append(len(pairs.rows.kept[0]))
+        read = [call.args[1] for call in calls]
         # Row groups kept from the epoch before may be used again.
         assert 9 <= len(read) <= 12
         assert len(set(read)) == len(read)
