@@ -1,12 +1,14 @@
-"""What the tests share: the small world, built once a session, and two ways to run the script on it."""
+"""What the tests share: the small world, built once per session, and ways to run the script on it."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
-from functools import partial, partialmethod
+from functools import partial, partialmethod, wraps
 from pathlib import Path
+from typing import NamedTuple
 
 
 # Before torch and the Hugging Face libraries are imported.
@@ -21,6 +23,10 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
+
+
+pytest.register_assert_rewrite("runs")
+
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from cpu_cluster import run_ranks  # noqa: E402
@@ -34,8 +40,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_diffusion_mapo_sdxl.py"
 
-# Parameters of a test that are left out of the default run.
-also = partial(pytest.param, marks=pytest.mark.matrix)
+# Parameters of a test that run only with `-m matrix`.
+matrix = partial(pytest.param, marks=pytest.mark.matrix)
 
 torch.set_num_threads(1)
 # Shells let jobs in the background ignore Ctrl-C, which processes inherit.
@@ -43,12 +49,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that no worker is left with some of them at the end."""
+    """Run the longest tests first, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: item.path.stem not in ("test_launch_configs", "test_learning"))
 
 
 def load_script(path=SCRIPT):
-    """A script as a module."""
+    """Import a script as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -57,7 +63,7 @@ def load_script(path=SCRIPT):
 
 
 def save_lora(folder):
-    """Write to `folder / "lora"` a LoRA of rank 2 that changes what `folder / "pipeline"` draws."""
+    """Write to `folder / "lora"` a LoRA of rank 2 that changes the images of `folder / "pipeline"`."""
     unet = UNet2DConditionModel.from_pretrained(folder / "pipeline", subfolder="unet")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -99,17 +105,67 @@ def flags(world, tmp_path):
     }
 
 
+class Call(NamedTuple):
+    """A call of a recorded function."""
+
+    args: tuple
+    kwargs: dict
+    result: object
+
+
 @pytest.fixture
-def spied(monkeypatch, script):
-    """The pipelines that the script loads, as it uses them."""
-    pipelines, load = [], script.load_pipeline
-    monkeypatch.setattr(script, "load_pipeline", lambda *args: pipelines.append(load(*args)) or pipelines[-1])
-    return pipelines
+def record_calls(monkeypatch):
+    """`record_calls(owner, name)` is the list of the calls of a function or method from then on."""
+
+    def record_calls(owner, name):
+        original = getattr(owner, name)
+        calls = []
+
+        @wraps(original)
+        def recorded(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.append(Call(args, kwargs, result))
+            return result
+
+        monkeypatch.setattr(owner, name, recorded)
+        return calls
+
+    return record_calls
+
+
+@pytest.fixture
+def loaded(record_calls, script):
+    """The calls of `load_pipeline`, whose results are the pipelines."""
+    return record_calls(script, "load_pipeline")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(script, world, tmp_path_factory):
+    """Output folder of an undisturbed run with the given flags, which is made once per session."""
+    folders = {}
+
+    def run_once(flags, size=1):
+        flags = dict(flags)
+        flags.pop("output_dir")
+        flags.pop("resume_from_checkpoint", None)
+        key = json.dumps([size, flags], default=str, sort_keys=True)
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+            flags["output_dir"] = folder
+            if size == 1:
+                run(script, flags)
+            else:
+                result = fork(flags, size)
+                assert result.returncode == 0, result.stderr
+            folders[key] = folder
+        return folders[key]
+
+    return run_once
 
 
 @pytest.fixture
 def compiled_graphs(monkeypatch):
-    """The graphs of blocks that are compiled, by a compiler that only traces them; an eager block is an error."""
+    """The graphs of compiled blocks. The compiler only traces them; reaching the recompile limit is an error."""
     graphs = []
 
     def trace(graph, inputs):
@@ -138,16 +194,13 @@ def command_line(flags):
 
 
 def run_words(script, words):
-    """The script's `main` in this process, from a clean state of accelerate; returns the output folder."""
+    """Call the script's `main` in this process, with accelerate's state reset, and return the output folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     handlers = {number: signal.getsignal(number) for number in getattr(script, "STOP_SIGNALS", ())}
     try:
         args = script.parse_args(words)
         status = script.main(args)
-        if isinstance(status, tuple):
-            status, unsent = status
-            unsent()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -157,19 +210,22 @@ def run_words(script, words):
 
 
 def run(script, flags):
+    """Run the script in this process, and return the output folder."""
     return run_words(script, command_line(flags))
 
 
 def launch(flags, processes=1, env=None, timeout=900, wrapper=()):
     """
-    The script through its real launcher, in processes of its own; returns the CompletedProcess (text output). The
-    time-out only guards against hangs.
+    Run the script with its real launcher (accelerate, or torchrun for several processes).
+
+    Returns the CompletedProcess, with text output. The timeout only guards against hangs.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if processes == 1:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*launcher, *map(str, wrapper), str(SCRIPT), *command_line(flags)],
+        [sys.executable, *launcher, *map(str, wrapper), str(SCRIPT), *command_line(flags)],
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
@@ -178,9 +234,10 @@ def launch(flags, processes=1, env=None, timeout=900, wrapper=()):
 
 
 def fork(flags, processes=1, env=None, wrapper=()):
-    """As `launch`, but the processes are forked from one that has imported the libraries, and no launcher runs."""
+    """Like `launch`, but without a launcher: the processes are forked from one that has imported the libraries."""
     statuses, outputs = run_ranks([*wrapper, SCRIPT, *command_line(flags)], size=processes, env=env)
-    return subprocess.CompletedProcess((), next(filter(None, statuses), 0), stderr="\n".join(outputs))
+    failures = [status for status in statuses if status != 0]
+    return subprocess.CompletedProcess((), failures[0] if failures else 0, stderr="\n".join(outputs))
 
 
 def scalars(output_dir):

@@ -1,8 +1,8 @@
 """
-CPU processes in place of GPUs, with faults installed in them where a test wants some.
+CPU processes instead of GPUs, with faults injected where a test asks for them.
 
 `cpu_cluster.py train_...py --flags` runs a script as one process of a GPU launch config: DDP, DeepSpeed and FSDP work
-over gloo as they do over NCCL. `run_ranks` forks the processes from one that has imported the libraries already, which
+over gloo as they do over NCCL. `run_ranks` forks the processes from one that has already imported the libraries, which
 saves most of a short run's time.
 """
 
@@ -43,9 +43,9 @@ from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 
-# Seconds after which a run is taken to hang.
+# Seconds after which a run is considered to hang.
 TIMEOUT = 900
-# Seconds after which a rank is taken to wait for another one elsewhere.
+# Seconds that a rank waits for the others.
 PATIENCE = 30
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -62,50 +62,56 @@ FORKS.set_forkserver_preload(
 
 # Faults -------------------------------------------------------------------------------------------------------------
 class Fault(NamedTuple):
-    """In the given calls of a place, counted from 1, `action` is called with the call that it replaces."""
+    """At the given calls of a place, counted from 1, `action(call)` runs instead of the original `call()`."""
 
     place: str
     calls: tuple[int, ...]
     action: Callable
 
 
-# The owner and the name of a function that the script calls there, and whether that is with gradients (or either).
+# Functions that the script calls: owner and name.
 PLACES = {
-    "step": (torch.nn.functional, "mse_loss", {True}),
-    "evaluation": (torch.nn.functional, "mse_loss", {False}),
-    "drawing": (StableDiffusionXLPipeline, "__call__", {True, False}),
-    "checkpoint": (Accelerator, "save_state", {True, False}),
-    "replace": (os, "replace", {True, False}),
-    "rmdir": (os, "rmdir", {True, False}),
-    "log": (Accelerator, "log", {True, False}),
-    "picture": (TensorBoardTracker, "log_images", {True, False}),
-    "end": (TensorBoardTracker, "finish", {True, False}),
-    "source": (pq.ParquetFile, "read_row_group", {True, False}),
-    "held out": (pq.ParquetFile, "read_row_group", {False}),
-    "lora": (StableDiffusionXLPipeline, "save_lora_weights", {True, False}),
-    "weights": (Accelerator, "get_state_dict", {True, False}),
-    "clip": (Accelerator, "clip_grad_norm_", {True, False}),
-    "no_sync": (torch.nn.parallel.DistributedDataParallel, "no_sync", {True, False}),
-    "encode": (AutoencoderKL, "encode", {True, False}),
-    "lock": (filelock.FileLock, "acquire", {True, False}),
-    "prepare": (datasets.arrow_writer.ArrowWriter, "finalize", {True, False}),
-    "file": (safetensors.torch, "save_file", {True, False}),
-    "listing": (Path, "glob", {True, False}),
-    "reading": (Path, "read_text", {True, False}),
-    "repository": (huggingface_hub, "create_repo", {True, False}),
-    "upload": (huggingface_hub, "upload_folder", {True, False}),
+    "step": (torch.nn.functional, "mse_loss"),
+    "evaluation": (torch.nn.functional, "mse_loss"),
+    "generation": (StableDiffusionXLPipeline, "__call__"),
+    "checkpoint": (Accelerator, "save_state"),
+    "replace": (os, "replace"),
+    "rmdir": (os, "rmdir"),
+    "log": (Accelerator, "log"),
+    "log images": (TensorBoardTracker, "log_images"),
+    "tracker end": (TensorBoardTracker, "finish"),
+    "source": (pq.ParquetFile, "read_row_group"),
+    "held out": (pq.ParquetFile, "read_row_group"),
+    "lora": (StableDiffusionXLPipeline, "save_lora_weights"),
+    "weights": (Accelerator, "get_state_dict"),
+    "clip": (Accelerator, "clip_grad_norm_"),
+    "no_sync": (torch.nn.parallel.DistributedDataParallel, "no_sync"),
+    "encode": (AutoencoderKL, "encode"),
+    "lock": (filelock.FileLock, "acquire"),
+    "prepare": (datasets.arrow_writer.ArrowWriter, "finalize"),
+    "file": (safetensors.torch, "save_file"),
+    "listing": (Path, "glob"),
+    "reading": (Path, "read_text"),
+    "repository": (huggingface_hub, "create_repo"),
+    "upload": (huggingface_hub, "upload_folder"),
 }
+# Places at which only calls with, or only calls without gradients count.
+WITH_GRADIENTS = {"step": True, "evaluation": False, "held out": False}
 EVERY_CALL = range(1, 10**6)
 
 
 def install(fault, patch=setattr):
-    owner, name, gradients = PLACES[fault.place]
-    original, count = getattr(owner, name), itertools.count(1)
+    owner, name = PLACES[fault.place]
+    original = getattr(owner, name)
+    count = itertools.count(1)
 
     @functools.wraps(original)
     def hook(*args, **kwargs):
         call = functools.partial(original, *args, **kwargs)
-        if torch.is_grad_enabled() in gradients and next(count) in fault.calls:
+        with_gradients = torch.is_grad_enabled()
+        if WITH_GRADIENTS.get(fault.place, with_gradients) != with_gradients:
+            return call()
+        if next(count) in fault.calls:
             return fault.action(call)
         return call()
 
@@ -117,7 +123,7 @@ def signalled(number, call):
     return call()
 
 
-def signalled_behind(number, call):
+def signalled_after(number, call):
     result = call()
     os.kill(os.getpid(), number)
     return result
@@ -128,7 +134,7 @@ def killed(call):
 
 
 def waiting_for_a_signal(file, call):
-    """Write `file`, and wait until the run has got a signal."""
+    """Write `file`, and wait until the run has received a signal."""
     received = []
 
     def receive(handler, number, frame):
@@ -144,7 +150,7 @@ def waiting_for_a_signal(file, call):
 
 
 def waiting_for_the_end(file, call):
-    """Write `file`, and go on at the next signal that does not end the process."""
+    """Write `file`, and continue at the next signal that does not end the process."""
     file.touch()
     signal.pause()
     return call()
@@ -159,13 +165,13 @@ def not_finite(kind, call):
 
 
 def full_disk(size, call):
-    """No file may grow beyond `size` bytes."""
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    """During the call, no file may grow beyond `size` bytes."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard_limit))
     try:
         return call()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
 
 
 def remount(folder, options):
@@ -173,13 +179,16 @@ def remount(folder, options):
 
 
 def shrink_disk(folder, room, call):
-    """Leave `room` bytes on a file system of its own; None makes it read-only."""
-    remount(folder, f"rw,size={shutil.disk_usage(folder).used + room}" if room is not None else "ro")
+    """Leave `room` bytes on a separate file system; None makes it read-only."""
+    if room is None:
+        remount(folder, "ro")
+    else:
+        remount(folder, f"rw,size={shutil.disk_usage(folder).used + room}")
     return call()
 
 
 def wandb_killed(call):
-    """wandb's service is a process of its own."""
+    """Kill wandb's service, which is a separate process."""
     for child in psutil.Process().children(recursive=True):
         if "wandb" in " ".join(child.cmdline()):
             child.kill()
@@ -194,8 +203,11 @@ def workers_killed(call):
 
 
 def nothing_listed(call):
-    """A listing of checkpoints that is empty."""
-    return iter(()) if call.args[1].startswith("checkpoint-") else call()
+    """List no checkpoints."""
+    _, pattern = call.args
+    if pattern.startswith("checkpoint-"):
+        return iter(())
+    return call()
 
 
 def no_state_file(call):
@@ -205,32 +217,35 @@ def no_state_file(call):
 
 
 def raising(error, call):
-    raise copy.copy(error)  # which holds on to no frames
+    raise copy.copy(error)  # the copy references no frames
 
 
-def noting(file, call):
+def noting_process_group(file, call):
+    """Append to `file` whether a process group exists."""
     with file.open("a") as lines:
         print(torch.distributed.is_initialized(), file=lines)
     return call()
 
 
-def noting_alone(file, call):
-    """As `noting`, in place of the call."""
-    noting(file, lambda: None)
+def noting_process_group_only(file, call):
+    """Like `noting_process_group`, but the call does not happen."""
+    noting_process_group(file, lambda: None)
 
 
 def created(call):
+    """Pretend that a repository was created."""
     return huggingface_hub.RepoUrl("https://huggingface.co/someone/mapo")
 
 
 def noting_lock(folder, call):
-    """Write that this rank is about to ask for a lock."""
-    (folder / f"{os.environ['RANK']} {Path(call.args[0].lock_file).name}").touch()
+    """Write a file that says that this rank is about to acquire a lock."""
+    lock = call.args[0]
+    (folder / f"{os.environ['RANK']} {Path(lock.lock_file).name}").touch()
     return call()
 
 
 def waiting_for_the_ranks(folder, lock, size, call):
-    """Wait until all ranks have asked for the lock that is held here."""
+    """Wait until all ranks have asked for the lock that this rank owns."""
     deadline = time.monotonic() + PATIENCE
     while len(list(folder.glob(f"* *{lock}"))) < size:
         if time.monotonic() > deadline:
@@ -239,38 +254,70 @@ def waiting_for_the_ranks(folder, lock, size, call):
     return call()
 
 
+def local_part(tensor):
+    """This process's shard of a tensor that FSDP or ZeRO-3 has sharded, or the full tensor."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return tensor
+
+
 def noting_gradients(folder, call):
-    """Write what this process holds of the gradients that a step is made of."""
+    """Save this process's part of the accumulated gradients, flattened."""
     accelerator, parameters, *rest = call.args
     parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    gradients = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
-    torch.save([gradient.flatten() for gradient in gradients], folder / f"gradients-{os.environ['RANK']}.pt")
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradients.append(local_part(parameter.grad).flatten())
+    torch.save(gradients, folder / f"gradients-{os.environ['RANK']}.pt")
     return call.func(accelerator, parameters, *rest)
 
 
 def noting_weights(folder, call):
-    """Write what this process holds of the trained weights, flat, before they are gathered into a checkpoint."""
+    """Save this process's part of the trained weights, flattened, and on rank 0 the gathered weights."""
     unet = call.args[1] if len(call.args) > 1 else call.args[0]
-    held = {}
+    shards = {}
     for name, parameter in unet.named_parameters():
         if parameter.requires_grad:
-            # A shard of FSDP's or of ZeRO-3's, or all of the parameter.
-            shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            shard = getattr(parameter, "ds_tensor", shard)
-            held[name.removeprefix("module.")] = shard.detach().flatten().cpu().clone()
-    torch.save(held, folder / f"held-{os.environ['RANK']}.pt")
+            shards[name.removeprefix("module.")] = local_part(parameter).detach().flatten().cpu().clone()
+    torch.save(shards, folder / f"shards-{os.environ['RANK']}.pt")
+
     gathered = call()
     if os.environ["RANK"] == "0":
-        torch.save({name: weight.detach().cpu().clone() for name, weight in gathered.items()}, folder / "gathered.pt")
+        copies = {name: weight.detach().cpu().clone() for name, weight in gathered.items()}
+        torch.save(copies, folder / "gathered.pt")
     return gathered
+
+
+# Environment variables for GPU launch configs.
+DEEPSPEED = {
+    "ACCELERATE_USE_CPU": "false",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+SHARDED = {
+    "zero2": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "fsdp2": {
+        "ACCELERATE_USE_CPU": "false",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
+}
 
 
 # Forked processes ---------------------------------------------------------------------------------------------------
 def free_port():
     """
-    A port that nobody listens on, below those that systems give to connections: a launcher takes it seconds later, and
-    a connection of another test must not have it then.
+    A port that nobody listens on.
+
+    It is below the range of ephemeral ports, because the launcher binds it seconds later, and a connection of another
+    test must not have taken it by then.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
@@ -280,10 +327,10 @@ def free_port():
 
 
 def run_script(words):
-    """The script as it runs from the command line; should it hang, it prints where before it is killed."""
+    """Run the script as from the command line. If it hangs, it prints a traceback before it is killed."""
     faulthandler.dump_traceback_later(TIMEOUT - PATIENCE, exit=True, file=2)
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        # DeepSpeed would first compile kernels that reduce in shared memory, for minutes; gloo does as well.
+        # DeepSpeed would compile kernels for reductions in shared memory, which takes minutes. gloo works as well.
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     sys.argv = list(map(str, words))
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -291,7 +338,7 @@ def run_script(words):
 
 
 def work(environment, words, faults, log):
-    """One rank: the script as it runs from the command line."""
+    """The main function of one forked rank."""
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -303,22 +350,33 @@ def work(environment, words, faults, log):
 
 def run_ranks(words, faults=None, size=2, env=None):
     """
-    Run a script (`words` is its path and flags) on `size` ranks, to their ends.
+    Run a script on `size` ranks, and wait for their ends.
 
     Args:
-        faults: a list of faults for each rank that has any.
+        words: the path of the script, and its flags.
+        faults: lists of faults by rank.
+        env: more environment variables.
 
     Returns:
-        The ranks' exit codes, and what they printed.
+        The ranks' exit statuses, and what they printed.
     """
     folder = Path(tempfile.mkdtemp())
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
-    logs, ranks = [folder / f"rank-{rank}.log" for rank in range(size)], []
-    for rank in range(size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-        arguments = {**environment, **place}, words, (faults or {}).get(rank, []), logs[rank]
-        ranks.append(FORKS.Process(target=work, args=arguments))
-        ranks[-1].start()
+    logs = [folder / f"rank-{rank}.log" for rank in range(size)]
+    port = free_port()
+
+    # Start the ranks.
+    ranks = []
+    for rank, log in enumerate(logs):
+        environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
+        if size > 1:
+            environment["RANK"] = str(rank)
+            environment["LOCAL_RANK"] = str(rank)
+        faults_of_rank = (faults or {}).get(rank, [])
+        process = FORKS.Process(target=work, args=(environment, words, faults_of_rank, log))
+        process.start()
+        ranks.append(process)
+
+    # Wait for them, and kill those that hang.
     deadline = time.monotonic() + TIMEOUT
     for process in ranks:
         process.join(max(deadline - time.monotonic(), 0))
@@ -326,6 +384,7 @@ def run_ranks(words, faults=None, size=2, env=None):
     for process in ranks:
         process.kill()
         process.join()
+
     outputs = [log.read_text() for log in logs]
     shutil.rmtree(folder)
     assert not hung, f"ranks {hung} hung:\n" + "\n".join(outputs)
@@ -334,15 +393,19 @@ def run_ranks(words, faults=None, size=2, env=None):
 
 # Launched processes -------------------------------------------------------------------------------------------------
 def with_faults(faults):
-    """The words that run a script through this file, with a list of faults for each rank that has any."""
-    return [__file__, "--faults", pickle.dumps(faults).hex()] if faults else [__file__]
+    """The words that run a script through this file. `faults` are lists of faults by rank."""
+    if not faults:
+        return [__file__]
+    return [__file__, "--faults", pickle.dumps(faults).hex()]
 
 
 def gloo_backend(self, *args, **kwargs):
+    """The backend and the distributed type, for accelerate."""
     if "LOCAL_RANK" not in os.environ:
         return None, DistributedType.NO
-    sharded = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & set(os.environ)
-    return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ or "ACCELERATE_USE_FSDP" in os.environ:
+        return "gloo", DistributedType.MULTI_GPU
+    return "gloo", DistributedType.MULTI_CPU
 
 
 def main():
@@ -350,7 +413,9 @@ def main():
     PartialState._prepare_backend = gloo_backend
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "--faults":
-        for fault in pickle.loads(bytes.fromhex(sys.argv[1])).get(int(os.environ.get("RANK", 0)), []):
+        faults = pickle.loads(bytes.fromhex(sys.argv[1]))
+        rank = int(os.environ.get("RANK", 0))
+        for fault in faults.get(rank, []):
             install(fault)
         sys.argv = sys.argv[2:]
     run_script(sys.argv)

@@ -1,4 +1,4 @@
-"""Small LoRAs in the formats that people share, what they make of a pipeline by the formula, and files to refuse."""
+"""Small LoRAs in the formats that people share, merged into a pipeline by the formula, and files to refuse."""
 
 import json
 
@@ -6,13 +6,27 @@ import torch
 from safetensors.torch import save_file
 
 
-LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
-LAYERS += ("conv_shortcut", "time_emb_proj", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+UNET_LAYERS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+)
+TEXT_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LAYERS = (*UNET_LAYERS, *TEXT_ENCODER_LAYERS)
 KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
 
 def adapted_modules(pipeline):
-    """{(part, name in a file): module} of all layers that a LoRA may change."""
+    """{(part, name in a file): module} for all layers that a LoRA may change."""
     modules = {}
     for part in KOHYA_PARTS:
         for name, module in getattr(pipeline, part).named_modules():
@@ -24,7 +38,7 @@ def adapted_modules(pipeline):
 
 
 def random_lora(pipeline, parts=tuple(KOHYA_PARTS)):
-    """{(part, name): (down, up, alpha)}; ranks and alphas differ from layer to layer."""
+    """{(part, name): (down, up, alpha)}. Ranks and alphas differ between layers."""
     generator = torch.Generator().manual_seed(0)
     lora = {}
     for number, ((part, name), module) in enumerate(adapted_modules(pipeline).items()):
@@ -39,7 +53,7 @@ def random_lora(pipeline, parts=tuple(KOHYA_PARTS)):
 
 @torch.no_grad()
 def merge(pipeline, lora):
-    """Change a pipeline's weights W to W + alpha / rank * up @ down."""
+    """Replace a pipeline's weights W with W + alpha / rank * up @ down."""
     modules = adapted_modules(pipeline)
     for layer, (down, up, alpha) in lora.items():
         change = up.flatten(1) @ down.flatten(1) * alpha / len(down)
@@ -66,7 +80,7 @@ def peft_weights(lora):
 
 
 def peft_metadata(lora):
-    """The alphas of all layers: one as the usual one, and the others as patterns."""
+    """The alphas of all layers: the default, and those that differ from it as patterns."""
     config = {}
     for (part, name), (_, _, alpha) in lora.items():
         config.setdefault(f"{part}.lora_alpha", 0.5)
@@ -90,7 +104,7 @@ def renamed(weights, old, new):
 
 
 def add_magnitudes(weights, up_ending, ending):
-    """Make a DoRA of a LoRA."""
+    """Turn a LoRA into a DoRA."""
     magnitudes = {}
     for name, weight in weights.items():
         if name.endswith(up_ending):
@@ -98,7 +112,7 @@ def add_magnitudes(weights, up_ending, ending):
     return {**weights, **magnitudes}
 
 
-# What must be refused, and a part of the sentence.
+# Files that must be refused, and a part of the error message.
 REFUSED = {
     "kohya dora": "DoRA, which is not supported",
     "peft dora": "DoRA, which is not supported",
@@ -118,7 +132,7 @@ REFUSED = {
 
 
 def save_refused(kind, pipeline, file):
-    """Write the file of one kind of REFUSED."""
+    """Write one of the files of REFUSED."""
     lora = random_lora(pipeline)
     kohya = kohya_weights(lora)
     peft = peft_weights(lora)
@@ -137,15 +151,18 @@ def save_refused(kind, pipeline, file):
         "nothing": {},
         "another text width": {name: widened(name, weight) for name, weight in peft.items()},
     }.get(kind, peft)
-    config = {"dora by its metadata": {"unet.use_dora": True}, "rslora": {"unet.use_rslora": True}}.get(kind, {})
+    metadata = {
+        "dora by its metadata": {"unet.use_dora": True},
+        "rslora": {"unet.use_rslora": True},
+    }.get(kind, {})
 
     file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.clone() for name, weight in weights.items()}
-    save_file(weights, file, {"lora_adapter_metadata": json.dumps(config)})
+    save_file(weights, file, {"lora_adapter_metadata": json.dumps(metadata)})
 
 
 def widened(name, weight):
-    """A weight that reads the text, as of a model with a text encoder of another width."""
+    """The weight for a model with another width of the text embeddings, if it depends on that."""
     if name.endswith(("attn2.to_k.lora_A.weight", "attn2.to_v.lora_A.weight")):
         return torch.zeros(len(weight), 77)
     return weight

@@ -1,195 +1,223 @@
-"""LoRA: its layers and alpha, the files that others load, second rounds, and text encoders."""
+"""LoRA: its layers and alpha, the files that other programs load, continued training, and text encoders."""
 
 import json
 
 import pytest
 import torch
-from conftest import SCRIPT, command_line, load_script, run
-from cpu_cluster import run_ranks
+from conftest import SCRIPT, load_script, run
+from cpu_cluster import Fault, install
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from runs import (
+    LORA_WEIGHTS,
+    assert_equal,
+    grid_images,
+    largest_difference,
+    resume,
+    run_ranks_successfully,
+    train_error,
+    trained,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_world import build_unet
-from test_validation_and_results import cells, greatest_difference
 
 
-DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
-UNET = "unet/diffusion_pytorch_model.safetensors"
-# What each choice adapts, by the names of SDXL's modules; counts of real SDXL's layers.
+KOHYA = "pytorch_lora_weights_kohya.safetensors"
+# The layers that each choice adapts, by the names of SDXL's modules.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 ALL = (*TRANSFORMER, "conv1", "conv2", "conv_shortcut", "time_emb_proj")
-COUNTS = {"attention": (ATTENTION, 560), "transformer": (TRANSFORMER, 722), "all": (ALL, 784)}
 TEXT = {"train_text_encoder": True, "text_encoder_lr": 1e-2}
+# Too small to change a float32.
+FROZEN = {"learning_rate": 1e-30, "text_encoder_lr": 1e-30, "adam_weight_decay": 0}
 
 
-def adapted(names, layers):
+def select_layers(names, layers):
     return {name for name in names if name.endswith(tuple(f".{layer}" for layer in layers))}
 
 
-def draw(pipeline):
+def read_metadata(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def generate(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    size = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
-    return pipeline("a red circle", **size, generator=torch.Generator().manual_seed(0)).images
+    return pipeline(
+        "a red circle",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
 
 
-@pytest.mark.parametrize("choice", COUNTS)
-def test_choices_are_those_layers_of_sdxl(script, choice):
+# Layers and files ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def sdxl_layers():
+    """Names of the modules of SDXL's UNet at its real size, without weights."""
     from benchmarks.memory import SDXL_UNET
 
     with torch.device("meta"):
-        names = [name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()]
-    layers, count = COUNTS[choice]
-    assert adapted(names, script.LORA_LAYERS[choice]) == adapted(names, layers)
-    assert len(adapted(names, layers)) == count
+        return [name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()]
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"),
-    [(["attention"], ATTENTION), (["attention", "conv_in", "conv1"], (*ATTENTION, "conv_in", "conv1"))],
-    ids=["attention", "names, too"],
+    ("choice", "layers", "count"),
+    [("attention", ATTENTION, 560), ("transformer", TRANSFORMER, 722), ("all", ALL, 784)],
 )
-def test_lora_layers_and_alpha_reach_the_file(script, flags, layers, expected):
-    """A pipeline applies alpha / rank by the file's metadata; the kohya file says it for each layer."""
-    output = run(script, {**flags, "lora_layers": layers, "lora_alpha": 8, "max_train_steps": 1})
+def test_choices_select_these_layers_of_sdxl(script, sdxl_layers, choice, layers, count):
+    selected = select_layers(sdxl_layers, script.LORA_LAYERS[choice])
+
+    assert selected == select_layers(sdxl_layers, layers)
+    assert len(selected) == count
+
+
+@pytest.mark.parametrize(
+    ("choices", "layers"),
+    [(["attention"], ATTENTION), (["attention", "conv_in", "conv1"], (*ATTENTION, "conv_in", "conv1"))],
+    ids=["attention", "attention and names"],
+)
+def test_files_contain_the_layers_and_alpha(script, flags, choices, layers):
+    """Pipelines apply alpha / rank from the file's metadata. The Kohya file contains alpha for each layer."""
+    out = run(script, {**flags, "lora_layers": choices, "lora_alpha": 8, "max_train_steps": 1})
+
     unet = UNet2DConditionModel.from_pretrained(flags["pretrained_model_name_or_path"], subfolder="unet")
-    names = {name.removeprefix(".") for name in adapted([f".{name}" for name, _ in unet.named_modules()], expected)}
-    assert names == {name.split(".lora_")[0].removeprefix("unet.") for name in load_file(output / DIFFUSERS)}
-    with safe_open(output / DIFFUSERS, "pt") as file:
-        metadata = file.metadata()
+    modules = [f"unet.{name}" for name, _ in unet.named_modules()]
+    expected = select_layers(modules, layers)
+    assert {name.split(".lora_")[0] for name in load_file(out / LORA_WEIGHTS)} == expected
+
+    metadata = read_metadata(out / LORA_WEIGHTS)
     assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 8
     assert str(flags["pretrained_model_name_or_path"]) not in str(metadata)
-    alphas = {n: v for n, v in load_file(output / KOHYA).items() if n.endswith(".alpha")}
-    assert {name.removesuffix(".alpha") for name in alphas} == {f"lora_unet_{n.replace('.', '_')}" for n in names}
-    assert {value.item() for value in alphas.values()} == {8.0}
+
+    alphas = {}
+    for name, value in load_file(out / KOHYA).items():
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = value.item()
+    assert alphas == {f"lora_{name.replace('.', '_')}": 8 for name in expected}
 
 
-def comfyui_table():
-    """Names under which ComfyUI looks for SDXL's LoRA layers, from the plan of SDXL's blocks alone."""
-    depths = {"down_blocks_1": (2, 2), "down_blocks_2": (10, 2), "mid_block": (10, 1), "up_blocks_0": (10, 3)}
-    depths["up_blocks_1"] = (2, 3)
-    resnets = {"down_blocks_0": 2, "down_blocks_1": 2, "down_blocks_2": 2, "mid_block": 2}
-    resnets |= {"up_blocks_0": 3, "up_blocks_1": 3, "up_blocks_2": 3}
-    attention = [f"attn{n}_{name}" for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out_0")]
+def comfyui_unet_names():
+    """The names under which ComfyUI looks for the layers of SDXL's UNet."""
     names = []
-    for block, (depth, number) in depths.items():
+
+    # Depth and number of the transformers in each block.
+    transformers = {
+        "down_blocks_1": (2, 2),
+        "down_blocks_2": (10, 2),
+        "mid_block": (10, 1),
+        "up_blocks_0": (10, 3),
+        "up_blocks_1": (2, 3),
+    }
+    layers = ["ff_net_0_proj", "ff_net_2"]
+    for attention in ("attn1", "attn2"):
+        layers += [f"{attention}_{name}" for name in ("to_q", "to_k", "to_v", "to_out_0")]
+    for block, (depth, number) in transformers.items():
         for n in range(number):
-            inner = [f"transformer_blocks_{i}_{name}" for i in range(depth) for name in attention]
-            inner += [f"transformer_blocks_{i}_ff_net_{name}" for i in range(depth) for name in ("0_proj", "2")]
-            names += [f"{block}_attentions_{n}_{name}" for name in (*inner, "proj_in", "proj_out")]
+            names += [f"{block}_attentions_{n}_proj_in", f"{block}_attentions_{n}_proj_out"]
+            for i in range(depth):
+                names += [f"{block}_attentions_{n}_transformer_blocks_{i}_{layer}" for layer in layers]
+
+    # Number of the resnets in each block.
+    resnets = {
+        "down_blocks_0": 2,
+        "down_blocks_1": 2,
+        "down_blocks_2": 2,
+        "mid_block": 2,
+        "up_blocks_0": 3,
+        "up_blocks_1": 3,
+        "up_blocks_2": 3,
+    }
     for block, number in resnets.items():
         for n in range(number):
-            # Where the number of channels changes: it does with every skip connection.
-            shortcut = block.startswith("up") or (n == 0 and block in ("down_blocks_1", "down_blocks_2"))
-            layers = ("conv1", "conv2", "time_emb_proj", *["conv_shortcut"] * shortcut)
-            names += [f"{block}_resnets_{n}_{name}" for name in layers]
-    names = [f"lora_unet_{name}" for name in names]
-    for encoder, layers in (("te1", 11), ("te2", 32)):  # the last one of the first encoder is not used
-        text = [f"layers_{i}_self_attn_{name}_proj" for i in range(layers) for name in ("q", "k", "v", "out")]
-        names += [f"lora_{encoder}_text_model_encoder_{name}" for name in text]
+            names += [f"{block}_resnets_{n}_{layer}" for layer in ("conv1", "conv2", "time_emb_proj")]
+            # There is a shortcut where the number of channels changes, as it does with every skip connection.
+            if block.startswith("up") or (n == 0 and block in ("down_blocks_1", "down_blocks_2")):
+                names.append(f"{block}_resnets_{n}_conv_shortcut")
+    return [f"lora_unet_{name}" for name in names]
+
+
+def comfyui_text_encoder_names():
+    names = []
+    for encoder, num_layers in (("te1", 11), ("te2", 32)):  # the last layer of the first encoder is not used
+        for i in range(num_layers):
+            for name in ("q", "k", "v", "out"):
+                names.append(f"lora_{encoder}_text_model_encoder_layers_{i}_self_attn_{name}_proj")
     return names
 
 
-def test_comfyui_finds_every_layer_of_a_kohya_file(script, tmp_path):
-    """The names of SDXL at its real size, of modules that hold no weights."""
-    from benchmarks.memory import SDXL_UNET
+def test_comfyui_finds_every_layer_of_a_kohya_file(script, sdxl_layers, tmp_path):
+    """With the names of SDXL at its real size."""
+    layers = [f"unet.{name}" for name in select_layers(sdxl_layers, ALL)]
+    for encoder, num_layers in (("text_encoder", 11), ("text_encoder_2", 32)):
+        for i in range(num_layers):
+            for name in script.TEXT_LORA_LAYERS:
+                layers.append(f"{encoder}.text_model.encoder.layers.{i}.self_attn.{name}")
+    weights = {}
+    for layer in layers:
+        weights[f"{layer}.lora_A.weight"] = torch.zeros(4, 4)
+        weights[f"{layer}.lora_B.weight"] = torch.zeros(4, 4)
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2})}
+    save_file(weights, tmp_path / LORA_WEIGHTS, metadata)
 
-    with torch.device("meta"):
-        unet = adapted([name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()], ALL)
-    text = [("text_encoder", 11), ("text_encoder_2", 32)]
-    layers = [f"{name}.text_model.encoder.layers.{i}.self_attn" for name, number in text for i in range(number)]
-    layers = [f"{layer}.{name}" for layer in layers for name in script.TEXT_LORA_LAYERS]
-    layers += [f"unet.{name}" for name in unet]
-    weights = {f"{name}.lora_{half}.weight": torch.zeros(4, 4) for name in layers for half in "AB"}
-    save_file(weights, tmp_path / DIFFUSERS, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2})})
     script.write_kohya_lora(tmp_path)
-    table = comfyui_table()
-    assert len(table) == len(set(table)) == 784 + 4 * (11 + 32)
-    parts = ("lora_down.weight", "lora_up.weight", "alpha")
-    assert set(load_file(tmp_path / KOHYA)) == {f"{name}.{part}" for name in table for part in parts}
+
+    names = [*comfyui_unet_names(), *comfyui_text_encoder_names()]
+    assert len(set(names)) == 784 + 4 * (11 + 32)
+    expected = set()
+    for name in names:
+        expected.update([f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"])
+    assert set(load_file(tmp_path / KOHYA)) == expected
 
 
 def test_both_files_give_the_same_image(script, flags):
-    output, base = run(script, {**flags, "lora_alpha": 8}), flags["pretrained_model_name_or_path"]
-    images = [draw(StableDiffusionXLPipeline.from_pretrained(base))]
-    for weight_name in (DIFFUSERS, KOHYA):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base)
-        pipeline.load_lora_weights(output, weight_name=weight_name)
-        images.append(draw(pipeline))
-    assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
+    out = run(script, {**flags, "lora_alpha": 8})
+
+    def generate_with(file):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(flags["pretrained_model_name_or_path"])
+        if file is not None:
+            pipeline.load_lora_weights(out, weight_name=file)
+        return generate(pipeline)
+
+    assert torch.equal(generate_with(LORA_WEIGHTS), generate_with(KOHYA))
+    assert not torch.equal(generate_with(LORA_WEIGHTS), generate_with(None))
 
 
-def test_kohya_file_can_be_left_out(script, flags):
-    assert not (run(script, {**flags, "no_kohya_format": True, "max_train_steps": 1}) / KOHYA).exists()
+def test_kohya_file_can_be_turned_off(script, flags):
+    out = run(script, {**flags, "no_kohya_format": True, "max_train_steps": 1})
+
+    assert not (out / KOHYA).exists()
 
 
-@pytest.mark.parametrize("file", ["", KOHYA], ids=["folder", "kohya"])
-def test_second_round_starts_from_the_first(script, flags, tmp_path, file):
-    """With a learning rate that changes nothing, the second round ends with the weights of the first."""
-    first = run(script, {**flags, **TEXT, "lora_alpha": 8})
-    changes = {**TEXT, "lora_alpha": 8, "init_lora": first / file, "output_dir": tmp_path / "second"}
-    second = run(script, {**flags, **changes, "learning_rate": 1e-30, "text_encoder_lr": 1e-30})
-    weights, expected = load_file(second / DIFFUSERS), load_file(first / DIFFUSERS)
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+def test_names_that_pipelines_do_not_load_are_an_error(script, flags, monkeypatch):
+    def rename(call):
+        return {name.replace("down", "lower"): weight for name, weight in call().items()}
+
+    install(Fault("weights", (1,), rename), monkeypatch.setattr)
+
+    error = train_error(script, flags)
+
+    assert "names of the LoRA weights of the unet do not match its layers" in error
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"rank": 8}, "--rank is 8"), ({"lora_alpha": 2}, "--lora_alpha 2"), ({}, "add --train_text_encoder")],
-)
-def test_lora_that_does_not_fit_the_flags_is_refused(script, flags, tmp_path, changes, named):
-    first = run(script, {**flags, **TEXT, "max_train_steps": 1})
-    with pytest.raises(script.TrainingError, match=named):
-        run(script, {**flags, "init_lora": first, "output_dir": tmp_path / "second", **changes})
+def test_unknown_layer_is_refused(script, flags):
+    error = train_error(script, {**flags, "lora_layers": ["to_k", "to_nothing"]})
+
+    assert "--lora_layers to_nothing is neither" in error
 
 
-@pytest.mark.parametrize("flag", ["init_lora", "pretrained_unet_name_or_path"])
-def test_second_round_is_shown_beside_the_first(script, flags, tmp_path, flag):
-    """The left images of its grid are the right ones of the first round's, and no longer those of the base."""
-    drawn = {"run_validation": True, "num_inference_steps": 2, "validation_prompts": ["a red circle", "a blue star"]}
-    flags.update(drawn, max_train_steps=2, rank=4 if flag == "init_lora" else None, learning_rate=1e-2)
+# Continued training -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("file", ["", KOHYA], ids=["folder", "Kohya file"])
+def test_training_continues_from_a_lora(script, flags, tmp_path, file):
+    """With a learning rate that changes nothing, the weights stay the same."""
+    flags.update(TEXT, lora_alpha=8)
     first = run(script, flags)
-    second = run(script, {**flags, flag: first, "output_dir": tmp_path / "second"})
-    base, aligned = (cells(first / "validation" / "step-000002.png")[side::2] for side in (0, 1))
-    start = cells(second / "validation" / "step-000002.png")[::2]
-    assert greatest_difference(start, aligned) <= 1 and greatest_difference(start, base) > 3
 
+    second = run(script, {**flags, **FROZEN, "init_lora": first / file, "output_dir": tmp_path / "second"})
 
-def test_evaluation_draws_with_the_lora_of_text_encoders(script, flags, spied):
-    """Merged into them, it gives what the trained modules give; alpha is not the rank."""
-    out = run(script, {**flags, **TEXT, "lora_alpha": 8, "learning_rate": 1e-2})
-    evaluate = load_script(SCRIPT.with_name("evaluate_diffusion_mapo_sdxl.py"))
-    base = evaluate.load_sdxl(flags["pretrained_model_name_or_path"])
-    with_lora = evaluate.load_sdxl(flags["pretrained_model_name_or_path"])
-    evaluate.add_lora(with_lora, evaluate.read_lora(evaluate.find_lora_file(str(out)), with_lora.unet.config))
-    pipelines = [spied[0], with_lora, base]
-    for result in (draw, lambda pipeline: pipeline.encode_prompt("a red circle")[0]):
-        with torch.no_grad():
-            trained, merged, base = map(result, pipelines)
-        assert (trained - merged).abs().max() < 1e-4 < 1e-2 < (trained - base).abs().max()
-
-
-def test_unet_of_another_kind_is_refused(script, flags, tmp_path):
-    """Before any weight is loaded: there are none."""
-    unet = build_unet(cross_attention_dim=32, pooled_dim=64)
-    unet.save_config(tmp_path / "other" / "unet")
-    with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*other is not an SDXL UNet"):
-        run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "other"})
-    with pytest.raises(script.TrainingError, match="--pretrained_unet_name_or_path .*none cannot be loaded"):
-        run(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})
-
-
-@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector"])
-def test_dora_is_refused(script, flags, tmp_path, key):
-    """diffusers would leave the magnitudes out, which makes it another model."""
-    file = run(script, {**flags, "max_train_steps": 1}) / KOHYA
-    weights = load_file(file)
-    name = next(name for name in weights if name.endswith(".lora_down.weight"))
-    weights[name.replace("lora_down.weight", key)] = torch.ones(4)
-    save_file(weights, tmp_path / "dora.safetensors")
-
-    with pytest.raises(script.TrainingError, match="--init_lora .*dora.safetensors cannot be loaded.*DoRA"):
-        run(script, {**flags, "init_lora": tmp_path / "dora.safetensors", "output_dir": tmp_path / "second"})
+    assert_equal(trained(second), trained(first))
 
 
 def test_lora_to_continue_may_be_the_only_file_of_a_folder(script, flags, tmp_path):
@@ -197,69 +225,153 @@ def test_lora_to_continue_may_be_the_only_file_of_a_folder(script, flags, tmp_pa
     (tmp_path / "style").mkdir()
     (tmp_path / "style" / "mystyle.safetensors").write_bytes((first / KOHYA).read_bytes())
 
-    second = run(
-        script, {**flags, "init_lora": tmp_path / "style", "learning_rate": 1e-30, "output_dir": tmp_path / "2"}
-    )
+    flags.update(FROZEN, text_encoder_lr=None, init_lora=tmp_path / "style", output_dir=tmp_path / "second")
+    second = run(script, flags)
 
-    weights, expected = load_file(second / DIFFUSERS), load_file(first / DIFFUSERS)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert_equal(trained(second), trained(first))
 
 
-def test_unknown_layer_is_refused(script, flags):
-    with pytest.raises(script.TrainingError, match="--lora_layers to_nothing is neither"):
-        run(script, {**flags, "lora_layers": ["to_k", "to_nothing"]})
+def test_training_continues_from_a_unet(script, flags, tmp_path):
+    flags["rank"] = None
+    first = run(script, flags)
+
+    flags.update(FROZEN, text_encoder_lr=None, output_dir=tmp_path / "second")
+    second = run(script, {**flags, "pretrained_unet_name_or_path": first})
+
+    assert_equal(trained(second), trained(first))
 
 
-def test_text_encoders_are_trained_and_resumed_exactly(script, flags, tmp_path):
-    whole = run(script, {**flags, **TEXT, "checkpointing_steps": 2})
-    changes = {"resume_from_checkpoint": whole / "checkpoint-2", "output_dir": tmp_path / "resumed"}
-    resumed = run(script, {**flags, **TEXT, **changes})
-    weights, expected = load_file(resumed / DIFFUSERS), load_file(whole / DIFFUSERS)
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
-    for part in ("text_encoder.", "text_encoder_2."):
-        ups = [weight for name, weight in expected.items() if name.startswith(part) and "lora_B" in name]
-        assert ups and all(up.any() for up in ups)
-    names = load_file(whole / KOHYA)
-    assert any(name.startswith("lora_te1_text_model_encoder_layers_0_self_attn_q_proj.") for name in names)
-    assert any(name.startswith("lora_te2_text_model_encoder_layers_1_self_attn_q_proj.") for name in names)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"rank": 8}, "--rank is 8"), ({"lora_alpha": 2}, "--lora_alpha 2"), ({}, "add --train_text_encoder")],
+    ids=["rank", "alpha", "text encoders"],
+)
+def test_lora_that_does_not_match_the_flags_is_refused(script, flags, tmp_path, changes, expected):
+    first = run(script, {**flags, **TEXT, "max_train_steps": 1})
+
+    error = train_error(script, {**flags, "init_lora": first, "output_dir": tmp_path / "second", **changes})
+
+    assert expected in error
+
+
+@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector"])
+def test_dora_is_refused(script, flags, tmp_path, key):
+    """diffusers would ignore the magnitudes."""
+    out = run(script, {**flags, "max_train_steps": 1})
+    weights = load_file(out / KOHYA)
+    name = next(name for name in weights if name.endswith(".lora_down.weight"))
+    weights[name.replace("lora_down.weight", key)] = torch.ones(4)
+    file = tmp_path / "dora.safetensors"
+    save_file(weights, file)
+
+    error = train_error(script, {**flags, "init_lora": file, "output_dir": tmp_path / "second"})
+
+    assert f"--init_lora {file} cannot be loaded" in error
+    assert "DoRA" in error
+
+
+def test_unet_of_another_kind_is_refused_before_weights_are_loaded(script, flags, tmp_path):
+    unet = build_unet(cross_attention_dim=32, pooled_dim=64)
+    unet.save_config(tmp_path / "other" / "unet")
+
+    error = train_error(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "other"})
+
+    assert f"--pretrained_unet_name_or_path {tmp_path / 'other'} is not an SDXL UNet" in error
+
+
+def test_missing_unet_is_refused(script, flags, tmp_path):
+    error = train_error(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})
+
+    assert f"--pretrained_unet_name_or_path {tmp_path / 'none'} cannot be loaded" in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "rank"), [("init_lora", 4), ("pretrained_unet_name_or_path", None)], ids=["LoRA", "UNet"]
+)
+def test_grid_compares_with_the_weights_that_training_started_from(script, flags, tmp_path, flag, rank):
+    """And not with the base model."""
+    flags.update(run_validation=True, num_inference_steps=2, validation_prompts=["a red circle", "a blue star"])
+    flags.update(max_train_steps=2, rank=rank, learning_rate=1e-2)
+    first = run(script, flags)
+
+    second = run(script, {**flags, flag: first, "output_dir": tmp_path / "second"})
+
+    first_grid = grid_images(first / "validation" / "step-000002.png")
+    second_grid = grid_images(second / "validation" / "step-000002.png")
+    assert largest_difference(second_grid[::2], first_grid[1::2]) <= 1
+    assert largest_difference(second_grid[::2], first_grid[::2]) > 3
+
+
+# Text encoders ------------------------------------------------------------------------------------------------------
+def test_text_encoders_are_trained_and_resume_exactly(script, flags, tmp_path):
+    flags.update(TEXT, checkpointing_steps=2)
+
+    uninterrupted = run(script, flags)
+    resumed = resume(script, flags, uninterrupted / "checkpoint-2", tmp_path / "resumed")
+
+    weights = trained(uninterrupted)
+    assert_equal(trained(resumed), weights)
+    for encoder in ("text_encoder.", "text_encoder_2."):
+        # B is 0 at the start.
+        ups = [weight for name, weight in weights.items() if name.startswith(encoder) and "lora_B" in name]
+        assert len(ups) > 0
+        assert all(up.any() for up in ups)
+    kohya_names = load_file(uninterrupted / KOHYA)
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in kohya_names
+    assert "lora_te2_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight" in kohya_names
+
+
+def test_evaluation_applies_the_lora_of_text_encoders(script, flags, loaded):
+    """Merged into them, it gives what the trained modules give. Alpha is not the rank."""
+    out = run(script, {**flags, **TEXT, "lora_alpha": 8, "learning_rate": 1e-2})
+    evaluate = load_script(SCRIPT.with_name("evaluate_diffusion_mapo_sdxl.py"))
+    trained_pipeline = loaded[0].result
+    base_pipeline = evaluate.load_sdxl(flags["pretrained_model_name_or_path"])
+    merged_pipeline = evaluate.load_sdxl(flags["pretrained_model_name_or_path"])
+    lora = evaluate.read_lora(evaluate.find_lora_file(str(out)), merged_pipeline.unet.config)
+    evaluate.add_lora(merged_pipeline, lora)
+
+    def embed(pipeline):
+        return pipeline.encode_prompt("a red circle")[0]
+
+    for compute in (generate, embed):
+        with torch.no_grad():
+            expected = compute(trained_pipeline)
+            merged = compute(merged_pipeline)
+            base = compute(base_pipeline)
+        assert (expected - merged).abs().max() < 1e-4
+        assert (expected - base).abs().max() > 1e-2
 
 
 def test_text_encoders_are_trained_alike_on_two_processes(script, flags, tmp_path):
-    """Each rank's gradients of the text encoders are summed, as those of the UNet are."""
-    one = run(script, {**flags, **TEXT, "max_train_steps": 2})
-    changes = {"train_batch_size": 2, "output_dir": tmp_path / "two", "max_train_steps": 2}
-    statuses, outputs = run_ranks([SCRIPT, *command_line({**flags, **TEXT, **changes})])
-    assert statuses == [0, 0], "\n".join(outputs)
-    weights, expected = load_file(tmp_path / "two" / DIFFUSERS), load_file(one / DIFFUSERS)
+    """The gradients of the text encoders are summed like those of the UNet."""
+    flags.update(TEXT, max_train_steps=2)
+
+    one = run(script, flags)
+    two = run_ranks_successfully({**flags, "train_batch_size": 2, "output_dir": tmp_path / "two"})
+
+    weights = trained(two)
+    expected = trained(one)
     assert weights.keys() == expected.keys()
-    assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-5
+    for name, weight in weights.items():
+        assert (weight - expected[name]).abs().max() < 1e-5, name
 
 
 def test_two_processes_continue_a_lora_of_all_layers_of_the_text_encoders(script, flags, tmp_path):
-    """sd-scripts also adapts the last layer of the first one, which is not used: it would get no gradient."""
-    first = run(script, {**flags, **TEXT, "max_train_steps": 1})
-    weights = load_file(first / DIFFUSERS)
-    for name, weight in list(weights.items()):
+    """sd-scripts also adapts the last layer of the first encoder, which is not used: it would get no gradient."""
+    flags.update(TEXT)
+    first = run(script, {**flags, "max_train_steps": 1})
+    weights = trained(first)
+    unused = {}
+    for name, weight in weights.items():
         if name.startswith("text_encoder.") and ".layers.0." in name:
-            weights[name.replace(".layers.0.", ".layers.1.")] = weight.clone()
-    with safe_open(first / DIFFUSERS, "pt") as file:
-        save_file(weights, first / DIFFUSERS, file.metadata())
-    changes = {"train_batch_size": 2, "init_lora": first, "output_dir": tmp_path / "second"}
+            unused[name.replace(".layers.0.", ".layers.1.")] = weight.clone()
+    save_file({**weights, **unused}, first / LORA_WEIGHTS, read_metadata(first / LORA_WEIGHTS))
 
-    statuses, outputs = run_ranks([SCRIPT, *command_line({**flags, **TEXT, **changes})])
+    flags.update(train_batch_size=2, init_lora=first, output_dir=tmp_path / "second")
+    second = trained(run_ranks_successfully(flags))
 
-    assert statuses == [0, 0], "\n".join(outputs)
-    continued = load_file(tmp_path / "second" / DIFFUSERS)
-    unused = [name for name in weights if name.startswith("text_encoder.") and ".layers.1." in name]
-    assert continued.keys() == weights.keys() and len(unused) == 8
-    assert all(torch.equal(continued[name], weights[name]) for name in unused)
-
-
-def test_new_unet_starts_from_the_one_named(script, flags, tmp_path):
-    flags["rank"] = None
-    first = run(script, flags)
-    changes = {"pretrained_unet_name_or_path": first, "learning_rate": 1e-30, "output_dir": tmp_path / "second"}
-    changes["adam_weight_decay"] = 0
-    second = run(script, {**flags, **changes})
-    weights, expected = load_file(second / UNET), load_file(first / UNET)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert len(unused) == 8
+    assert second.keys() == weights.keys() | unused.keys()
+    for name, weight in unused.items():
+        assert torch.equal(second[name], weight), name

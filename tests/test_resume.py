@@ -1,377 +1,448 @@
-"""What a resumed run must not depend on, and what must never be mistaken for a checkpoint or a result."""
+"""Resuming changes nothing: on any split of a step's pairs, with changed flags, and after a kill."""
 
-import collections
-import contextlib
-import itertools
-import json
-import os
-import pathlib
+import math
 import re
-import shutil
 import signal
-import threading
-from types import SimpleNamespace
+from pathlib import Path
 
 import cpu_cluster
-import numpy as np
 import pytest
-from conftest import SCRIPT, also, command_line, run
-from cpu_cluster import EVERY_CALL, Fault, install, killed, with_faults
-from filelock import FileLock
-from small_world import draw_pairs
-from test_checkpoints import SHARDED, STATE
-from test_faults import assert_one_sentence, checkpoints, run_ranks, run_ranks_well
-from test_training import LORA_WEIGHTS, assert_close, assert_equal, trained
+import torch
+from conftest import command_line, matrix, run, scalars
+from cpu_cluster import Fault, killed
+from runs import (
+    LORA_WEIGHTS,
+    VALIDATION,
+    assert_close,
+    assert_continues,
+    assert_equal,
+    assert_one_error,
+    assert_same,
+    checkpoints,
+    differ,
+    read_state,
+    resume,
+    run_ranks,
+    run_ranks_successfully,
+    run_sharded,
+    train_error,
+    trained,
+)
+from small_world import build_pipeline, draw_pairs
 
 
-# The pairs of a step ------------------------------------------------------------------------------------------------
-# Batch size and accumulation of a step of four pairs on one process.
-SPLITS = {"4 x 1": (4, 1), "2 x 2": (2, 2), "1 x 4": (1, 4)}
+RANDOM = {"random_crop": True, "label_noise_prob": 0.3}
+WARMUP = {"lr_scheduler": "cosine", "lr_warmup_steps": 2}
+STREAMED = {"streaming": True, "shuffle_shards": 2}
 
 
-def split_flags(flags, split):
-    batch_size, accumulation = SPLITS[split]
-    return {**flags, "train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+# The same flags -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"train_batch_size": 2, "gradient_accumulation_steps": 2, "rank": None}, [5, 6, 7]),
+        ({**STREAMED, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
+        matrix({**RANDOM, **WARMUP, "train_batch_size": 5, "use_8bit_adam": True}, [4]),
+        matrix({"mixed_precision": "bf16", "gradient_checkpointing": True, "max_train_steps": 4}, [2]),
+        matrix({"cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 4}, [2]),
+        matrix({**STREAMED, **RANDOM, **WARMUP, "num_validation_pairs": 3}, [5, 6]),
+    ],
+    ids=["accumulation", "stream-workers", "batch-over-epochs", "bf16", "cache-workers", "stream"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(script, flags, tmp_path, changes, steps):
+    """Before, at and after the end of an epoch of 24 pairs (stream: 21), and between two epochs."""
+    flags.update({"max_train_samples": 24, "max_train_steps": 8, "checkpointing_steps": 1, **changes})
+    uninterrupted = run(script, flags)
+
+    for step in steps:
+        resumed = resume(script, flags, uninterrupted / f"checkpoint-{step}", tmp_path / f"from-{step}")
+        assert_continues(uninterrupted, resumed, step)
+
+
+def test_run_resumes_twice(script, flags, tmp_path):
+    flags.update(STREAMED, checkpointing_steps=2, max_train_steps=8, max_train_samples=24)
+    uninterrupted = run(script, flags)
+
+    once = resume(script, flags, uninterrupted / "checkpoint-2", tmp_path / "once")
+    twice = resume(script, flags, once / "checkpoint-4", tmp_path / "twice")
+
+    assert_continues(uninterrupted, twice, 4)
+    state = read_state(twice / "checkpoint-8")
+    expected = read_state(uninterrupted / "checkpoint-8")
+    for name in expected.keys() - {"settings", "run_id"}:  # these depend on the output folder
+        assert state[name] == expected[name], name
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_means_of_a_resumed_run_start_at_the_checkpoint(script, flags, tmp_path, step):
+    flags.update(max_train_steps=8, checkpointing_steps=1)
+    every_step = scalars(run(script, flags))
+    flags.update(logging_steps=4)
+    uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
+
+    logged = scalars(resume(script, flags, uninterrupted / f"checkpoint-{step}", tmp_path / "resumed"))
+
+    for name in script.METRICS:
+        values = [every_step[name][n] for n in range(step + 1, 9)]
+        assert logged[name] == pytest.approx({8: sum(values) / len(values)}, rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 4, "use_8bit_adam": True, **WARMUP, **STREAMED},
+        matrix({"rank": None, "use_8bit_adam": True, "learning_rate": 1e-4}),
+    ],
+    ids=["LoRA, stream", "full"],
+)
+def test_killed_run_resumes_exactly(script, flags, tmp_path, changes):
+    """Killed in step 5, between the validations of steps 3 and 6."""
+    flags.update(changes, checkpointing_steps=4, max_train_steps=6, validation_steps=3, **VALIDATION)
+    uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
+    out = flags["output_dir"]
+
+    statuses, outputs = run_ranks(flags, {0: [Fault("step", (5,), killed)]}, size=1)
+    kept = checkpoints(out)
+    has_results = (out / LORA_WEIGHTS).exists() or (out / "unet").exists()
+    run(script, {**flags, "resume_from_checkpoint": "latest"})
+
+    assert statuses == [-signal.SIGKILL], outputs
+    assert kept == [4]
+    assert not has_results
+    assert_same(uninterrupted, out)
+    images = Path("validation", "step-000006.png")
+    assert (out / images).read_bytes() == (uninterrupted / images).read_bytes()
+
+
+def test_killed_loader_worker_stops_the_run_with_a_checkpoint(script, flags, tmp_path):
+    """As when memory runs out. The step in progress is completed."""
+    flags.update(max_train_steps=6)
+    uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
+    flags.update(dataloader_num_workers=2)
+
+    statuses, outputs = run_ranks(flags, {0: [Fault("step", (3,), cpu_cluster.workers_killed)]}, size=1)
+    kept = checkpoints(flags["output_dir"])
+    resumed = run(script, {**flags, "resume_from_checkpoint": "latest"})
+
+    assert_one_error(statuses, outputs, "cannot be read any further (the checkpoint of step ")
+    # PyTorch's error depends on whether the worker was sending a batch.
+    assert re.search("DataLoader worker|ConnectionResetError|EOFError", outputs[0])
+    assert len(kept) == 1
+    assert_equal(trained(resumed), trained(uninterrupted))
+
+
+# Another split of the pairs of a step -------------------------------------------------------------------------------
+# Adam's epsilon is raised in these tests. Sums are rounded in another order, and Adam divides by gradients that may be
+# as small as their rounding errors.
+ONE_BATCH = {"train_batch_size": 4, "gradient_accumulation_steps": 1}
+TWO_BATCHES = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+FOUR_BATCHES = {"train_batch_size": 1, "gradient_accumulation_steps": 4}
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pair if pair in (("4 x 1", "2 x 2"), ("1 x 4", "2 x 2")) else also(*pair)
-        for pair in itertools.permutations(SPLITS, 2)
+        (ONE_BATCH, TWO_BATCHES),
+        (FOUR_BATCHES, TWO_BATCHES),
+        matrix(TWO_BATCHES, ONE_BATCH),
+        matrix(TWO_BATCHES, FOUR_BATCHES),
     ],
+    ids=["1 to 2", "4 to 2", "2 to 1", "2 to 4"],
 )
-def test_any_split_of_the_pairs_of_a_step_resumes_to_the_same_run(script, flags, tmp_path, before, after):
-    """accelerate's counter of batches is kept in checkpoints: here it stands in the middle of a step afterwards."""
+def test_accumulation_can_change_between_runs(script, flags, tmp_path, before, after):
+    """Checkpoints contain accelerate's counter of batches, which here is in the middle of a step afterwards."""
     flags.update(max_train_steps=6, checkpointing_steps=3, adam_epsilon=1e-5)
-    whole = run(script, split_flags({**flags, "output_dir": tmp_path / "whole"}, after))
-    run(script, split_flags({**flags, "max_train_steps": 3}, before))
+    uninterrupted = run(script, {**flags, **after, "output_dir": tmp_path / "uninterrupted"})
 
-    resumed = run(script, split_flags({**flags, "resume_from_checkpoint": "latest"}, after))
+    run(script, {**flags, **before, "max_train_steps": 3})
+    resumed = run(script, {**flags, **after, "resume_from_checkpoint": "latest"})
 
-    assert_close(resumed, whole)
+    assert_close(resumed, uninterrupted)
 
 
-def test_two_processes_resume_a_run_of_one_with_another_accumulation(script, flags, tmp_path):
-    """Three batches of one process, up to step 5, and then two on each of two: 12 pairs per step either way."""
+def test_processes_and_accumulation_can_change_between_runs(script, flags, tmp_path):
+    """12 pairs per step: 3 batches of 4 on one process, then 2 batches of 3 on each of two."""
     flags.update(checkpointing_steps=5, max_train_steps=7, adam_epsilon=1e-5)
-    one = {"train_batch_size": 4, "gradient_accumulation_steps": 3}
-    two = {"train_batch_size": 3, "gradient_accumulation_steps": 2}
-    whole = run(script, {**flags, **one, "output_dir": tmp_path / "whole"})
-    run(script, {**flags, **one, "max_train_steps": 5})
+    one_process = {"train_batch_size": 4, "gradient_accumulation_steps": 3}
+    two_processes = {"train_batch_size": 3, "gradient_accumulation_steps": 2}
+    uninterrupted = run(script, {**flags, **one_process, "output_dir": tmp_path / "uninterrupted"})
 
-    resumed = run_ranks_well({**flags, **two, "resume_from_checkpoint": "latest"})
+    run(script, {**flags, **one_process, "max_train_steps": 5})
+    resumed = run_ranks_successfully({**flags, **two_processes, "resume_from_checkpoint": "latest"})
 
-    assert_close(resumed, whole)
+    assert_close(resumed, uninterrupted)
 
 
-@pytest.mark.parametrize("kind", [also("zero2"), also("zero3"), also("fsdp2")])
-def test_sharded_run_resumes_with_another_accumulation(script, flags, tmp_path, kind):
+@pytest.mark.parametrize(
+    "changes",
+    [STREAMED, matrix({"dataloader_num_workers": 2}), matrix({**STREAMED, "dataloader_num_workers": 2})],
+    ids=["stream", "map-workers", "stream-workers"],
+)
+def test_run_resumes_on_two_processes_and_on_one_again(script, flags, tmp_path, changes):
+    """Over the end of an epoch."""
+    flags.update(changes, **WARMUP, adam_epsilon=1e-5, num_validation_pairs=4)
+    flags.update(checkpointing_steps=3, max_train_steps=9, max_train_samples=24)
+    uninterrupted = run(script, flags)
+
+    on_two = {**flags, "train_batch_size": 2, "output_dir": tmp_path / "two"}
+    two = run_ranks_successfully({**on_two, "resume_from_checkpoint": uninterrupted / "checkpoint-3"})
+    one = resume(script, flags, two / "checkpoint-6", tmp_path / "one")
+
+    assert_close(two, uninterrupted, steps=range(4, 10))
+    assert_close(one, uninterrupted, steps=range(7, 10))
+    pairs_seen = [read_state(folder / "checkpoint-9")["pairs_seen"] for folder in (uninterrupted, two, one)]
+    assert len(set(pairs_seen)) == 1
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_that_began_on_two_processes_resumes_on_one(script, flags, tmp_path, workers):
+    """The lanes of a stream are those of the processes and workers with which it began."""
+    flags.update(STREAMED, adam_epsilon=1e-5, dataloader_num_workers=workers, checkpointing_steps=3)
+    flags.update(max_train_steps=8, max_train_samples=24)
+    two = run_ranks_successfully({**flags, "train_batch_size": 2, "output_dir": tmp_path / "two"})
+
+    one = resume(script, flags, two / "checkpoint-3", tmp_path / "one")
+
+    assert_close(one, two, steps=range(4, 9))
+
+
+def test_epochs_end_after_the_same_pairs_with_larger_batches(script, flags):
+    """An epoch of 48 pairs: 4 pairs in each of 6 steps, and then 8 pairs in each of 3."""
+    run(script, {**flags, "max_train_steps": 6})
+
+    flags.update(max_train_steps=None, train_batch_size=8, resume_from_checkpoint="latest")
+    out = run(script, flags)
+
+    assert read_state(out / "checkpoint-9")["pairs_seen"] == 48
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])
+def test_accumulation_can_change_between_sharded_runs(script, flags, tmp_path, kind):
     flags.update(checkpointing_steps=3, max_train_steps=6, adam_epsilon=1e-5)
-    whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
-    env = {"ACCELERATE_USE_CPU": "false", **SHARDED[kind]}
-    first = {"train_batch_size": 2, "max_train_steps": 3}
-    second = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
+    uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
 
-    for changes in (first, second):
-        words = [*with_faults({}), SCRIPT, *command_line({**flags, **changes})]
-        statuses, outputs = cpu_cluster.run_ranks(words, env=env)
-        assert statuses == [0, 0], outputs
+    run_sharded({**flags, "train_batch_size": 2, "max_train_steps": 3}, kind)
+    flags.update(train_batch_size=1, gradient_accumulation_steps=2, resume_from_checkpoint="latest")
+    resumed = run_sharded(flags, kind)
 
-    assert_close(flags["output_dir"], whole)
+    assert_close(resumed, uninterrupted)
 
 
-# The latest checkpoint ----------------------------------------------------------------------------------------------
+# Other flags --------------------------------------------------------------------------------------------------------
+OPTIMIZER = {
+    "learning_rate": 2e-3,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "adam_weight_decay": 0.3,
+    "adam_epsilon": 1e-4,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": None, "use_8bit_adam": True}], ids=["AdamW", "8-bit"])
+def test_changed_flags_take_effect_when_the_run_resumes(script, flags, tmp_path, monkeypatch, changes):
+    """Like a run whose optimizer and objective are changed by hand after step 2, bit for bit."""
+    flags.update(changes, checkpointing_steps=2)
+    train_step = script.train_step
+
+    def change_after_step_2(run, *args):
+        if run.progress.step == 2:
+            run.args.beta_mapo = 1.0
+            for group in run.optimizer.param_groups:
+                group["lr"] = OPTIMIZER["learning_rate"]
+                group["betas"] = (OPTIMIZER["adam_beta1"], OPTIMIZER["adam_beta2"])
+                group["eps"] = OPTIMIZER["adam_epsilon"]
+                group["weight_decay"] = OPTIMIZER["adam_weight_decay"]
+            run.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer, factor=1)
+        return train_step(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_step", change_after_step_2)
+        changed_by_hand = run(script, flags)
+    flags.update(OPTIMIZER, beta_mapo=1)
+    resumed = resume(script, flags, changed_by_hand / "checkpoint-2", tmp_path / "resumed")
+
+    assert_continues(changed_by_hand, resumed, 2)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])
+def test_changed_flags_take_effect_in_sharded_optimizers(script, flags, tmp_path, kind):
+    """As on one process. The polynomial schedule asks the optimizer for its learning rate."""
+    flags.update(lr_scheduler="polynomial", lr_warmup_steps=1, adam_epsilon=1e-3, max_train_steps=2)
+    changes = {**OPTIMIZER, "max_train_steps": 4, "lr_power": 2, "resume_from_checkpoint": "latest"}
+    one_process = {**flags, "output_dir": tmp_path / "one"}
+    run(script, one_process)
+    run(script, {**one_process, **changes})
+    flags.update(train_batch_size=2)
+
+    run_sharded(flags, kind)
+    sharded = run_sharded({**flags, **changes}, kind)
+
+    assert read_state(sharded / "checkpoint-4")["settings"]["sharding"] != "none"
+    assert_close(sharded, tmp_path / "one")
+
+
+def test_optimizer_that_was_not_fused_stays_so(script, flags, tmp_path):
+    """Its step counters are on the CPU, where a fused one on a GPU could not read them."""
+    checkpoint = run(script, {**flags, "checkpointing_steps": 2}) / "checkpoint-2"
+    state = torch.load(checkpoint / "optimizer.bin")
+    state["param_groups"][0]["fused"] = None
+    torch.save(state, checkpoint / "optimizer.bin")
+
+    resumed = resume(script, flags, checkpoint, tmp_path / "resumed")
+
+    assert torch.load(resumed / "checkpoint-4" / "optimizer.bin")["param_groups"][0]["fused"] is None
+
+
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
+def test_schedule_can_start_at_any_step(script, flags, schedule):
+    flags.update(lr_scheduler=schedule, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2, max_train_steps=8)
+    args = script.parse_args(command_line(flags))
+
+    def rates_from(step):
+        optimizer = script.build_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], 4)
+        scheduler = script.build_schedule(args, optimizer, step)
+        rates = []
+        for _ in range(step, 8):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    expected = rates_from(0)
+    for step in range(8):
+        assert rates_from(step) == expected[step:]
+    assert (len(set(expected)) == 1) == (schedule == "constant")
+
+
+@pytest.fixture
+def reported_changes(script, flags, caplog, tmp_path):
+    """Resumes a run, whose seed was not given, with other flags. Returns the flags that are reported as changed."""
+    flags.update(max_train_steps=1, seed=None)
+    checkpoint = run(script, flags) / "checkpoint-1"
+    flags.update(max_train_steps=2)
+
+    def reported_changes(**changes):
+        caplog.clear()
+        resume(script, {**flags, **changes}, checkpoint, tmp_path / "resumed")
+        return set(re.findall(r"--resume_from_checkpoint: (\w+) changed from .* to .*\.", caplog.text))
+
+    return reported_changes
+
+
+def test_no_change_is_reported_for_the_same_flags(reported_changes):
+    """Nor for the seed, which is that of the checkpoint."""
+    assert reported_changes() == set()
+
+
+def test_changed_optimizer_is_reported(reported_changes):
+    assert reported_changes(**OPTIMIZER) == set(OPTIMIZER)
+
+
+def test_changed_model_pairs_and_objective_are_reported(reported_changes, tmp_path):
+    build_pipeline(tmp_path / "pipeline", seed=1)
+    draw_pairs(tmp_path / "pairs", seed=1)
+    changes = {
+        "pretrained_model_name_or_path": tmp_path / "pipeline",
+        "dataset_name": tmp_path / "pairs",
+        "max_train_samples": 40,
+        "num_validation_pairs": 4,
+        "resolution": 32,
+        "learning_rate": 1e-4,
+        "beta_mapo": 0.5,
+    }
+
+    reported = reported_changes(**changes, **{"no-remove_ties": True})
+
+    assert reported == {*changes, "remove_ties"}
+
+
+def test_other_pairs_are_reported_once(script, flags, tmp_path, caplog):
+    """From then on, the checkpoints belong to them."""
+    run(script, {**flags, "max_train_steps": 1})
+    draw_pairs(tmp_path / "others", num_pairs=20)
+    flags.update(dataset_name=tmp_path / "others", resume_from_checkpoint="latest")
+
+    run(script, {**flags, "max_train_steps": 2})
+    first = caplog.text
+    caplog.clear()
+    run(script, {**flags, "max_train_steps": 3})
+
+    assert "checkpoint-1 was trained on other pairs" in first
+    assert "was trained on other pairs" not in caplog.text
+
+
+# Longer training ----------------------------------------------------------------------------------------------------
+def test_finished_run_can_be_trained_longer(script, flags, tmp_path):
+    """5 steps and 5 more equal 10: the last step has a checkpoint as well."""
+    flags.update(STREAMED, rank=None, use_8bit_adam=True, gradient_accumulation_steps=2, train_batch_size=1)
+    flags.update(lr_warmup_steps=3, lr_scheduler="constant_with_warmup", max_train_samples=24)
+    longer = run(script, {**flags, "max_train_steps": 10, "output_dir": tmp_path / "longer"})
+
+    out = run(script, {**flags, "max_train_steps": 5})
+    weights_after_5_steps = trained(out)
+    run(script, {**flags, "max_train_steps": 10, "resume_from_checkpoint": "latest"})
+
+    assert checkpoints(out) == [5, 10]
+    assert_same(longer, out)
+    assert differ(weights_after_5_steps, trained(out))
+
+
+def test_schedule_of_longer_training_is_that_of_all_steps(script, flags, tmp_path):
+    """The second half of a cosine over 6 steps."""
+    flags.update(lr_scheduler="cosine", lr_warmup_steps=1)
+    first = run(script, {**flags, "max_train_steps": 3})
+
+    flags.update(max_train_steps=6)
+    longer = resume(script, flags, first / "checkpoint-3", tmp_path / "longer")
+
+    expected = {step: 1e-3 * (1 + math.cos(math.pi * (step - 2) / 5)) / 2 for step in (4, 5, 6)}
+    assert scalars(longer)["lr"] == pytest.approx(expected)
+
+
+def test_finished_run_is_only_validated_again(script, flags, tmp_path):
+    flags.update(num_validation_pairs=4)
+    finished = run(script, flags)
+
+    again = resume(script, flags, finished / "checkpoint-4", tmp_path / "again")
+
+    assert_equal(trained(finished), trained(again))
+    assert "loss" not in scalars(again)
+    assert scalars(again)["eval_loss"] == {4: scalars(finished)["eval_loss"][4]}
+    assert (again / "README.md").exists()
+
+
+def test_checkpoint_of_a_later_step_is_refused(script, flags, loaded):
+    run(script, flags)
+
+    error = train_error(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 3})
+
+    assert re.search(r"--max_train_steps 3\b.*\b4\b", error)
+    assert len(loaded) == 1  # no weights were loaded
+
+
+# Several ranks ------------------------------------------------------------------------------------------------------
 def test_all_ranks_resume_from_the_checkpoint_that_the_main_process_finds(flags, tmp_path):
     """The second process gets a stale listing, as from a network file system."""
     flags.update(train_batch_size=2, checkpointing_steps=2)
-    whole = run_ranks_well({**flags, "output_dir": tmp_path / "whole"})
-    run_ranks_well({**flags, "max_train_steps": 2})
-    stale = Fault("listing", EVERY_CALL, cpu_cluster.nothing_listed)
+    uninterrupted = run_ranks_successfully({**flags, "output_dir": tmp_path / "uninterrupted"})
+    run_ranks_successfully({**flags, "max_train_steps": 2})
+    stale = Fault("listing", cpu_cluster.EVERY_CALL, cpu_cluster.nothing_listed)
 
-    statuses, outputs = run_ranks({**flags, "resume_from_checkpoint": "latest"}, {1: [stale]})
+    resumed = run_ranks_successfully({**flags, "resume_from_checkpoint": "latest"}, {1: [stale]})
 
-    assert statuses == [0, 0], outputs
-    assert_equal(trained(flags["output_dir"]), trained(whole))
+    assert_equal(trained(resumed), trained(uninterrupted))
 
 
 def test_checkpoint_that_one_rank_cannot_read_is_an_error_on_all(flags):
     flags.update(train_batch_size=2, max_train_steps=2)
-    out = run_ranks_well(flags)
-    missing = Fault("reading", EVERY_CALL, cpu_cluster.no_state_file)
+    out = run_ranks_successfully(flags)
+    missing = Fault("reading", cpu_cluster.EVERY_CALL, cpu_cluster.no_state_file)
 
     statuses, outputs = run_ranks({**flags, "resume_from_checkpoint": "latest", "max_train_steps": 4}, {1: [missing]})
 
-    assert_one_sentence(statuses, outputs, str(out / "checkpoint-2"), "shared storage")
-
-
-def test_copies_of_checkpoints_under_other_names_are_left_alone(script, flags):
-    flags.update(checkpointing_steps=1, checkpoints_total_limit=1, max_train_steps=2)
-    out = run(script, flags)
-    shutil.copytree(out / "checkpoint-2", out / "checkpoint-2-good")
-    shutil.copytree(out / "checkpoint-2", out / "checkpoint-best")
-
-    run(script, {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 4})
-
-    names = sorted(path.name for path in out.glob("checkpoint-*"))
-    assert names == ["checkpoint-2-good", "checkpoint-4", "checkpoint-best"]
-
-
-def test_checkpoint_that_was_moved_and_linked_belongs_to_the_same_run(script, flags, tmp_path):
-    flags.update(checkpointing_steps=2, max_train_steps=2, checkpoints_total_limit=1)
-    out = run(script, flags)
-    run_id = json.loads((out / "checkpoint-2" / STATE).read_text())["run_id"]
-    shutil.move(out / "checkpoint-2", tmp_path / "moved")
-    (out / "checkpoint-2").symlink_to(tmp_path / "moved")
-
-    run(script, {**flags, "resume_from_checkpoint": out / "checkpoint-2", "max_train_steps": 4})
-
-    assert json.loads((out / "checkpoint-4" / STATE).read_text())["run_id"] == run_id
-    # Beyond the limit the link goes, and what somebody has moved stays.
-    assert not (out / "checkpoint-2").exists() and (tmp_path / "moved" / STATE).exists()
-
-
-# Power failures and kills -------------------------------------------------------------------------------------------
-def test_files_are_on_the_disk_before_a_checkpoint_counts_and_older_ones_go(script, flags, monkeypatch):
-    """The order of syncing, renaming and removing is what a power failure tests."""
-    events = []
-    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
-
-    def note_fsync(descriptor):
-        events.append(("sync", pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
-        fsync(descriptor)
-
-    def note_replace(source, target):
-        events.append(("rename", pathlib.Path(target)))
-        replace(source, target)
-
-    def note_rmtree(path, *args, **kwargs):
-        events.append(("remove", pathlib.Path(path)))
-        rmtree(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
-    monkeypatch.setattr(shutil, "rmtree", note_rmtree)
-    flags.update(checkpointing_steps=2, checkpoints_total_limit=1)
-
-    out = run(script, flags)
-
-    folder = out / "checkpoint-4"
-    renamed = events.index(("rename", folder / STATE))
-    synced = {path for event, path in events[:renamed] if event == "sync"}
-    others = {path for path in folder.rglob("*") if path.name != STATE}
-    assert others | {folder} <= synced
-    assert any(event == "sync" and path.name.startswith(f".{STATE}") for event, path in events[:renamed])
-    removed = events.index(("remove", out / "checkpoint-2"))
-    assert ("sync", folder) in events[renamed:removed]
-    weights = events.index(("rename", out / LORA_WEIGHTS))
-    assert ("sync", out / ".incomplete" / LORA_WEIGHTS) in events[:weights]
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"step": '])
-def test_checkpoint_whose_state_cannot_be_read_is_passed_over(script, flags, content):
-    flags.update(checkpointing_steps=2, max_train_steps=4)
-    out = run(script, flags)
-    weights = trained(out)
-    (out / "checkpoint-4" / STATE).write_text(content)
-
-    run(script, {**flags, "resume_from_checkpoint": "latest"})
-
-    assert checkpoints(out) == [2, 4]
-    assert_equal(trained(out), weights)
-
-
-def test_state_of_another_version_is_an_error(script, flags):
-    out = run(script, {**flags, "max_train_steps": 2})
-    state = json.loads((out / "checkpoint-2" / STATE).read_text())
-    del state["run_id"]
-    (out / "checkpoint-2" / STATE).write_text(json.dumps(state))
-
-    with pytest.raises(script.TrainingError, match="checkpoint-2 was written by another version"):
-        run(script, {**flags, "resume_from_checkpoint": "latest"})
-
-
-@pytest.mark.parametrize("rank", [4, None], ids=["LoRA", "full"])
-def test_run_killed_while_it_writes_its_result_starts_again(script, flags, tmp_path, rank):
-    """Before its first checkpoint: a half-written result must not look like one of another run."""
-    flags.update(rank=rank, max_train_steps=2)
-    place = "lora" if rank else "replace"
-    whole = run(script, {**flags, "output_dir": tmp_path / "whole"})
-    statuses, outputs = run_ranks(flags, {0: [Fault(place, (1,), killed)]}, size=1)
-    assert statuses == [-signal.SIGKILL], outputs
-
-    again = run(script, flags)
-
-    assert_equal(trained(again), trained(whole))
-    assert not (again / ".incomplete").exists()
-
-
-def test_two_runs_cannot_write_to_one_folder(script, flags):
-    """The lock is the system's, so that a killed run leaves none behind."""
-    flags["output_dir"].mkdir()
-    held = threading.Event()
-    done = threading.Event()
-
-    def hold():
-        with FileLock(flags["output_dir"] / ".lock"):
-            held.set()
-            done.wait()
-
-    other = threading.Thread(target=hold)
-    other.start()
-    held.wait()
-    try:
-        with pytest.raises(script.TrainingError, match="--output_dir .*another run is writing to this folder"):
-            run(script, flags)
-    finally:
-        done.set()
-        other.join()
-
-    run(script, flags)
-
-
-def test_second_launch_into_the_folder_of_a_running_one_is_refused(script, flags, monkeypatch):
-    """The second run starts while the first one is in its second step."""
-    results = []
-
-    def launch_second(call):
-        results.append(run_ranks(flags, size=1))
-        return call()
-
-    install(Fault("step", (2,), launch_second), monkeypatch.setattr)
-
-    run(script, flags)
-
-    statuses, outputs = results[0]
-    assert_one_sentence(statuses, outputs, "another run is writing to this folder")
-
-
-# Other flags --------------------------------------------------------------------------------------------------------
-def test_precision_cannot_change_when_a_run_resumes(script, flags):
-    """A checkpoint without fp16 lacks the state of its gradient scaler."""
-    flags.update(max_train_steps=1)
-    run(script, flags)
-
-    changes = {"mixed_precision": "bf16", "resume_from_checkpoint": "latest", "max_train_steps": 2}
-    with pytest.raises(script.TrainingError, match="mixed_precision is bf16, but no in .*checkpoint-1"):
-        run(script, {**flags, **changes})
-
-
-def test_other_pairs_are_reported(script, flags, caplog):
-    run(script, {**flags, "max_train_steps": 1})
-
-    changes = {"max_train_samples": 20, "resume_from_checkpoint": "latest", "max_train_steps": 2}
-    run(script, {**flags, **changes})
-
-    assert "checkpoint-1 was trained on other pairs" in caplog.text
-
-
-def test_epochs_end_after_the_same_pairs_on_another_number_of_processes(script, flags):
-    """An epoch of 48 pairs: 4 pairs in each of 6 steps, and then 8 in each of 3."""
-    run(script, {**flags, "max_train_steps": 6})
-
-    out = run(
-        script,
-        {**flags, "max_train_steps": None, "train_batch_size": 8, "resume_from_checkpoint": "latest"},
-    )
-
-    state = json.loads((out / "checkpoint-9" / STATE).read_text())
-    assert state["pairs_seen"] == 48
-
-
-def test_another_dataset_is_reported_once(script, flags, tmp_path, caplog):
-    """From then on, the checkpoints belong to it."""
-    run(script, {**flags, "max_train_steps": 1})
-    draw_pairs(tmp_path / "others", num_pairs=20)
-    resume = {"dataset_name": tmp_path / "others", "resume_from_checkpoint": "latest"}
-
-    run(script, {**flags, **resume, "max_train_steps": 2})
-    assert "was trained on other pairs" in caplog.text
-    caplog.clear()
-    run(script, {**flags, **resume, "max_train_steps": 3})
-
-    assert "was trained on other pairs" not in caplog.text
-
-
-def test_processes_wait_hours_for_each_other(script, flags):
-    """One of them may download the model, or write 30 GB to a slow disk."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-    accelerator = script.build_accelerator(script.parse_args(command_line(flags)))
-
-    assert accelerator.init_handler.timeout.total_seconds() >= 3600
-
-
-# Memory of a stream -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("lanes", "processes", "workers", "bound"),
-    [(64, 4, 8, 8), (64, 8, 8, 4), (64, 1, 0, 256), (8, 1, 2, 16)],
-)
-def test_process_keeps_the_row_groups_of_its_own_lanes_only(script, monkeypatch, lanes, processes, workers, bound):
-    """A run that began with 64 lanes (8 GPUs x 8 workers), resumed on 4 x 8, keeps 2 lanes x 4 row groups in each."""
-    sizes = 512 * [10]
-    index = np.array([(shard, row, 0) for shard, size in enumerate(sizes) for row in range(size)])
-    layout = script.Layout(shards_mixed=4, lanes=lanes, turn=2)
-    rows = script.StreamedRows(["file"], SimpleNamespace(all=list), shards_kept=4)
-    rows.row_groups = [(0, shard, 0) for shard in range(len(sizes))]
-    row_group = SimpleNamespace(read_row_group=lambda number, names: number)
-    monkeypatch.setattr(script, "open_parquet", lambda file: contextlib.nullcontext(row_group))
-    most = 0
-
-    for worker in range(max(workers, 1)):
-        rows.kept = {}
-        batches = script.training_batches(index, 0, layout, 2, 0, process_index=0, num_processes=processes)
-        for number, batch in enumerate(itertools.islice(batches, 600)):
-            if number % max(workers, 1) == worker:
-                for visit in batch:
-                    with pytest.raises(AttributeError):  # a number stands for the row group
-                        rows.record(index[visit.pair, 0], 0, visit.lane)
-                most = max(most, sum(len(kept) for kept in rows.kept.values()))
-
-    assert most <= bound
-    assert most > bound / 4
-
-
-# Bad rows and workers -----------------------------------------------------------------------------------------------
-def test_few_bad_rows_below_the_limit_stop_no_run(script):
-    """0.4 % of bad rows under a limit of 1 %: 22 % of these runs were stopped when two rows were enough."""
-    rng = np.random.default_rng(0)
-    stopped = collections.Counter()
-
-    for run_number in range(1000):
-        progress = script.Progress(run_id="", layout=script.Layout(), index_hash="")
-        for bad in rng.binomial(16, 0.004, size=300):
-            progress.count_step(16, int(bad), finite=True)
-            if script.find_fault(progress, 10, 0.01) is not None:
-                stopped[run_number] += 1
-                break
-
-    assert len(stopped) < 20
-
-
-def test_too_many_bad_rows_are_noticed(script):
-    progress = script.Progress(run_id="", layout=script.Layout(), index_hash="")
-
-    progress.count_step(100, 10, finite=True)
-
-    assert "--max_bad_rows 0.01: 10 of 110 rows" in script.find_fault(progress, 10, 0.01)
-    progress.rows_bad = 1
-    assert "--max_bad_rows 0: 1 of 110 rows" in script.find_fault(progress, 10, 0)
-
-
-def test_killed_loader_worker_ends_the_run_with_a_checkpoint(script, flags, tmp_path):
-    """As when memory runs out. The step in progress is completed first."""
-    whole = run(script, {**flags, "output_dir": tmp_path / "whole", "max_train_steps": 6})
-    flags.update(dataloader_num_workers=2, max_train_steps=6)
-
-    statuses, outputs = run_ranks(flags, {0: [Fault("step", (3,), cpu_cluster.workers_killed)]}, size=1)
-
-    assert_one_sentence(statuses, outputs, "cannot be read any further (the checkpoint of step ")
-    # Which one PyTorch raises depends on whether the worker was sending a batch.
-    assert re.search("DataLoader worker|ConnectionResetError|EOFError", outputs[0])
-    assert len(checkpoints(flags["output_dir"])) == 1
-    run(script, {**flags, "resume_from_checkpoint": "latest"})
-    assert_equal(trained(flags["output_dir"]), trained(whole))
+    assert_one_error(statuses, outputs, str(out / "checkpoint-2"), "shared storage")

@@ -1,12 +1,12 @@
-"""A small SDXL that has learned to draw photos of coloured shapes, and pairs to align it with.
+"""A small SDXL that has learned to generate photos of coloured shapes, and pairs to align it with.
 
-The pipeline has every part of SDXL at 32 px and has learned, from drawings of `small_world.py`, to draw "a red circle"
-and "a photo of a red circle" as photos, half of them in a dark frame, and "a cartoon of a red circle" as a cartoon.
-Its weights are those of `trained_world.safetensors` (float16), which `--train` makes in an hour on two CPU cores.
-`measure` tells the content of an image by fixed rules on its pixels.
+The pipeline has every part of SDXL at 32 px. It was trained on drawings of `small_world.py`: it generates "a red
+circle" and "a photo of a red circle" as photos, half of them in a dark frame, and "a cartoon of a red circle" as a
+cartoon. Its weights are in `trained_world.safetensors` (float16), which `--train` makes in an hour on two CPU cores.
+`measure` recognizes the content of an image by fixed rules on its pixels.
 
-    python tests/trained_world.py FOLDER            # writes FOLDER/pipeline and FOLDER/captions.txt, to make pairs of
-    python tests/trained_world.py --train FOLDER    # trains the weights again, into FOLDER
+    python tests/trained_world.py FOLDER            # writes FOLDER/pipeline, and FOLDER/captions.txt to make pairs
+    python tests/trained_world.py --train FOLDER    # trains the weights again, and writes them to FOLDER
 """
 
 import argparse
@@ -36,16 +36,25 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 SIZE = 32
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 SUBJECTS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
-# Subjects that no preference data set contains, with every shape and every colour, and that are measured.
-HELD_OUT = [("circle", "red"), ("square", "blue"), ("triangle", "green"), ("star", "yellow"), ("circle", "purple")]
-HELD_OUT += [("star", "orange")]
+# Subjects that no pair contains (except for those of "size"), with every shape and every colour. They are measured.
+HELD_OUT = [
+    ("circle", "red"),
+    ("square", "blue"),
+    ("triangle", "green"),
+    ("star", "yellow"),
+    ("circle", "purple"),
+    ("star", "orange"),
+]
 PREFERRED = [subject for subject in SUBJECTS if subject not in HELD_OUT]
 
 
 def build_pipeline() -> StableDiffusionXLPipeline:
-    """The pipeline before it has learned anything."""
-    tokenizer, tokenizer_2 = (build_tokenizer(padding, (*STYLES, "of")) for padding in ("<|endoftext|>", "!"))
-    config, config_2 = text_config(len(tokenizer), 32, "quick_gelu"), text_config(len(tokenizer_2), 32, "gelu")
+    """The pipeline with random weights."""
+    words = (*STYLES, "of")
+    tokenizer = build_tokenizer("<|endoftext|>", words)
+    tokenizer_2 = build_tokenizer("!", words)
+    config = text_config(len(tokenizer), 32, "quick_gelu")
+    config_2 = text_config(len(tokenizer_2), 32, "gelu")
     unet = UNet2DConditionModel(
         sample_size=SIZE // 2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -88,7 +97,7 @@ MODELS = ("vae", "text_encoder", "text_encoder_2", "unet")
 
 
 def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionXLPipeline:
-    """The pipeline as it was trained, in float32."""
+    """The trained pipeline, in float32."""
     pipeline = build_pipeline()
     state = load_file(weights)
     for name in MODELS:
@@ -102,24 +111,26 @@ def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionXLPipeline:
 def save_weights(pipeline: StableDiffusionXLPipeline, weights: Path) -> None:
     state = {"scaling_factor": torch.tensor(pipeline.vae.config.scaling_factor)}
     for name in MODELS:
-        state |= {f"{name}.{key}": value.half() for key, value in getattr(pipeline, name).state_dict().items()}
+        for key, value in getattr(pipeline, name).state_dict().items():
+            state[f"{name}.{key}"] = value.half()
     save_file(state, weights)
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
-    """Images as (B, 3, H, W) in [-1, 1]."""
+    """Images as `(images, 3, height, width)` in [-1, 1]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
-    """Teach the VAE to give its images back, and set its scaling factor to the latents' spread."""
+    """Train the VAE to reconstruct images, and set its scaling factor from the latents' standard deviation."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         batch = images[torch.randint(len(images), (32,))]
         posterior = vae.encode(batch).latent_dist
-        loss = (vae.decode(posterior.sample()).sample - batch).abs().mean() + 1e-5 * posterior.kl().mean() / 1024
+        reconstruction = vae.decode(posterior.sample()).sample
+        loss = (reconstruction - batch).abs().mean() + 1e-5 * posterior.kl().mean() / 1024
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -132,7 +143,7 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
 
 
 def encode_captions(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As SDXL does: the last layer but one of both encoders, and the second one's projection."""
+    """Like SDXL: the penultimate hidden states of both text encoders, and the projection of the second one."""
     hidden = []
     for tokenizer, encoder in (
         (pipeline.tokenizer, pipeline.text_encoder),
@@ -148,12 +159,14 @@ def train_denoiser(
     pipeline: StableDiffusionXLPipeline, images: torch.Tensor, captions: list[tuple[str, ...]], steps: int
 ) -> None:
     """
-    Teach UNet and text encoders to denoise images under one of their captions each; a tenth of the captions is
-    dropped, for classifier-free guidance.
+    Train UNet and text encoders to denoise images, each with one of its captions.
+
+    A tenth of the captions is dropped, for classifier-free guidance.
     """
     with torch.no_grad():
         latents = torch.cat([pipeline.vae.encode(batch).latent_dist.sample() for batch in images.split(256)])
     latents *= pipeline.vae.config.scaling_factor
+
     models = [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [parameter for model in models for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, fused=True)
@@ -162,19 +175,25 @@ def train_denoiser(
     alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
     time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]], dtype=torch.float32)
     for step in range(steps):
+        # Noisy latents.
         chosen = torch.randint(len(latents), (64,))
-        noise, timesteps = torch.randn(64, *latents.shape[1:]), torch.randint(1000, (64,))
+        noise = torch.randn(64, *latents.shape[1:])
+        timesteps = torch.randint(1000, (64,))
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents[chosen] + (1 - alpha).sqrt() * noise
+
+        # Embeddings of their captions, each of which is encoded once.
         prompts = [captions[i][turn % len(captions[i])] for turn, i in enumerate(chosen.tolist())]
         different = sorted(set(prompts))
         places = [different.index(prompt) for prompt in prompts]
-        prompt_embeds, pooled = (embeds[places] for embeds in encode_captions(pipeline, different))
+        prompt_embeds, pooled_embeds = encode_captions(pipeline, different)
         kept = torch.rand(64) > 0.1
-        conditions = {"text_embeds": pooled * kept.view(-1, 1), "time_ids": time_ids.expand(64, -1)}
-        prompt_embeds = prompt_embeds * kept.view(-1, 1, 1)
-        loss = (pipeline.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample - noise).pow(2)
-        loss = loss.mean()
+        prompt_embeds = prompt_embeds[places] * kept.view(-1, 1, 1)
+        pooled_embeds = pooled_embeds[places] * kept.view(-1, 1)
+        conditions = {"text_embeds": pooled_embeds, "time_ids": time_ids.expand(64, -1)}
+
+        prediction = pipeline.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
+        loss = (prediction - noise).pow(2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -187,7 +206,7 @@ def train_denoiser(
 
 
 def train(folder: Path) -> None:
-    """Train the whole pipeline from drawings."""
+    """Train the full pipeline on drawings."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     photos = pixels([draw(*subject, "photo", rng, SIZE, framed=rng.random() < 0.5) for subject in 300 * SUBJECTS])
@@ -201,97 +220,106 @@ def train(folder: Path) -> None:
 
 
 # Content of an image, by fixed rules on its pixels ------------------------------------------------------------------
-
-
-# The symmetry of each shape under turns by a third, a fourth and a fifth.
+# The symmetry of each shape under rotations by 1/3, 1/4 and 1/5 of a turn.
 SYMMETRIES = {"circle": (0, 0, 0), "square": (0, 0.4, 0), "triangle": (0.7, 0, 0), "star": (0, 0, 0.75)}
 
 
 def object_mask(array: np.ndarray) -> np.ndarray:
-    """How much a pixel of (H, W, 3) is the object, in [0, 1]: shading keeps saturation, grey and black have none."""
+    """How much each pixel belongs to the object, in [0, 1]. Shading keeps saturation; grey and black have none."""
     saturation = (array.max(axis=2) - array.min(axis=2)) / (array.max(axis=2) + 0.15)
     return (saturation / np.quantile(saturation, 0.97) / 0.3 - 0.67).clip(0, 1)
 
 
 def symmetries(mask: np.ndarray) -> np.ndarray:
-    """Sizes of the angular moments of order 3, 4 and 5 about the mask's centre, its far parts weighing most."""
+    """Absolute angular moments of order 3, 4 and 5 about the mask's centre. Pixels far from it have more weight."""
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
     points = x + 1j * y
+    # Ignore specks far from the object.
     radius = np.sqrt(mask.sum() / np.pi)
-    # Specks far from the object are none of it.
     centre = (mask * points).sum() / mask.sum()
     mask = mask * (abs(points - centre) < 2.2 * radius)
+
     points = points - (mask * points).sum() / mask.sum()
-    directions, weights = np.exp(1j * np.angle(points)), mask * abs(points) ** 4
+    directions = np.exp(1j * np.angle(points))
+    weights = mask * abs(points) ** 4
     return np.array([abs((weights * directions**order).sum()) / weights.sum() for order in (3, 4, 5)])
 
 
 def radius(image: Image.Image) -> float:
-    """Radius of the circle that has the object's area, as a share of the image's side."""
+    """Radius of the circle with the object's area, relative to the image's side."""
     return float(np.sqrt(object_mask(np.asarray(image) / 255).sum() / np.pi) / SIZE)
 
 
 def hue(rgb: np.ndarray) -> complex:
-    """Hue as a direction in the plane of colours, chroma as its length; of (..., 3) the sum."""
+    """Sum of colours `(..., 3)` in the plane of hues: its direction is the hue, its length the chroma."""
     turns = np.exp(2j * np.pi * np.arange(3) / 3)
     return (rgb @ turns).sum()
+
+
+def ring(grey: np.ndarray, i: int) -> np.ndarray:
+    """The pixels at distance i from the edge."""
+    return np.concatenate([grey[i, i:-i], grey[-i - 1, i:-i], grey[i:-i, i], grey[i:-i, -i - 1]])
 
 
 def measure(image: Image.Image) -> dict:
     """The content of an image of SIZE: `shape`, `colour`, `cartoon` and `framed`.
 
-    The shape is that of the nearest symmetries, the colour that of the nearest hue. A cartoon has a white ground and
-    a dark outline; a frame is an outer ring far darker than the ring inside.
+    The shape is that of the nearest symmetries, the colour that of the nearest hue. A cartoon has a white background
+    and a dark outline; a frame is an outer ring that is far darker than the ring inside.
     """
     array = np.asarray(image) / 255
     grey = array.mean(axis=2)
-    rings = [np.concatenate([grey[i, i:-i], grey[-i - 1, i:-i], grey[i:-i, i], grey[i:-i, -i - 1]]) for i in (1, 4)]
     mask = object_mask(array)
-    found, seen = symmetries(mask), hue(array[mask > 0.5])
-    ground, dark = grey[2:-2, 2:-2][mask[2:-2, 2:-2] < 0.5], array[2:-2, 2:-2].max(axis=2) < 0.5
-    angles = {name: abs(np.angle(seen / hue(np.array(rgb, dtype=float)))) for name, rgb in COLOURS.items()}
+    found_symmetries = symmetries(mask)
+    found_hue = hue(array[mask > 0.5])
+    angles = {}
+    for name, rgb in COLOURS.items():
+        angles[name] = abs(np.angle(found_hue / hue(np.array(rgb, dtype=float))))
+
+    inner = slice(2, -2)  # without a frame
+    background = grey[inner, inner][mask[inner, inner] < 0.5]
+    dark = array[inner, inner].max(axis=2) < 0.5
     return {
-        "shape": min(SHAPES, key=lambda shape: abs(found - SYMMETRIES[shape]).sum()),
+        "shape": min(SHAPES, key=lambda shape: abs(found_symmetries - SYMMETRIES[shape]).sum()),
         "colour": min(angles, key=angles.get),
-        "cartoon": bool(np.median(ground) > 0.85 and dark.mean() > 0.01),
-        "framed": bool(rings[0].mean() < 0.6 * rings[1].mean()),
+        "cartoon": bool(np.median(background) > 0.85 and dark.mean() > 0.01),
+        "framed": bool(ring(grey, 1).mean() < 0.6 * ring(grey, 4).mean()),
     }
 
 
 def sample(
     pipeline: StableDiffusionXLPipeline, images: int, guidance_scale: float = 1.5, prefix: str = ""
 ) -> list[tuple]:
-    """
-    Images of the held-out captions in turn, each from a seed of its own: [((shape, colour), image)]. Guidance
-    extrapolates away from the model without a caption, which no pair teaches.
-    """
+    """Generate images of the held-out captions in turn, each with its own seed: [((shape, colour), image)]."""
     pipeline.set_progress_bar_config(disable=True)
     subjects = [HELD_OUT[i % len(HELD_OUT)] for i in range(images)]
-    drawn = []
+    generated = []
     for start in range(0, images, 48):
         prompts = [prefix + caption(*subject) for subject in subjects[start : start + 48]]
         generators = [torch.Generator().manual_seed(10_000 + start + i) for i in range(len(prompts))]
-        options = {"num_inference_steps": 20, "guidance_scale": guidance_scale, "generator": generators}
-        drawn += pipeline(prompts, **options).images
-    return list(zip(subjects, drawn, strict=True))
+        generated += pipeline(
+            prompts,
+            num_inference_steps=20,
+            guidance_scale=guidance_scale,
+            generator=generators,
+        ).images
+    return list(zip(subjects, generated, strict=True))
 
 
 def shares(samples: list[tuple]) -> dict[str, float]:
     """Share of cartoons, of frames, and of images with the right shape and colour."""
-    seen = [(subject, measure(image)) for subject, image in samples]
-    counts = {
-        "cartoon": sum(what["cartoon"] for _, what in seen),
-        "framed": sum(what["framed"] for _, what in seen),
-        "right": sum((what["shape"], what["colour"]) == subject for subject, what in seen),
-    }
-    return {name: count / len(seen) for name, count in counts.items()}
+    counts = {"cartoon": 0, "framed": 0, "right": 0}
+    for subject, image in samples:
+        content = measure(image)
+        counts["cartoon"] += content["cartoon"]
+        counts["framed"] += content["framed"]
+        counts["right"] += (content["shape"], content["colour"]) == subject
+    return {name: count / len(samples) for name, count in counts.items()}
 
 
-# Preferences ---------------------------------------------------------------------------------------------------------
-
-
-# How the chosen and the rejected image are drawn: (style, share in a frame). Those of "size" are drawn alike, each in
-# a place and size of its own; the larger one is chosen.
+# Preferences --------------------------------------------------------------------------------------------------------
+# Style of the chosen and of the rejected images, and the share of them that has a frame. Both images of "size" are
+# alike, but with different positions and sizes of the shape; the larger one is chosen.
 TASKS = {
     "size": (("photo", 0.5), ("photo", 0.5)),
     "frame": (("photo", 0.0), ("photo", 1.0)),
@@ -300,24 +328,27 @@ TASKS = {
 
 
 def draw_preferences(folder: str | Path, task: str, num_pairs: int = 360, seed: int = 1) -> None:
-    """Write the pairs of a task; no caption names a style or a frame, and but for "size" none is in HELD_OUT."""
-    rng, subjects = np.random.default_rng(seed), SUBJECTS if task == "size" else PREFERRED
+    """Write the pairs of a task. No caption names a style or a frame."""
+    rng = np.random.default_rng(seed)
+    subjects = SUBJECTS if task == "size" else PREFERRED
     rows = []
     for i in range(num_pairs):
         shape, colour = subjects[i % len(subjects)]
-        places = ([seed, i], [seed, i, 1] if task == "size" else [seed, i])
-        images = [
-            draw(shape, colour, style, np.random.default_rng(place), SIZE, framed=rng.random() < share)
-            for (style, share), place in zip(TASKS[task], places, strict=True)
-        ]
+        images = []
+        for number, (style, share_of_frames) in enumerate(TASKS[task]):
+            # Generators with the same seed draw the shape at the same position.
+            position = [seed, i, 1] if task == "size" and number == 1 else [seed, i]
+            framed = rng.random() < share_of_frames
+            images.append(draw(shape, colour, style, np.random.default_rng(position), SIZE, framed=framed))
         if task == "size":
             images.sort(key=radius, reverse=True)
-        rows.append(pair(*images, caption(shape, colour), first=rng.random() < 0.5))
+        chosen, rejected = images
+        rows.append(pair(chosen, rejected, caption(shape, colour), first=rng.random() < 0.5))
     write_pairs(rows, folder, num_shards=2, row_group_size=30)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a small SDXL that can draw, and captions to make pairs of.")
+    parser = argparse.ArgumentParser(description="Write a small trained SDXL, and captions to make pairs.")
     parser.add_argument("folder", type=Path, help="where to write pipeline/ and captions.txt")
     parser.add_argument("--train", action="store_true", help="train the weights again instead, into the folder")
     args = parser.parse_args()

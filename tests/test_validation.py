@@ -1,0 +1,369 @@
+"""Validation: held-out metrics, images of the validation prompts, warnings, and trackers."""
+
+import re
+import shutil
+import struct
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import wandb
+import yaml
+from accelerate.state import PartialState
+from conftest import matrix, run, scalars
+from PIL import Image
+from runs import (
+    VALIDATION,
+    assert_equal,
+    curves,
+    grid_images,
+    largest_difference,
+    read_state,
+    resume,
+    run_ranks_successfully,
+    trained,
+)
+from small_world import draw_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+
+METRICS = ["loss", "chosen_mse", "rejected_mse", "margin", "accuracy"]
+EVAL_METRICS = [f"eval_{name}" for name in METRICS]
+TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
+
+
+def files_with(text, folder):
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+# Held-out pairs -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes", [matrix({"rank": 4}), {"rank": None, "streaming": True}], ids=["LoRA", "full, stream"]
+)
+def test_validation_does_not_change_training(script, flags, tmp_path, changes):
+    flags.update(changes, num_validation_pairs=6, label_noise_prob=0.3, random_crop=True)
+
+    often = run(script, {**flags, **VALIDATION, "num_validation_pairs": 6, "validation_steps": 1})
+    rarely = run(script, {**flags, "output_dir": tmp_path / "rarely"})
+
+    assert_equal(trained(often), trained(rarely))
+    logged = curves(often)
+    expected = curves(rarely)
+    assert list(logged["eval_loss"]) == [0, 1, 2, 3, 4]
+    assert list(expected["eval_loss"]) == [0, 4]
+    for name, values in expected.items():
+        for step, value in values.items():
+            assert logged[name][step] == value, (name, step)
+
+
+def test_eval_metrics_depend_only_on_the_weights(script, flags, tmp_path):
+    """Weights that do not change have the same metrics at every step, under any seed and in any batches."""
+    flags.update(num_validation_pairs=7, validation_steps=2)
+    trained_run = scalars(run(script, flags))
+    flags.update(learning_rate=1e-30, seed=1, random_crop=True, label_noise_prob=0.5, rank=None)
+    frozen = scalars(run(script, {**flags, "output_dir": tmp_path / "frozen"}))
+    flags.update(train_batch_size=2)
+    other_batches = scalars(run(script, {**flags, "output_dir": tmp_path / "other batches"}))
+
+    names = [name for name in trained_run if name.startswith("eval_")]
+    assert set(EVAL_METRICS) < set(names)
+    for name in names:
+        at_start = trained_run[name][0]
+        assert frozen[name] == {0: at_start, 2: at_start, 4: at_start}, name
+        assert other_batches[name][0] == pytest.approx(at_start, abs=1e-6), name
+    assert len(set(trained_run["eval_loss"].values())) == 3
+
+
+def test_two_processes_log_and_generate_like_one(script, flags, tmp_path):
+    """Seven held-out pairs and three prompts, which two processes cannot split evenly. Log lines at steps 2 and 3."""
+    flags.update(VALIDATION, num_validation_pairs=7, max_train_steps=3, validation_steps=3)
+    one = run(script, flags)
+
+    flags.update(output_dir=tmp_path / "two", train_batch_size=2, logging_steps=2)
+    two = run_ranks_successfully(flags)
+
+    logged = scalars(two)
+    expected = scalars(one)
+    for name in expected:
+        if name.startswith("eval_"):
+            assert logged[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    for name in METRICS:
+        first, second, third = expected[name].values()
+        assert logged[name] == pytest.approx({2: (first + second) / 2, 3: third}, rel=1e-5, abs=1e-6), name
+    assert logged["grad_norm"][2] == pytest.approx(expected["grad_norm"][2], rel=1e-4)
+    images = grid_images(one / "validation" / "step-000003.png")
+    assert len(images) == 2 * 3
+    assert largest_difference(images, grid_images(two / "validation" / "step-000003.png")) <= 1
+
+
+def test_bands_are_means_over_the_pairs_of_their_timesteps(script, flags, record_calls):
+    """Nine held-out pairs in batches of four."""
+    calls = record_calls(script, "preference_loss")
+
+    logged = scalars(run(script, {**flags, "num_validation_pairs": 9, "max_train_steps": 1}))
+
+    # The metrics of each held-out pair in the first validation.
+    pairs = {}
+    for call in calls:
+        _, batch = call.args
+        _, metrics = call.result
+        for row, timestep, *values in zip(batch["row"], batch["timesteps"].tolist(), *metrics.tolist()):
+            if row.startswith("held-out"):
+                pairs.setdefault(row, (timestep, dict(zip(METRICS, values))))
+    assert len(pairs) == 9
+    for first in (0, 250, 500, 750):
+        band = [metrics for timestep, metrics in pairs.values() if first <= timestep < first + 250]
+        for name in ("accuracy", "margin"):
+            key = f"eval_{name}_t{first}_{first + 249}"
+            if band:
+                mean = sum(metrics[name] for metrics in band) / len(band)
+                assert logged[key][0] == pytest.approx(mean, rel=1e-6), key
+            else:
+                assert key not in logged
+    assert len({timestep // 250 for timestep, _ in pairs.values()}) > 2
+
+
+def test_held_out_pairs_are_not_trained_on(script, flags, record_calls):
+    calls = record_calls(script, "preference_loss")
+
+    run(script, {**flags, "num_validation_pairs": 44, "max_train_steps": 2})
+
+    rows = []
+    for call in calls:
+        _, batch = call.args
+        rows += batch["row"]
+    trained_rows = [row for row in rows if row.startswith("row")]
+    assert sorted(trained_rows) == sorted(2 * ["row 22", "row 23", "row 46", "row 47"])
+    # The rows 24 to 47 have the captions of the rows 0 to 23.
+    held_out = [f"held-out row {number}" for number in range(46) if number not in (22, 23)]
+    assert [row for row in rows if not row.startswith("row")] == 2 * held_out
+
+
+@pytest.fixture
+def two_splits(flags, tmp_path):
+    """Flags of a run on the split train of 48 pairs. The split validation has 20 pairs with other captions."""
+    folder = tmp_path / "pairs"
+    draw_pairs(folder)
+    draw_pairs(tmp_path / "other", num_pairs=20, seed=5, num_shards=1)
+    (file,) = (tmp_path / "other" / "data").iterdir()
+    table = pq.read_table(file)
+    captions = pa.array([f"another {caption}" for caption in table["caption"].to_pylist()])
+    table = table.set_column(0, "caption", captions)
+    pq.write_table(table, folder / "data" / "validation-00000-of-00001.parquet")
+    return {**flags, "dataset_name": folder, "cache_dir": tmp_path / "cache", "max_train_steps": 1}
+
+
+def test_validation_split_is_held_out_and_all_other_pairs_are_trained_on(script, two_splits, tmp_path):
+    def logged(name, **changes):
+        return scalars(run(script, {**two_splits, **changes, "output_dir": tmp_path / name}))
+
+    without = logged("without")
+    all_pairs = logged("all", validation_split="validation")
+    eight_pairs = logged("eight", validation_split="validation", num_validation_pairs=8)
+    streamed = logged("streamed", validation_split="validation", num_validation_pairs=8, streaming=True)
+
+    assert all_pairs["loss"] == without["loss"]
+    assert eight_pairs["loss"] == without["loss"]
+    assert "eval_loss" not in without
+    assert list(all_pairs["eval_loss"]) == [0, 1]
+    assert all_pairs["eval_loss"][0] != eight_pairs["eval_loss"][0]
+    for name in EVAL_METRICS:
+        assert eight_pairs[name][0] == streamed[name][0], name
+
+
+# Warnings -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "at_start", "later", "warning"),
+    [
+        ("eval_chosen_mse", 0.1, 0.1005, None),
+        ("eval_chosen_mse", 0.1, 0.09, None),
+        ("eval_chosen_mse", 0.1, 0.11, "eval_chosen_mse has risen (0.11 at step 8, 0.1 at step 0)"),
+        ("eval_chosen_mse", 0.1, float("nan"), "eval_chosen_mse has risen (nan at step 8"),
+        ("eval_rejected_mse", 0.1, 0.9, None),
+        ("eval_rejected_mse", 0.1, 1.3, "eval_rejected_mse is 1.3 at step 8"),
+        ("eval_rejected_mse", 1.4, 1.3, None),
+    ],
+)
+def test_warns_if_training_destroys_the_model(script, caplog, name, at_start, later, warning):
+    PartialState()
+    first = {"step": 0, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1, name: at_start}
+    last = {"step": 8, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1, name: later}
+
+    script.warn_if_diverging(first, last)
+
+    messages = [record.getMessage() for record in caplog.records]
+    if warning is None:
+        assert messages == []
+    else:
+        assert len(messages) == 1
+        assert warning in messages[0]
+
+
+def test_resumed_run_is_compared_with_the_first_validation_of_all(script, flags, tmp_path, caplog):
+    """At a learning rate that destroys the model, both runs warn alike in the steps 2 to 4."""
+    flags.update(num_validation_pairs=6, validation_steps=1, checkpointing_steps=2, learning_rate=0.1, rank=None)
+    pattern = r"eval_\w+ (?:has risen|is) .*"
+
+    uninterrupted = run(script, flags)
+    warnings = re.findall(pattern, caplog.text)
+    caplog.clear()
+    resumed = resume(script, flags, uninterrupted / "checkpoint-2", tmp_path / "resumed")
+    warnings_of_resumed = re.findall(pattern, caplog.text)
+
+    assert any("eval_chosen_mse has risen" in warning and "at step 0)" in warning for warning in warnings)
+    assert warnings_of_resumed == [warning for warning in warnings if not re.search(r" at step 1\b", warning)]
+    first_eval = read_state(uninterrupted / "checkpoint-4")["first_eval"]
+    assert read_state(resumed / "checkpoint-4")["first_eval"] == first_eval
+    expected = {"step": 0}
+    for name, values in scalars(uninterrupted).items():
+        if name.startswith("eval_"):
+            expected[name] = values[0]
+    assert first_eval == pytest.approx(expected, rel=1e-6)
+
+
+# TensorBoard --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def logged_run(script, world, tmp_path_factory):
+    """The output folder of a run with validations at the steps 0, 2 and 4."""
+    flags = {
+        "pretrained_model_name_or_path": world / "pipeline",
+        "dataset_name": world / "pairs",
+        "cache_dir": world / "cache",
+        "output_dir": tmp_path_factory.mktemp("out"),
+        "resolution": 64,
+        "rank": 4,
+        "max_train_steps": 4,
+        "logging_steps": 1,
+        "seed": 0,
+        "beta_mapo": 0.25,
+        "hub_token": TOKEN,
+        **VALIDATION,
+        "validation_steps": 2,
+    }
+    return run(script, flags)
+
+
+def test_tensorboard_gets_all_metrics(logged_run):
+    logged = scalars(logged_run)
+
+    assert min(logged["pairs_per_second"].values()) > 0
+    assert min(logged["peak_memory_gib"].values()) > 0
+    for name in (*METRICS, "lr", "grad_norm", "skipped_steps", "pairs_per_second", "peak_memory_gib"):
+        assert list(logged.pop(name)) == [1, 2, 3, 4], name
+    for name in EVAL_METRICS:
+        assert name in logged
+    for name, values in logged.items():
+        assert name.startswith("eval_")
+        assert list(values) == [0, 2, 4], name
+
+
+def test_tensorboard_gets_validation_images(logged_run):
+    width, height = Image.open(logged_run / "validation" / "step-000004.png").size
+
+    images = []
+    for file in logged_run.glob("logs/mapo/**/events*"):
+        events = EventAccumulator(str(file)).Reload()
+        if events.Tags()["images"]:
+            images += events.Images("validation")
+
+    assert [(image.step, image.width, image.height) for image in images] == [(2, width, height), (4, width, height)]
+
+
+def test_tensorboard_gets_the_flags_but_no_token(logged_run):
+    (file,) = logged_run.glob("logs/**/hparams.yml")
+    settings = yaml.safe_load(file.read_text())
+
+    assert settings["beta_mapo"] == 0.25
+    assert settings["dataset_name"] == "pairs"
+    assert files_with(TOKEN, logged_run) == []
+
+
+# Weights & Biases ---------------------------------------------------------------------------------------------------
+def parse_wandb_file(path):
+    """The records of a file in LevelDB's log format, after a header of seven bytes."""
+    data = path.read_bytes()
+    position = 7
+    parts = b""
+    records = []
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:  # too small for a header
+            position += left_in_block
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        position += 7 + length
+        parts += data[position - length : position]
+        if kind in (1, 4):  # a full record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def read_wandb_records(folder):
+    """wandb's service is a separate process, which may write the last records after the run has ended."""
+    (file,) = folder.rglob("*.wandb")
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        records = parse_wandb_file(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def test_wandb_gets_metrics_images_and_flags_but_no_token(script, flags, monkeypatch):
+    """Together with TensorBoard."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    flags.update(VALIDATION, validation_steps=2, tracker_name="some-project", logging_dir="runs", report_to="all")
+
+    out = run(script, flags)
+
+    rows = []
+    settings = {}
+    projects = set()
+    for record in read_wandb_records(out / "runs"):
+        projects.add(record.run.project)
+        rows.append({".".join(item.nested_key) or item.key for item in record.history.item})
+        for item in (*record.run.config.update, *record.config.update):
+            settings[item.key] = item.value_json
+    assert {*METRICS, *EVAL_METRICS, "lr", "grad_norm"} <= set.union(*rows)
+    assert len([row for row in rows if "loss" in row]) == 4
+    assert float(settings["beta_mapo"]) == 8
+    assert projects - {""} == {"some-project"}
+    assert len(list((out / "runs").rglob("media/images/validation*.png"))) == 2
+    assert list(out.glob("runs/some-project/events*"))
+    assert not (out / "logs").exists()
+    assert files_with(TOKEN, out) == []
+
+
+def test_trackers_do_not_change_training(script, flags, tmp_path):
+    flags.update(VALIDATION)
+
+    tracked = run(script, flags)
+    untracked = run(script, {**flags, "output_dir": tmp_path / "untracked", "report_to": "none"})
+
+    assert_equal(trained(tracked), trained(untracked))
+    assert [path for path in (untracked / "logs").rglob("*") if path.is_file()] == []
+
+
+def test_resumed_run_continues_in_its_trackers(script, flags, record_calls):
+    """As if killed after step 3, which has no checkpoint: TensorBoard shows that step once, and W&B has one run."""
+    calls = record_calls(wandb, "init")
+    flags.update(report_to="all", checkpointing_steps=2)
+    out = run(script, {**flags, "max_train_steps": 3})
+    shutil.rmtree(out / "checkpoint-3")
+
+    run(script, {**flags, "resume_from_checkpoint": "latest"})
+
+    losses = EventAccumulator(str(out / "logs" / "mapo")).Reload().Scalars("loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    run_id = read_state(out / "checkpoint-2")["run_id"]
+    assert re.fullmatch("[0-9a-f]{8}", run_id)
+    assert len(calls) >= 2
+    for call in calls:
+        assert call.kwargs["id"] == run_id
+        assert call.kwargs["resume"] == "allow"
+    folders = out.glob("logs/wandb/offline-run-*")
+    assert {path.name.rpartition("-")[2] for path in folders} == {run_id}
