@@ -238,18 +238,22 @@ SIZE_ROWS = {
     "beta 8, rate 5e-4": "MaPO, beta 8, rate 5e-4",
     "v1": "MaPO, `mapo_v1`",
 }
-SHARE_ROWS = {
+SHARE_TABLES = {
     "frame": "no frames",
     "cartoon": "cartoons",
-    "cartoon, LoRA": "cartoons, LoRA",
 }
-SHARE_COLUMNS = {
+SHARE_ROWS = {
+    "base": "base",
     "SFT": "SFT",
-    "beta 128": "beta 128",
-    "beta 64": "beta 64",
-    "beta 32": "beta 32",
-    "beta 8": "beta 8",
-    "v1": "`mapo_v1`",
+    "beta 1024": "MaPO, beta 1024",
+    "beta 128": "MaPO, beta 128",
+    "beta 64": "MaPO, beta 64",
+    "beta 32": "MaPO, beta 32",
+    "beta 8": "MaPO, beta 8",
+    "v1": "MaPO, `mapo_v1`",
+    "LoRA, SFT": "SFT, LoRA",
+    "LoRA, beta 64": "MaPO, beta 64, LoRA",
+    "LoRA, beta 8": "MaPO, beta 8, LoRA",
 }
 PROOF_PICTURE = {
     "size, base": "larger shapes:\nbase model",
@@ -323,20 +327,17 @@ def print_size_table(runs):
         print(f"| {title} | {' | '.join(cells)} |")
 
 
-def print_share_table(runs):
-    """Images as the chosen ones are, in %, at each guidance scale."""
-    print(f"| chosen | base | {' | '.join(SHARE_COLUMNS.values())} |")
-    print("|---|---|" + "---|" * len(SHARE_COLUMNS))
-    for prefix, title in SHARE_ROWS.items():
-        task = prefix.split(",")[0]
+def print_share_table(runs, task):
+    """Images as the chosen ones are, in %."""
+    print(f"| {SHARE_TABLES[task]} | {' | '.join(KEYS)} |")
+    print("|---|" + "---|" * len(KEYS))
+    for name, title in SHARE_ROWS.items():
+        if f"{task}, {name}" not in runs:
+            continue
         cells = []
-        for name in [f"{task}, base", *(f"{prefix}, {column}" for column in SHARE_COLUMNS)]:
-            shares = []
-            if name in runs:
-                for key in KEYS:
-                    means = [statistics.mean(line[key]) for line in runs[name].values()]
-                    shares.append(f"{100 * statistics.mean(means):.0f}")
-            cells.append(" / ".join(shares))
+        for key in KEYS:
+            means = [100 * statistics.mean(line[key]) for line in runs[f"{task}, {name}"].values()]
+            cells.append(spread(means, 0))
         print(f"| {title} | {' | '.join(cells)} |")
 
 
@@ -371,8 +372,9 @@ def show(folder, lines):
     runs = by_name(lines)
 
     print_size_table(runs)
-    print()
-    print_share_table(runs)
+    for task in SHARE_TABLES:
+        print()
+        print_share_table(runs, task)
     for key in KEYS:
         print(f"\n{key}\n")
         print_all_runs(runs, key)
