@@ -36,7 +36,7 @@ def draw(pipeline):
 
 @pytest.mark.parametrize("choice", COUNTS)
 def test_choices_are_those_layers_of_sdxl(script, choice):
-    from benchmarks.memory import SDXL_UNET
+    from benchmarks.estimate import SDXL_UNET
 
     with torch.device("meta"):
         names = [name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()]
@@ -93,7 +93,7 @@ def comfyui_table():
 
 def test_comfyui_finds_every_layer_of_a_kohya_file(script, tmp_path):
     """The names of SDXL at its real size, of modules that hold no weights."""
-    from benchmarks.memory import SDXL_UNET
+    from benchmarks.estimate import SDXL_UNET
 
     with torch.device("meta"):
         unet = adapted([name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()], ALL)
