@@ -69,7 +69,7 @@ CASES = [
 ]
 TOY_CASES = [(LORA, CACHED, 1, ""), (FULL, BARE, 1, "")]
 
-# TFLOP of a cached pair with checkpointing, from results/estimate.md.
+# TFLOP of a cached pair with checkpointing: forward, backward, recomputed, by estimate.py.
 FULL_TFLOP = 13.52 + 26.94 + 10.42
 TFLOP = {LORA: 13.79 + 15.46 + 12.99, ROUNDED: FULL_TFLOP, FULL: FULL_TFLOP}
 
