@@ -57,7 +57,7 @@ def generate(pipeline):
 @pytest.fixture(scope="module")
 def sdxl_layers():
     """Names of the modules of SDXL's UNet at its real size, without weights."""
-    from benchmarks.memory import SDXL_UNET
+    from benchmarks.estimate import SDXL_UNET
 
     with torch.device("meta"):
         return [name for name, _ in UNet2DConditionModel(**SDXL_UNET).named_modules()]

@@ -1,16 +1,16 @@
 """
-What a training step costs the host, measured without a GPU.
-
-A GPU waits if the CPU cannot launch its kernels fast enough. On SDXL's topology at tiny width there is hardly anything
-to compute, so that the CPU time of a step on one thread is what launching costs. Each case runs in a process of its
-own: the script's step, and a bare loop (noise, UNet, loss and optimizer, on ready latents and embeddings). "generate"
-is a denoising step with guidance, in the pipeline and as a call of the UNet.
-
-Operators are counted in bfloat16, as on a GPU; compiled code hides its operators from the counter. Times are taken in
-float32, because a CPU without bfloat16 units would spend them on emulating it.
+Measure the CPU time of a training step, without a GPU.
 
     python tests/benchmarks/host.py                     # all cases, in less than five minutes
     python tests/benchmarks/host.py --cases lora        # those whose name contains a word
+
+A GPU waits if the CPU cannot launch its kernels fast enough. SDXL's blocks and layers at tiny width have hardly
+anything to compute, so the CPU time of a step on one thread is what launching costs. Each case runs in a process of
+its own: the script's step, and a bare loop (noise, UNet, loss and optimizer, on ready latents and embeddings).
+"generate" is a denoising step with guidance, by the pipeline and as a call of the UNet.
+
+Operators are counted in bfloat16, as on a GPU; compiled code hides its operators from the counter. Times are taken in
+float32, because a CPU without bfloat16 units would spend them on emulating it.
 """
 
 import argparse
@@ -27,13 +27,18 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 os.environ.update(
-    {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 )
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
-from memory import SDXL_UNET  # noqa: E402
+from estimate import SDXL_UNET  # noqa: E402
 from small_world import build_pipeline, draw_pairs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -79,6 +84,7 @@ def build_world(folder):
 
 def set_up(folder, flags, mixed_precision):
     """The script's Run and batches of one pair, as its `main` makes them."""
+    # Forget the accelerator of an earlier call.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     flags = {
@@ -113,6 +119,7 @@ def script_step(run, batches):
 
 def bare_step(folder, run, batch):
     """The least that a step needs, on a UNet that `build_model` has prepared in the same way."""
+    # The model and its optimizer.
     args = run.args
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
     pipeline.unet.requires_grad_(False)
@@ -122,6 +129,7 @@ def bare_step(folder, run, batch):
     unet = script.build_model(args, pipeline, {"unet": pipeline.unet}).train()
     optimizer = torch.optim.AdamW(script.trainable(unet), lr=1e-6, fused=True)
 
+    # The batch, encoded once.
     latents = script.sample_latents(pipeline.vae, batch, vae_batch_size=1)
     text, added_cond_kwargs = script.encode_captions(pipeline, batch, dtype, train_text_encoder=False)
     noise = batch["noise"].repeat(2, 1, 1, 1)
@@ -162,6 +170,8 @@ def build_generation(folder, compiled):
     pipeline.set_progress_bar_config(disable=True)
     if compiled:
         pipeline.unet.compile_repeated_blocks(dynamic=False)
+
+    # Record what the pipeline passes to the UNet.
     calls = []
     hook = pipeline.unet.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -176,7 +186,12 @@ def build_generation(folder, compiled):
     generate()
     hook.remove()
     args, kwargs = calls[0]
-    return {"script": generate, "bare": torch.no_grad()(lambda: pipeline.unet(*args, **kwargs))}
+
+    @torch.no_grad()
+    def call_unet():
+        return pipeline.unet(*args, **kwargs)
+
+    return {"script": generate, "bare": call_unet}
 
 
 def count_operators(steps):
@@ -234,7 +249,7 @@ def print_table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # of a process that measures one case
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
