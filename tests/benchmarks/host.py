@@ -131,14 +131,14 @@ def bare_step(folder, run, batch):
 
     # The batch, encoded once.
     latents = script.sample_latents(pipeline.vae, batch, vae_batch_size=1)
-    text, added_cond_kwargs = script.encode_captions(pipeline, batch, dtype, train_text_encoder=False)
+    conditions = script.encode_captions(pipeline, batch, dtype, train_text_encoder=False)
     noise = batch["noise"].repeat(2, 1, 1, 1)
     timesteps = batch["timesteps"].repeat(2)
 
     def step():
         noisy_latents = run.noise_scheduler.add_noise(latents, noise, timesteps)
         with script.autocast(args, run.accelerator):
-            prediction = unet(noisy_latents, timesteps, text, added_cond_kwargs=added_cond_kwargs).sample
+            prediction = unet(noisy_latents, timesteps, **conditions).sample
         torch.nn.functional.mse_loss(prediction.float(), noise).backward()
         optimizer.step()
         optimizer.zero_grad()
