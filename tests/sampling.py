@@ -3,6 +3,7 @@
 The fixtures that these tests share are in `sampling_fixtures.py`.
 """
 
+import hashlib
 import io
 import json
 
@@ -34,6 +35,7 @@ CAPTIONS = [
     "a yellow circle",
 ]
 STYLE_PREFIX = "a cartoon of"
+TOKEN = "hf_ThisIsNotARealTokenButItMustStaySecret"
 
 SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2", "imagereward", "hps_no_antialias"]
 # float32 computes a cosine to 1e-7; some scores are a hundred times a cosine.
@@ -116,6 +118,15 @@ def usage_error_of(script, words, capsys):
 
     assert error.value.code == 2
     return capsys.readouterr().err
+
+
+def digests_of(folder):
+    """{path: digest of the content} of all files below a folder."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 # Images --------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from sampling import (
     PROMPTS,
     SCORERS,
     TOLERANCE,
+    digests_of,
     double,
     edit_config,
     edit_weights,
@@ -476,16 +477,12 @@ def test_two_processes_write_the_same_files(evaluation, inputs, scorers, tmp_pat
     statuses, outputs = run_ranks([EVALUATION, *command_line(flags)])
 
     assert statuses == [0, 0], outputs
-    files = files_of(tmp_path / "one")
-    files_of_two = files_of(tmp_path / "two")
+    files = digests_of(tmp_path / "one")
+    files_of_two = digests_of(tmp_path / "two")
     assert files.keys() == files_of_two.keys()
     assert [name for name in files if files[name] != files_of_two[name]] == []
     # Images and settings of two models, scores.jsonl, results.md, results.json, a grid, and the scores.
     assert len(files) == 12 + 2 + 4 + len(SCORERS)
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_error_of_one_process_is_one_sentence(inputs, scoring_flags, tmp_path):

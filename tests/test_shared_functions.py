@@ -11,10 +11,7 @@ import shutil
 import struct
 from importlib.metadata import metadata
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import (
@@ -229,19 +226,6 @@ def test_prompts_are_read_from_files(evaluation, tmp_path, name, text):
     rows = list(evaluation.stream_prompts(str(file), "train", {"--prompt_column": "prompt"}))
 
     assert rows == [{"--prompt_column": "a red circle"}, {"--prompt_column": "a blue square"}]
-
-
-def test_prompts_are_read_without_the_images_beside_them(evaluation, tmp_path):
-    """Decoding one of these images would fail."""
-    features = datasets.Features({"caption": datasets.Value("string"), "photo": datasets.Image()})
-    broken = {"bytes": b"not an image", "path": None}
-    table = pa.table({"caption": ["a red circle"], "photo": [broken]}, schema=features.arrow_schema)
-    (tmp_path / "data").mkdir()
-    pq.write_table(table, tmp_path / "data" / "dev-00000-of-00001.parquet")
-
-    rows = list(evaluation.stream_prompts(str(tmp_path), "dev", {"--prompt_column": "caption"}))
-
-    assert rows == [{"--prompt_column": "a red circle"}]
 
 
 # Models --------------------------------------------------------------------------------------------------------------
