@@ -1,0 +1,493 @@
+"""What the evaluation is given: prompts, flags, images and candidates, and how it rejects what cannot work."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sampling import (
+    LORA_FILE,
+    PROMPTS,
+    edit_weights,
+    error_of,
+    parse,
+    records_of,
+    remove_vocabulary,
+    remove_weight,
+    results_of,
+    set_to_nan,
+    usage_error_of,
+    weights_file,
+)
+from small_loras import save_refused
+from small_world import build_pipeline
+
+
+pytest_plugins = "sampling_fixtures"
+
+
+def texts_of(rows):
+    return [row.text for row in rows]
+
+
+def generated_images(folder):
+    return list(folder.rglob("*.png"))
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(evaluation, *words):
+    return evaluation.read_prompts(evaluation.parse_args(["--images", "a=b", *map(str, words)]))
+
+
+def test_prompts_are_a_column_of_a_table(evaluation, tmp_path):
+    pq.write_table(pa.table({"caption": PROMPTS, "number": [1, 2, 3]}), tmp_path / "x.parquet")
+
+    rows = read_prompts(evaluation, "--prompts", tmp_path / "x.parquet", "--prompt_column", "caption")
+
+    assert texts_of(rows) == PROMPTS
+    assert [row.scored for row in rows] == PROMPTS
+
+
+def test_prompts_of_a_text_file_may_end_with_blank_lines(evaluation, tmp_path):
+    (tmp_path / "x.txt").write_text("\n".join(PROMPTS) + "\n\n\n")
+
+    rows = read_prompts(evaluation, "--prompts", tmp_path / "x.txt")
+
+    assert texts_of(rows) == PROMPTS
+
+
+def test_max_prompts_takes_the_first_prompts(evaluation, inputs):
+    rows = read_prompts(evaluation, "--prompts", inputs / "prompts.txt", "--max_prompts", 2)
+
+    assert texts_of(rows) == PROMPTS[:2]
+
+
+@pytest.mark.parametrize(
+    ("words", "source", "column", "split", "category"),
+    [
+        (["pickapic_v2"], "yuvalkirstain/pickapic_v2_no_images", "caption", "test_unique", None),
+        (["partiprompts"], "nateraw/parti-prompts", "Prompt", "train", "Animals"),
+        (["me/mine", "--prompt_column", "text", "--prompt_split", "dev"], "me/mine", "text", "dev", None),
+    ],
+)
+def test_prompt_sets_of_the_hub(evaluation, monkeypatch, words, source, column, split, category):
+    rows_of_split = {split: [{column: prompt, "Category": "Animals"} for prompt in PROMPTS]}
+    builder = SimpleNamespace(config=None, as_streaming_dataset=lambda split: rows_of_split[split])
+    builders = {source: builder}
+    monkeypatch.setattr(evaluation.datasets, "load_dataset_builder", lambda path: builders[path])
+
+    rows = read_prompts(evaluation, "--prompts", *words)
+
+    assert texts_of(rows) == PROMPTS
+    assert {row.category for row in rows} == {category}
+
+
+def test_hpdv2_is_read_from_the_hub(evaluation):
+    assert evaluation.HPDV2["concept-art"] == "hf://datasets/zhwang/HPDv2/benchmark/concept-art.json"
+
+
+def test_styles_of_hpdv2_are_categories(evaluation, inputs, scoring_flags, tmp_path, monkeypatch):
+    """Existing images may be named as the hpsv2 package names them."""
+    files = {style: str(tmp_path / f"{style}.json") for style in ("photo", "anime")}
+    monkeypatch.setattr(evaluation, "HPDV2", files)
+    for style, file in files.items():
+        with open(file, "w") as stream:
+            json.dump([f"{style} 0", f"{style} 1"], stream)
+        for colour in ("red", "blue"):
+            folder = tmp_path / colour / style
+            folder.mkdir(parents=True)
+            for i in range(2):
+                image = Image.open(inputs / colour / f"{i:05d}_0.png")
+                image.rotate(90 if style == "anime" else 0).save(folder / f"{i:05d}.jpg")
+    images = [f"red={tmp_path / 'red'}", f"blue={tmp_path / 'blue'}"]
+
+    output_dir = run(evaluation, {**scoring_flags, "prompts": "hpdv2", "images": images})
+
+    records = records_of(output_dir)
+    assert [record["prompt"] for record in records[:4]] == ["photo 0", "photo 1", "anime 0", "anime 1"]
+    assert [record["category"] for record in records[:4]] == ["photo", "photo", "anime", "anime"]
+    assert records[3]["file"] == str(tmp_path / "red" / "anime" / "00001.jpg")
+
+    mean = np.mean([record["clip"] for record in records[6:]])
+    row = {"category": "anime", "model": "blue", "clip": pytest.approx(mean)}
+    assert row in results_of(output_dir)["categories"]
+    assert f"| anime | blue | {mean:.3f} |" in (output_dir / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.txt", "a\n \nb\n", "row 2 is empty or not text"),
+        ("x.txt", "", "contains no prompts"),
+        ("x.csv", "text,n\na,1\n", "--prompt_column: there is no column 'prompt' (columns: text, n)"),
+        ("x.jsonl", '{"prompt": 3}\n', "row 1 is empty or not text"),
+        ("missing.txt", None, "cannot be loaded"),
+    ],
+)
+def test_rejects_wrong_prompts(evaluation, scoring_flags, tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+
+    sentence = error_of(evaluation, {**scoring_flags, "prompts": tmp_path / name})
+
+    assert message in sentence
+
+
+def test_rejects_prompts_without_a_category(evaluation, scoring_flags, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "kind": null}\n')
+
+    sentence = error_of(evaluation, {**scoring_flags, "prompts": file, "category_column": "kind"})
+
+    assert sentence.endswith("--category_column: the row of 'a' has no category")
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --pretrained_model_name_or_path to generate images, or --images"),
+        (["--images", "i=j", "--candidates", "a=b"], "--candidates requires --pretrained_model_name_or_path"),
+        (["--images", "a"], "'a' is not NAME=PATH"),
+        (["--images", "a=b", "a=c"], "need different names, not a, a"),
+        (["--pretrained_model_name_or_path", "m", "--images", "base=b"], "need different names, not base, base"),
+        (["--images", "a=b", "--resolution", "100"], "--resolution must be a multiple of 8"),
+        (["--images", "a=b", "--scorers", "dinov2"], "--scorers dinov2 requires --reference_images"),
+        (["--images", "a=b", "--scheduler", "EDMEulerScheduler"], "--scheduler: invalid choice: 'EDMEulerScheduler'"),
+        (["--images", "a=b", "--batch_size", "0"], "argument --batch_size: 0 is not a positive whole number"),
+        (["--images", "a=b", "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
+        (["--images", "a=b", "--reference_images", "x/{category}"], "{category} in a path requires --category_column"),
+        (
+            ["--images", "a=b", "--prompts", "hpdv2", "--category_column", "c"],
+            "cannot be combined with --prompts hpdv2",
+        ),
+    ],
+)
+def test_rejects_wrong_arguments(evaluation, capsys, words, message):
+    printed = usage_error_of(evaluation, ["--prompts", "p.txt", *words], capsys)
+
+    assert message in printed
+
+
+@pytest.mark.parametrize(("scorer", "package"), [("siglip", "sentencepiece"), ("hps", "ftfy")])
+def test_scorers_name_missing_packages(evaluation, capsys, monkeypatch, scorer, package):
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda package: None)
+
+    printed = usage_error_of(evaluation, ["--prompts", "p.txt", "--images", "a=b", "--scorers", scorer], capsys)
+
+    assert f"--scorers {scorer} needs a package: pip install {package}" in printed
+
+
+def test_repeated_scorers_are_used_once(evaluation):
+    args = evaluation.parse_args(["--prompts", "p.txt", "--images", "a=b", "--scorers", "clip", "hps", "clip"])
+
+    assert args.scorers == ["clip", "hps"]
+
+
+def test_stable_diffusion_supports_every_scheduler(evaluation):
+    supported = {scheduler.name.removesuffix("Scheduler") for scheduler in KarrasDiffusionSchedulers}
+
+    assert set(evaluation.SCHEDULERS) <= supported
+
+
+# Missing files, before any image is generated ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["clip_model", "hps_model", "hps_weights", "aesthetic_weights"])
+def test_rejects_missing_scorers(evaluation, generation_flags, tmp_path, flag):
+    flags = {**generation_flags, "scorers": ["clip", "hps", "aesthetic"], flag: tmp_path / "missing"}
+
+    sentence = error_of(evaluation, flags)
+
+    assert sentence.startswith(f"--{flag} {tmp_path}")
+    assert not (flags["output_dir"] / "images").exists()
+
+
+def test_rejects_a_scorer_without_weights(evaluation, generation_flags, tmp_path):
+    model = shutil.copytree(generation_flags["clip_model"], tmp_path / "clip")
+    weights_file(model).unlink()
+
+    sentence = error_of(evaluation, {**generation_flags, "clip_model": model})
+
+    assert sentence == f"--clip_model {model}: there is no model.safetensors in this folder or hub repository."
+
+
+def test_rejects_an_unwritable_output_dir(evaluation, generation_flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    output_dir = tmp_path / "file" / "out"
+
+    sentence = error_of(evaluation, {**generation_flags, "output_dir": output_dir})
+
+    assert sentence.startswith(f"--output_dir {output_dir} cannot be written: ")
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
+def test_rejects_missing_models(evaluation, generation_flags, tmp_path, flag):
+    sentence = error_of(evaluation, {**generation_flags, flag: tmp_path / "missing"})
+
+    assert sentence.startswith(f"--{flag} {tmp_path / 'missing'} is not a folder")
+
+
+def test_rejects_missing_reference_images(evaluation, scoring_flags, tmp_path):
+    flags = {**scoring_flags, "scorers": ["dinov2"], "reference_images": tmp_path / "missing"}
+
+    sentence = error_of(evaluation, flags)
+
+    assert sentence.startswith(f"--reference_images {tmp_path / 'missing'} is not a folder")
+
+
+@pytest.fixture
+def red(inputs, tmp_path):
+    """A folder of images that a test may damage."""
+    return shutil.copytree(inputs / "red", tmp_path / "red")
+
+
+def test_rejects_unreadable_images(evaluation, scoring_flags, red):
+    (red / "00001_0.png").write_bytes(b"not an image")
+
+    sentence = error_of(evaluation, {**scoring_flags, "images": [f"red={red}"]})
+
+    assert sentence.startswith(f"Image {red / '00001_0.png'} cannot be read, fix or delete it: ")
+
+
+def test_rejects_missing_images(evaluation, scoring_flags, red):
+    (red / "00001_0.png").unlink()
+
+    sentence = error_of(evaluation, {**scoring_flags, "images": [f"red={red}"]})
+
+    assert sentence == f"--images red={red} lacks 1 of 3 images, e.g. {red / '00001_0.png'}"
+
+
+def test_images_may_have_other_formats(evaluation, scoring_flags, red):
+    (red / "00001_0.png").unlink()
+    Image.open(red / "00000_0.png").save(red / "00001_0.jpg")
+
+    output_dir = run(evaluation, {**scoring_flags, "images": [f"red={red}"]})
+
+    assert records_of(output_dir)[1]["file"] == str(red / "00001_0.jpg")
+
+
+# Models that cannot work, before any image is generated --------------------------------------------------------------
+
+
+def test_rejects_a_scheduler_that_cannot_sample(evaluation, generation_flags, tmp_path):
+    flags = {**generation_flags, "scheduler": "DDIMScheduler", "num_inference_steps": 1001}
+
+    sentence = error_of(evaluation, flags)
+
+    assert sentence.startswith("--num_inference_steps 1001 with DDIMScheduler does not work: ")
+    assert not generated_images(tmp_path)
+
+
+def test_rejects_schedulers_with_betas_for_a_base_model_without(evaluation, inputs, generation_flags, tmp_path):
+    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
+    EDMEulerScheduler().save_pretrained(base / "scheduler")
+    flags = {**generation_flags, "pretrained_model_name_or_path": base, "scheduler": "DDIMScheduler"}
+
+    sentence = error_of(evaluation, flags)
+
+    assert sentence == f"--scheduler DDIMScheduler cannot be used with {base}: its scheduler has no beta schedule."
+    assert not generated_images(tmp_path)
+
+
+def test_rejects_a_base_model_without_a_vocabulary(evaluation, inputs, generation_flags, tmp_path):
+    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
+    remove_vocabulary(base / "tokenizer")
+
+    sentence = error_of(evaluation, {**generation_flags, "pretrained_model_name_or_path": base})
+
+    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded: its tokenizer has ")
+    assert not generated_images(tmp_path)
+
+
+def test_rejects_a_base_model_that_lacks_weights(evaluation, inputs, generation_flags, tmp_path):
+    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
+    weight = remove_weight(base / "unet")
+
+    sentence = error_of(evaluation, {**generation_flags, "pretrained_model_name_or_path": base})
+
+    assert sentence == f"--pretrained_model_name_or_path {base} cannot be loaded: unet lacks 1 weights, e.g. {weight}"
+    assert not generated_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "folder"), [("pretrained_model_name_or_path", "vae"), ("candidates", "unet")], ids=["VAE", "UNet"]
+)
+def test_rejects_images_of_nan(evaluation, inputs, generation_flags, tmp_path, flag, folder):
+    """Saved as PNG, they would be black."""
+    model = shutil.copytree(inputs / "pipeline", tmp_path / "model")
+    set_to_nan(model / folder, "conv_out.bias")
+    flags = {**generation_flags, "images_per_prompt": 1}
+    if flag == "candidates":
+        source = f"x={model}"
+        flags["candidates"] = [source]
+    else:
+        source = model
+        flags[flag] = source
+
+    sentence = error_of(evaluation, flags)
+
+    assert sentence.startswith(f"--{flag} {source}: image generation failed: the model produced NaN in ")
+    assert not generated_images(tmp_path / "out" / "images" / "x")
+    assert bool(generated_images(tmp_path / "out" / "images" / "base")) == (flag == "candidates")
+
+
+# Candidates ----------------------------------------------------------------------------------------------------------
+
+
+def error_of_candidate(evaluation, flags, source):
+    """The error for a candidate that is rejected before any image is generated, without its beginning."""
+    sentence = error_of(evaluation, {**flags, "candidates": [f"x={source}"]})
+
+    assert sentence.startswith(f"--candidates x={source}")
+    assert not generated_images(flags["output_dir"])
+    return sentence.removeprefix(f"--candidates x={source}")
+
+
+def test_rejects_a_candidate_without_weights(evaluation, generation_flags, tmp_path):
+    message = error_of_candidate(evaluation, generation_flags, tmp_path)
+
+    assert message.startswith(" is not a folder or a reachable hub id with ")
+
+
+@pytest.mark.parametrize("source", ["{missing}+{lora}", "{lora}+{missing}"], ids=["UNet", "LoRA"])
+def test_rejects_a_pair_of_unet_and_lora_that_lacks_one(evaluation, inputs, generation_flags, tmp_path, source):
+    source = source.format(lora=inputs / "lora", missing=tmp_path)
+
+    message = error_of_candidate(evaluation, generation_flags, source)
+
+    assert message.startswith(": ")
+    assert " is not a folder or a reachable hub id" in message
+
+
+@pytest.mark.parametrize("folder", ["lora", "unet", "other"])
+def test_rejects_a_candidate_with_a_broken_file(evaluation, inputs, generation_flags, tmp_path, folder):
+    model = shutil.copytree(inputs / folder, tmp_path / "model")
+    for file in model.rglob("*.safetensors"):
+        file.write_bytes(b"not weights")
+
+    message = error_of_candidate(evaluation, generation_flags, model)
+
+    assert message.startswith(" cannot be loaded: ")
+
+
+def test_rejects_a_unet_of_another_text_width(evaluation, inputs, generation_flags, tmp_path):
+    config = UNet2DConditionModel.load_config(inputs / "unet")
+    UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(tmp_path / "wide")
+
+    message = error_of_candidate(evaluation, generation_flags, tmp_path / "wide")
+
+    assert message == " cannot be loaded: its cross_attention_dim is 768, not 96 as in the base model"
+
+
+def test_rejects_a_unet_that_lacks_weights(evaluation, inputs, generation_flags, tmp_path):
+    unet = shutil.copytree(inputs / "unet", tmp_path / "unet")
+    weight = remove_weight(unet)
+
+    message = error_of_candidate(evaluation, generation_flags, unet)
+
+    assert message.startswith(" cannot be loaded: ")
+    assert weight in message
+
+
+def test_rejects_a_pipeline_of_another_prediction_type(evaluation, generation_flags, tmp_path):
+    """All models are sampled with one scheduler, which would misread the predictions of this one."""
+    build_pipeline(tmp_path / "other", prediction_type="v_prediction")
+
+    message = error_of_candidate(evaluation, generation_flags, tmp_path / "other")
+
+    reason = "its scheduler's prediction_type is v_prediction, not epsilon as in the base model"
+    assert message == f" cannot be loaded: {reason}"
+
+
+@pytest.mark.parametrize("kind", ["half a layer", "another text width"])
+def test_rejects_a_lora_that_does_not_fit(evaluation, inputs, generation_flags, tmp_path, kind):
+    """All kinds are in test_shared_functions.py."""
+    file = tmp_path / "x.safetensors"
+    save_refused(kind, StableDiffusionXLPipeline.from_pretrained(inputs / "pipeline"), file)
+
+    message = error_of_candidate(evaluation, generation_flags, file)
+
+    assert message.startswith(" cannot be loaded: ")
+
+
+def rename_prefix(weights):
+    for name in list(weights):
+        weights[f"unet.nowhere.{name}"] = weights.pop(name)
+
+
+def rename_layers(weights):
+    for name in list(weights):
+        weights[name.replace("to_q", "to_x")] = weights.pop(name)
+
+
+def remove_half_a_layer(weights):
+    del weights[next(name for name in weights if "lora_A" in name)]
+
+
+@pytest.mark.parametrize("damage", [rename_prefix, rename_layers, remove_half_a_layer])
+def test_rejects_a_lora_that_diffusers_would_load_in_part(evaluation, inputs, generation_flags, tmp_path, damage):
+    lora = shutil.copytree(inputs / "lora", tmp_path / "lora")
+    edit_weights(lora / LORA_FILE, damage)
+
+    message = error_of_candidate(evaluation, generation_flags, lora)
+
+    assert message.startswith(" cannot be loaded: ")
+
+
+def test_rejects_a_candidate_that_is_the_base_model(evaluation, inputs, generation_flags, tmp_path):
+    weights = load_file(inputs / "lora" / LORA_FILE)
+    for name, weight in weights.items():
+        if "lora_B" in name:
+            weight.zero_()
+    save_file(weights, tmp_path / LORA_FILE)
+    flags = {**generation_flags, "max_prompts": 1, "images_per_prompt": 1, "candidates": [f"x={tmp_path}"]}
+
+    sentence = error_of(evaluation, flags)
+
+    reason = "all 1 images are identical to those of base, so there is nothing to compare."
+    assert sentence == f"--candidates x={tmp_path}: {reason}"
+
+
+def test_rejects_two_folders_with_the_same_images(evaluation, inputs, scoring_flags):
+    flags = {**scoring_flags, "images": [f"red={inputs / 'red'}", f"copy={inputs / 'red'}"]}
+
+    sentence = error_of(evaluation, flags)
+
+    assert "all 3 images are identical to those of red" in sentence
+
+
+def test_candidates_from_the_hub_are_recognized_by_their_files(
+    evaluation, inputs, generation_flags, tmp_path, monkeypatch
+):
+    """The version of a hub id is its commit."""
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(inputs / "trained", snapshot)
+
+    def hf_hub_download(repo, name):
+        if not (snapshot / name).exists():
+            raise LocalEntryNotFoundError(name)
+        return str(snapshot / name)
+
+    monkeypatch.setattr(evaluation, "hf_hub_download", hf_hub_download)
+    args = parse(evaluation, {**generation_flags, "candidates": ["x=me/mine"]})
+
+    base, candidate = evaluation.find_systems(args, [])
+
+    assert base.models[None].kind == "base"
+    assert candidate.models[None].kind == "unet"
+    assert candidate.models[None].source == "me/mine"
+    assert candidate.models[None].version == "c0ffee"

@@ -1,0 +1,226 @@
+"""Results of the evaluation: means, win rates, comparisons, and the files that contain them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from sampling import SCORERS, records_of, results_of
+
+
+pytest_plugins = "sampling_fixtures"
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_standard_error_over_prompts(evaluation):
+    # The prompts' means are 2, 4 and 9: mean 5, deviations -3, -1 and 4.
+    scores = np.array([[1.0, 3.0], [4.0, 4.0], [8.0, 10.0]])
+
+    mean, error = evaluation.mean_and_error(scores)
+
+    assert mean == 5
+    assert error == pytest.approx(math.sqrt((9 + 1 + 16) / 2) / math.sqrt(3))
+
+
+def test_one_prompt_has_no_standard_error(evaluation):
+    assert evaluation.mean_and_error(np.array([[1.0, 3.0]])) == (2, None)
+
+
+def test_comparison_counts_images_and_averages_prompts(evaluation):
+    base = np.zeros((4, 2))
+    candidate = np.array([[1, 1], [1, -1], [0, -1], [0, 1]])
+
+    row = evaluation.compare(candidate, base)
+
+    assert row["wins"] == 4
+    assert row["ties"] == 2
+    assert row["losses"] == 2
+    assert row["win_rate"] == 5 / 8
+    # The prompts' differences are 1, 0, -0.5 and 0.5.
+    assert row["difference"] == 0.25
+    assert row["difference_error"] == pytest.approx(math.sqrt(1.25 / 3) / 2)
+
+
+def test_interval_of_the_win_rate_is_wilsons(evaluation):
+    base = np.zeros((4, 2))
+    z = 1.959964
+
+    all_won = evaluation.win_rate(base + 1, base)
+    all_tied = evaluation.win_rate(base, base)
+
+    # n wins of n: from n / (n + z^2) to 1. Half of them: z / 2 / sqrt(n + z^2) to either side.
+    half_width = z / 2 / math.sqrt(4 + z**2)
+    assert all_won == pytest.approx((1, 4 / (4 + z**2), 1))
+    assert all_tied == pytest.approx((0.5, 0.5 - half_width, 0.5 + half_width))
+
+
+def test_interval_covers_the_win_rate_of_few_prompts(evaluation):
+    """Five prompts, each won with a probability of 97 %; a bootstrap would cover this in 15 of 100 cases."""
+    covered = 0
+    for num_won in range(6):
+        scores = np.zeros((5, 1))
+        scores[:num_won] = 1
+
+        _, low, high = evaluation.win_rate(scores, np.full((5, 1), 0.5))
+
+        probability = math.comb(5, num_won) * 0.97**num_won * 0.03 ** (5 - num_won)
+        if low <= 0.97 <= high:
+            covered += probability
+
+    assert covered == pytest.approx(0.859, abs=1e-3)
+
+
+@pytest.fixture
+def wins():
+    """400 wins and losses as scores of 1 and 0; a score of 0.5 is between them."""
+    return (np.random.default_rng(1).random((400, 1)) < 0.6) * 1.0
+
+
+def test_interval_of_many_prompts_is_the_normal_one(evaluation, wins):
+    rate, low, high = evaluation.win_rate(wins, np.full((400, 1), 0.5))
+
+    half_width = 1.96 * math.sqrt(rate * (1 - rate) / 400)
+    assert [low, high] == pytest.approx([rate - half_width, rate + half_width], abs=0.002)
+
+
+def test_images_of_a_prompt_that_agree_add_no_certainty(evaluation, wins):
+    expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
+
+    repeated = evaluation.win_rate(np.repeat(wins, 4, axis=1), np.full((400, 4), 0.5))
+
+    assert repeated == pytest.approx(expected)
+
+
+def test_independent_images_of_a_prompt_count_like_prompts(evaluation, wins):
+    expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
+
+    grouped = evaluation.win_rate(wins.reshape(100, 4), np.full((100, 4), 0.5))
+
+    assert grouped == pytest.approx(expected, abs=0.01)
+
+
+# Scores of the base model and of the candidates a and b, for three prompts with one image each.
+TABLES = {"clip": np.array([[[1.0], [2.0], [3.0]], [[2.0], [2.0], [9.0]], [[0.0], [4.0], [3.0]]])}
+
+
+def test_candidates_are_compared_with_each_other(evaluation):
+    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
+
+    (pair,) = summary["pairs"]
+    expected = {"model": "b", "against": "a", "wins": 1, "ties": 0, "losses": 2}
+    assert expected.items() <= pair.items()
+
+
+def test_categories_have_means_of_their_own(evaluation):
+    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
+
+    means = {(row["category"], row["model"]): row["clip"] for row in summary["categories"]}
+    assert means["dog", "a"] == 2
+    assert means["cat", "a"] == 9
+    assert means["mean of categories", "a"] == 5.5
+
+
+def test_prompts_without_categories_have_no_means_of_categories(evaluation):
+    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, [None, None, None])
+
+    assert summary["categories"] == []
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_have_one_record_per_image(scored):
+    records = records_of(scored)
+
+    assert [(record["model"], record["prompt_index"], record["image"]) for record in records] == [
+        ("red", 0, 0),
+        ("red", 1, 0),
+        ("red", 2, 0),
+        ("blue", 0, 0),
+        ("blue", 1, 0),
+        ("blue", 2, 0),
+    ]
+
+
+def test_results_have_one_row_per_scorer_and_model(scored):
+    expected = []
+    for scorer in SCORERS:
+        expected += [(scorer, "red"), (scorer, "blue")]
+
+    results = results_of(scored)
+
+    assert results.keys() == {"results", "pairs", "categories", "settings"}
+    assert [(row["scorer"], row["model"]) for row in results["results"]] == expected
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_results_summarize_the_scores(scored, scorer):
+    records = records_of(scored)
+    red = np.array([record[scorer] for record in records if record["model"] == "red"])
+    blue = np.array([record[scorer] for record in records if record["model"] == "blue"])
+
+    row_of_red, row_of_blue = [row for row in results_of(scored)["results"] if row["scorer"] == scorer]
+
+    assert row_of_red["mean"] == pytest.approx(red.mean())
+    assert row_of_blue["mean"] == pytest.approx(blue.mean())
+    difference = blue - red
+    assert row_of_blue["difference"] == pytest.approx(difference.mean())
+    assert row_of_blue["difference_error"] == pytest.approx(difference.std(ddof=1) / math.sqrt(3))
+    assert row_of_blue["wins"] == (difference > 0).sum()
+    assert row_of_blue["losses"] == (difference < 0).sum()
+    assert row_of_blue["win_rate"] == pytest.approx(np.mean(blue > red))
+    assert 0 <= row_of_blue["win_rate_low"] <= row_of_blue["win_rate"] <= row_of_blue["win_rate_high"] <= 1
+
+
+def test_settings_name_models_and_scorers(scored, inputs, scorers):
+    settings = results_of(scored)["settings"]
+
+    assert settings["models"]["blue"]["source"] == str(inputs / "blue")
+    assert settings["hps_weights"] == str(scorers["hps_weights"])
+    assert settings["scorer_versions"]["hps"].keys() == {"model", "weights"}
+    assert settings["num_distinct_prompts"] == 3
+
+
+def test_markdown_begins_with_a_table_of_models_and_scorers(scored, scorers):
+    means = [f"{row['mean']:.3f}" for row in results_of(scored)["results"] if row["model"] == "blue"]
+
+    text = (scored / "results.md").read_text()
+
+    header, _, red, blue = text.splitlines()[:4]
+    assert header == f"| model | {' | '.join(SCORERS)} |"
+    assert "%" not in red
+    assert blue == f"| blue | {' | '.join(means)} |"
+    assert f"- clip: {scorers['clip_model']}" in text
+
+
+def test_markdown_contains_the_settings(scored):
+    text = (scored / "results.md").read_text()
+
+    assert json.loads(text.split("```json")[1].strip("`\n")) == results_of(scored)["settings"]
+
+
+def test_grid_shows_largest_wins_and_largest_losses(evaluation, tmp_path):
+    names = "abcdefghijkl"
+    gains = [1, -1, 5, -5, 0, 7, 3, -3, -9, -2, 2, 9]
+    colours = {}
+    pairs = []
+    for i, (name, gain) in enumerate(zip(names, gains, strict=True)):
+        colours[name] = tuple(np.random.default_rng(i).integers(256, size=3).tolist())
+        records = []
+        for model, colour, score in (("base", colours[name], 20), ("new", colours[name][::-1], 20 + gain)):
+            file = tmp_path / f"{model}-{name}.png"
+            Image.new("RGB", (8, 8), colour).save(file)
+            records.append({"prompt": f"prompt {name}", "model": model, "file": str(file), "clip": score})
+        pairs.append(tuple(records))
+
+    grid = evaluation.draw_grid("clip", pairs)
+
+    # Four wins from the largest on, and four losses up to the largest. A tile is 384 x 384 below 40 pixels of text.
+    assert grid.size == (2 * 384, 8 * 424)
+    for row, name in enumerate("lfcgjhdi"):
+        middle = row * 424 + 40 + 192
+        assert grid.getpixel((192, middle)) == colours[name]
+        assert grid.getpixel((384 + 192, middle)) == colours[name][::-1]

@@ -1,0 +1,571 @@
+"""What the pair maker is given: captions, folders of images, flags, models and an output folder."""
+
+import importlib
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import command_line, run
+from cpu_cluster import run_ranks
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from sampling import (
+    CAPTIONS,
+    MAKER,
+    TOKEN,
+    digests_of,
+    double,
+    edit_config,
+    edit_weights,
+    error_of,
+    images_of,
+    max_difference,
+    parse,
+    remove_vocabulary,
+    remove_weight,
+    rows_of,
+    save_lora_trained_on,
+    set_to_nan,
+    unfinished_pairs,
+    usage_error_of,
+    weights_file,
+)
+from small_loras import save_refused
+
+
+pytest_plugins = "sampling_fixtures"
+
+
+# Captions ------------------------------------------------------------------------------------------------------------
+
+
+def read_captions(maker, *words):
+    flags = ["--pretrained_model_name_or_path", "x", "--style_prefix", "y"]
+    return maker.read_captions(maker.parse_args([*flags, *map(str, words)]))
+
+
+@pytest.mark.parametrize("flag", ["--prompt_column", "--caption_column"])
+def test_captions_are_a_column_of_a_table(maker, tmp_path, flag):
+    pq.write_table(pa.table({"text": CAPTIONS, "number": range(len(CAPTIONS))}), tmp_path / "x.parquet")
+
+    assert read_captions(maker, "--prompts", tmp_path / "x.parquet", flag, "text") == CAPTIONS
+
+
+def test_max_prompts_takes_the_first_captions(maker, inputs):
+    assert read_captions(maker, "--prompts", inputs / "captions.txt", "--max_prompts", 2) == CAPTIONS[:2]
+
+
+def test_captions_of_earlier_pairs_can_be_used_again(maker, pairs):
+    assert read_captions(maker, "--prompts", pairs, "--prompt_column", "caption") == CAPTIONS
+
+
+def test_captions_are_read_without_the_images_beside_them(maker, tmp_path):
+    """Decoding one of these images would fail."""
+    features = datasets.Features({"caption": datasets.Value("string"), "photo": datasets.Image()})
+    broken = {"bytes": b"not an image", "path": None}
+    table = pa.table({"caption": CAPTIONS, "photo": [broken] * len(CAPTIONS)}, schema=features.arrow_schema)
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "dev-00000-of-00001.parquet")
+
+    captions = read_captions(maker, "--prompts", tmp_path, "--prompt_column", "caption", "--prompt_split", "dev")
+
+    assert captions == CAPTIONS
+
+
+def test_rows_without_text_are_left_out_with_a_warning(maker, tmp_path, caplog):
+    (tmp_path / "x.jsonl").write_text('{"prompt": " a "}\n{"prompt": " "}\n{"prompt": null}\n{"prompt": "b"}\n')
+
+    assert read_captions(maker, "--prompts", tmp_path / "x.jsonl") == ["a", "b"]
+    assert "2 rows without text are left out." in caplog.text
+
+
+def test_warns_about_prompts_that_are_too_long_with_their_prefix(maker, pair_flags, tmp_path, caplog):
+    """Each word is a token, the prefix has three, and two mark the start and the end."""
+    (tmp_path / "captions.txt").write_text(f"{'red ' * 76}\n{'red ' * 73}\n{'red ' * 72}\n")
+
+    run(maker, {**pair_flags, "prompts": tmp_path / "captions.txt", "style_prefix": "star circle square"})
+
+    assert "2 of 3 prompts have more than 77 tokens; SDXL ignores the rest." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.txt", "\n \n", "contains no captions"),
+        ("x.csv", "text,n\na,1\n", "cannot be loaded: --prompt_column: there is no column 'prompt'"),
+        ("missing.txt", None, "cannot be loaded: "),
+        ("no/such", None, "cannot be loaded: "),
+    ],
+)
+def test_rejects_wrong_captions(maker, pair_flags, tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+
+    sentence = error_of(maker, {**pair_flags, "prompts": name})
+
+    assert sentence.startswith(f"--prompts {name} {message}")
+
+
+# Folders of images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_flags(tmp_path):
+    """Flags for two folders of images, of which only `a` and `b` are in both."""
+    colours = {
+        "chosen": {"a.png": "red", "b.jpg": "green", "c.png": "blue"},
+        "rejected": {"a.jpg": "white", "b.png": "black", "d.png": "gray"},
+    }
+    for folder, images in colours.items():
+        (tmp_path / folder).mkdir()
+        for name, colour in images.items():
+            Image.new("RGB", (40, 30), colour).save(tmp_path / folder / name)
+    return {
+        "chosen_images": tmp_path / "chosen",
+        "rejected_images": tmp_path / "rejected",
+        "output_dir": tmp_path / "out",
+    }
+
+
+@pytest.mark.parametrize("source", ["text files", "table"])
+def test_images_of_the_same_name_are_paired(maker, folder_flags, loaded_pipelines, tmp_path, caplog, source):
+    if source == "text files":
+        for name in "abc":
+            (folder_flags["chosen_images"] / f"{name}.txt").write_text(f"caption {name}\n")
+    else:
+        table = tmp_path / "captions.csv"
+        table.write_text("file_name,prompt\na.png,caption a\nb.jpg,caption b\nc.png,caption c\n")
+        folder_flags["prompts"] = table
+    expected = {"caption a": [(255, 0, 0), (255, 255, 255)], "caption b": [(0, 128, 0), (0, 0, 0)]}
+
+    rows = rows_of(run(maker, folder_flags))
+
+    assert [row["caption"] for row in rows] == list(expected)
+    for row in rows:
+        for image, colour in zip(images_of(row), expected[row["caption"]]):
+            assert image.shape == (30, 40, 3)
+            assert max_difference(image, np.full_like(image, colour)) < 3
+    assert "2 names without two images and a caption are left out: c, d." in caplog.text
+    assert not loaded_pipelines
+
+
+def test_a_pair_with_a_broken_file_is_left_out(maker, folder_flags, caplog):
+    for name in "ab":
+        (folder_flags["chosen_images"] / f"{name}.txt").write_text(f"caption {name}")
+    broken = folder_flags["rejected_images"] / "a.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+
+    (row,) = rows_of(run(maker, folder_flags))
+
+    assert row["caption"] == "caption b"
+    assert f"--rejected_images: {broken} cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file_name,prompt\n0001,red\n", "file_name 1 is not text"),
+        ("file_name,prompt\nx/a.png,red\ny/a.png,blue\n", "file_name: a occurs twice"),
+        ("file_name,prompt\na.png,  \n", "contain no two images of the same name with a caption"),
+    ],
+)
+def test_rejects_tables_without_a_caption_for_each_file(maker, folder_flags, tmp_path, table, message):
+    (tmp_path / "captions.csv").write_text(table)
+
+    sentence = error_of(maker, {**folder_flags, "prompts": tmp_path / "captions.csv"})
+
+    assert message in sentence
+
+
+def test_photos_may_have_any_format(maker, tmp_path, caplog):
+    """Raw pixels of two would be black or white: 16 bits of grey, and a transparent image."""
+    for suffix in ("avif", "bmp", "jpg", "tiff", "webp"):
+        Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / f"a.{suffix}")
+    Image.fromarray(np.full((64, 64), 100 * 256, dtype=np.uint16)).save(tmp_path / "b.png")
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "c.png")
+    for name in ("photo.heic", "notes.md", ".hidden"):
+        (tmp_path / name).write_text("not a photo")
+    expected = [(200, 30, 30)] * 5 + [(100, 100, 100), (255, 255, 255)]
+
+    photos = maker.read_photos(maker.find_given_images("chosen_images", tmp_path), 64)
+
+    centres = np.array([photo.getpixel((32, 32)) for photo in photos])
+    assert len(centres) == len(expected)
+    assert np.abs(centres - np.array(expected)).max() < 8
+    assert "left out 2 files that Pillow cannot open: notes.md, photo.heic." in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "another format"])
+def test_rejects_folders_without_photos(maker, pair_flags, tmp_path, kind):
+    folder = tmp_path / "photos"
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "another format":
+        (folder / "a.heic").write_bytes(b"not an image")
+
+    sentence = error_of(maker, {**pair_flags, "style_prefix": None, "chosen_images": folder})
+
+    assert sentence == f"--chosen_images {folder} is not a folder with images that Pillow can open."
+
+
+def test_rejects_a_broken_photo_before_weights_are_loaded(maker, pair_flags, loaded_pipelines, tmp_path):
+    photo = tmp_path / "photos" / "a.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (64, 64)).save(photo)
+    photo.write_bytes(photo.read_bytes()[:60])
+
+    sentence = error_of(maker, {**pair_flags, "style_prefix": None, "chosen_images": photo.parent})
+
+    assert sentence.startswith(f"--chosen_images: {photo} cannot be read: ")
+    assert not loaded_pipelines
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+STYLE = ["--style_prefix", "x"]
+PHOTOS = ["--chosen_images", "x"]
+ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], ONE_KIND),
+        ([*STYLE, *PHOTOS], ONE_KIND),
+        (["--style_prefix", " "], "--style_prefix: it is empty"),
+        (["--rejected_prefix", " "], "--rejected_prefix: it is empty"),
+        ([*STYLE, "--rejected_prefix", "x"], "--style_prefix and --rejected_prefix are the same"),
+        (["--num_candidates", "4"], "--num_candidates requires --scorer"),
+        (["--num_candidates", "1", "--scorer", "clip"], "is not a whole number of at least 2"),
+        (["--num_candidates", "4", "--scorer", "dinov2"], "argument --scorer: invalid choice: 'dinov2'"),
+        (["--num_candidates", "4", "--scorer", "clip", "--hps_model", "x"], "unknown arguments: --hps_model ("),
+        (["--num_candidates", "4", "--scorer", "clip", "--clip_modl", "x"], "--clip_modl"),
+        ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
+        ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
+        ([*STYLE, "--scorer", "clip", "--min_score", "nan"], "--min_score: nan is not a finite number"),
+        ([*PHOTOS, "--rejected_images", "x"], "--rejected_images and --chosen_images are the same"),
+        ([*PHOTOS, "--rejected_images", "y"], "--rejected_images cannot be combined with --pretrained_model"),
+        ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),
+        ([*PHOTOS, "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
+        ([*PHOTOS, "--different_seeds"], "--different_seeds requires --style_prefix"),
+        ([*STYLE, "--resolution", "100"], "--resolution must be a multiple of 8"),
+        ([*STYLE, "--resolution", "0"], "--resolution: 0 is not a positive whole number"),
+        ([*STYLE, "--batch_size", "0"], "--batch_size: 0 is not a positive whole number"),
+        ([*STYLE, "--num_inference_steps", "-1"], "--num_inference_steps: -1 is not a positive whole number"),
+        ([*STYLE, "--seed", "-1"], "--seed: -1 is not a whole number from 0 to 4294967295"),
+        ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
+        ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
+        ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown arguments: --hub_tokn (see"),
+        ([*STYLE, "stray"], "unknown arguments: stray"),
+    ],
+)
+def test_rejects_wrong_arguments(maker, capsys, words, message):
+    flags = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
+
+    printed = usage_error_of(maker, [*flags, *words], capsys)
+
+    assert message in printed
+    assert TOKEN not in printed
+
+
+def test_scorers_require_the_evaluation_script(maker, capsys, monkeypatch):
+    monkeypatch.setattr(maker.importlib.util, "find_spec", lambda name: None)
+    words = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt", "--num_candidates", "4", "--scorer", "clip"]
+
+    printed = usage_error_of(maker, words, capsys)
+
+    assert "--scorer needs evaluate_diffusion_mapo_sdxl.py beside" in printed
+
+
+def test_every_flag_occurs_in_a_test(maker, capsys):
+    with pytest.raises(SystemExit):
+        maker.parse_args(["--help"])
+    names = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
+    folder = Path(__file__).parent
+    text = "".join(path.read_text() for path in [*folder.glob("test_make_pairs*.py"), folder / "sampling.py"])
+
+    unused = [name for name in names if not re.search(rf"""["'](--)?{name}["']|\b{name}=""", text)]
+
+    assert len(names) > 20
+    assert unused == []
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
+)
+@pytest.mark.parametrize("source", ["/no/such/folder", "no/such", "empty"])
+def test_rejects_missing_models(maker, pair_flags, tmp_path, monkeypatch, flag, source):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+
+    sentence = error_of(maker, {**pair_flags, flag: source})
+
+    assert sentence.startswith(f"--{flag} {source} is not a folder or a reachable hub id with ")
+    assert not pair_flags["output_dir"].exists()
+
+
+def test_rejects_a_missing_scorer_before_weights_are_loaded(maker, pair_flags, loaded_pipelines, tmp_path):
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": tmp_path / "missing"}
+
+    sentence = error_of(maker, {**pair_flags, **changes})
+
+    assert sentence.startswith(f"--clip_model {tmp_path / 'missing'}: ")
+    assert not loaded_pipelines
+
+
+@pytest.fixture
+def base(inputs, tmp_path):
+    """A copy of the base model that a test may damage."""
+    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
+
+
+def error_without_pairs(maker, flags):
+    """The error of a run that ends before it has made a pair."""
+    sentence = error_of(maker, flags)
+
+    assert not unfinished_pairs(flags["output_dir"])
+    return sentence
+
+
+def test_rejects_a_base_model_that_is_not_sdxl(maker, pair_flags, base, loaded_pipelines):
+    edit_config(base / "unet" / "config.json", addition_embed_type=None)
+
+    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+
+    assert sentence.startswith(f"--pretrained_model_name_or_path {base}: its UNet")
+    assert not loaded_pipelines
+
+
+def test_rejects_a_base_model_without_a_vocabulary(maker, pair_flags, base):
+    remove_vocabulary(base / "tokenizer_2")
+
+    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+
+    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded: its tokenizer_2 has ")
+
+
+def test_rejects_a_base_model_that_lacks_weights(maker, pair_flags, base):
+    weight = remove_weight(base / "text_encoder")
+
+    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+
+    reason = f"text_encoder lacks 1 weights, e.g. {weight}"
+    assert sentence == f"--pretrained_model_name_or_path {base} cannot be loaded: {reason}"
+
+
+def test_rejects_a_base_model_that_generates_nan(maker, pair_flags, base):
+    set_to_nan(base / "vae", "decoder.conv_out.bias")
+
+    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+
+    assert "NaN" in sentence
+    assert "--mixed_precision bf16" in sentence
+
+
+def test_rejects_a_scheduler_that_cannot_sample(maker, pair_flags):
+    sentence = error_without_pairs(maker, {**pair_flags, "num_inference_steps": 1001})
+
+    assert sentence.startswith("--num_inference_steps 1001 with EulerDiscreteScheduler does not work: ")
+
+
+def test_rejects_a_vae_with_other_latents(maker, pair_flags, base):
+    vae = base / "vae"
+    edit_config(vae / "config.json", latents_mean=[0.1] * 4, latents_std=[1.0] * 4)
+
+    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_vae_model_name_or_path": vae})
+
+    assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE's config has latents_mean")
+
+
+def test_rejects_a_unet_of_another_text_width(maker, inputs, pair_flags, tmp_path):
+    unet = tmp_path / "wide"
+    config = UNet2DConditionModel.load_config(inputs / "unet")
+    UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(unet)
+
+    sentence = error_without_pairs(maker, {**pair_flags, "unet": unet})
+
+    assert sentence == f"--unet {unet}: its cross_attention_dim is 768, not 96 as in the base model."
+
+
+def test_rejects_a_unet_that_lacks_weights(maker, inputs, pair_flags, tmp_path):
+    unet = shutil.copytree(inputs / "unet", tmp_path / "unet")
+    weight = remove_weight(unet)
+
+    sentence = error_without_pairs(maker, {**pair_flags, "unet": unet})
+
+    assert sentence == f"--unet {unet} cannot be loaded: it lacks 1 weights, e.g. {weight}"
+
+
+@pytest.mark.parametrize("kind", ["broken file", "half a layer", "another text width"])
+def test_rejects_a_lora_that_does_not_fit(maker, inputs, pair_flags, tmp_path, kind):
+    """All kinds are in test_shared_functions.py."""
+    file = tmp_path / "x.safetensors"
+    if kind == "broken file":
+        file.write_bytes(b"not weights")
+    else:
+        save_refused(kind, StableDiffusionXLPipeline.from_pretrained(inputs / "pipeline"), file)
+
+    sentence = error_without_pairs(maker, {**pair_flags, "lora": file})
+
+    assert sentence.startswith(f"--lora {file} cannot be loaded: ")
+
+
+@pytest.mark.parametrize("unet", [None, "trained"], ids=["without that UNet", "with that UNet"])
+def test_warns_about_a_lora_of_another_unet(maker, inputs, pair_flags, tmp_path, caplog, unet):
+    file = tmp_path / "x.safetensors"
+    trained = inputs / "trained"
+    save_lora_trained_on(str(trained), inputs, file)
+    args = parse(maker, {**pair_flags, "lora": file, "unet": unet and inputs / unet})
+
+    maker.check_models(args, maker.find_models(args))
+
+    warning = f"--lora {file} was trained on the UNet of {trained}: add --unet {trained}."
+    assert (warning in caplog.text) == (unet is None)
+
+
+def test_rejects_scores_that_are_not_finite(maker, scorers, pair_flags, monkeypatch):
+    evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
+    monkeypatch.setattr(evaluation.CLIP, "score", lambda self, images, captions: torch.full((len(images),), math.nan))
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": scorers["clip_model"]}
+
+    sentence = error_without_pairs(maker, {**pair_flags, **changes})
+
+    assert sentence == f"--scorer scored an image of {CAPTIONS[0]!r} as nan."
+
+
+# Output folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 1}, "--seed 0, now 1"),
+        ({"style_prefix": "a photo of"}, "--style_prefix a cartoon of, now a photo of"),
+        ({"batch_size": 2}, "--batch_size 3, now 2"),
+        ({"different_seeds": True}, "--different_seeds False, now True"),
+        ({"mixed_precision": "bf16"}, "--mixed_precision torch.float32, now torch.bfloat16"),
+        ({"max_prompts": 2}, "--prompts 7 captions, version "),
+        ({"unet": "trained"}, "--unet None, now a local one, version "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_rejects_pairs_of_other_settings(
+    maker, inputs, pairs, pair_flags, loaded_pipelines, tmp_path, monkeypatch, change, difference
+):
+    monkeypatch.chdir(inputs)
+    output_dir = shutil.copytree(pairs, tmp_path / "out")
+    before = digests_of(output_dir)
+
+    sentence = error_of(maker, {**pair_flags, **change})
+
+    assert sentence.startswith(f"--output_dir {output_dir} contains ")
+    assert f"made with {difference}" in sentence
+    assert digests_of(output_dir) == before
+    assert not loaded_pipelines
+
+
+@pytest.mark.parametrize(
+    ("flag", "folder"),
+    [
+        ("pretrained_model_name_or_path", "text_encoder"),
+        ("pretrained_vae_model_name_or_path", "vae"),
+        ("unet", "unet"),
+        ("lora", "lora"),
+    ],
+)
+def test_rejects_pairs_of_other_weights_in_the_same_folder(maker, inputs, base, pair_flags, flag, folder):
+    """Sizes and configs do not change when training continues; times do."""
+    shutil.copytree(inputs / "lora", base / "lora")
+    source = base if flag == "pretrained_model_name_or_path" else base / folder
+    flags = {**pair_flags, flag: source, "max_prompts": 1}
+    run(maker, flags)
+    os.utime(weights_file(base / folder), ns=(0, 0))
+
+    sentence = error_of(maker, flags)
+
+    assert f"made with --{flag} a local one, version " in sentence
+
+
+def test_rejects_pairs_of_other_photos(maker, pair_flags, tmp_path):
+    photo = tmp_path / "photos" / "a.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (64, 64), "red").save(photo)
+    flags = {**pair_flags, "style_prefix": None, "chosen_images": photo.parent, "max_prompts": 1}
+    run(maker, flags)
+    Image.new("RGB", (64, 64), "blue").save(photo)
+
+    sentence = error_of(maker, flags)
+
+    assert "made with --chosen_images 1 photos, version " in sentence
+
+
+def test_rejects_pairs_of_a_scorer_with_other_weights(maker, scorers, pair_flags, tmp_path):
+    model = shutil.copytree(scorers["clip_model"], tmp_path / "clip")
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": model, "max_prompts": 1}
+    run(maker, {**pair_flags, **changes})
+    edit_weights(model / "model.safetensors", double)
+
+    sentence = error_of(maker, {**pair_flags, **changes})
+
+    assert "made with --clip_model a local one, version " in sentence
+
+
+@pytest.mark.parametrize("file", ["README.md", "data/train-00000-of-00001.parquet"])
+def test_rejects_an_output_folder_of_another_program(maker, pair_flags, loaded_pipelines, file):
+    path = pair_flags["output_dir"] / file
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+
+    sentence = error_of(maker, pair_flags)
+
+    reason = f"contains {path.name}, made by another program: choose another folder."
+    assert sentence == f"--output_dir {pair_flags['output_dir']} {reason}"
+    assert path.read_text() == "mine"
+    assert not loaded_pipelines
+
+
+@pytest.mark.parametrize("output_dir", ["file", "file/out"])
+def test_rejects_an_output_folder_that_cannot_be_made(maker, pair_flags, loaded_pipelines, tmp_path, output_dir):
+    (tmp_path / "file").write_text("kept")
+
+    sentence = error_of(maker, {**pair_flags, "output_dir": tmp_path / output_dir})
+
+    assert sentence.startswith(f"--output_dir: {tmp_path / output_dir}")
+    assert not loaded_pipelines
+
+
+def test_rejects_a_damaged_pair(maker, pair_flags, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(maker, "assemble", interrupt)
+        run(maker, pair_flags)
+    pair = pair_flags["output_dir"] / "pairs_made" / "000002.parquet"
+    pair.write_bytes(b"")
+
+    sentence = error_of(maker, pair_flags)
+
+    assert sentence.startswith(f"--output_dir: {pair} cannot be read, delete it to make it again: ")
+
+
+def test_an_error_is_one_sentence_without_a_traceback(pair_flags):
+    statuses, outputs = run_ranks([MAKER, *command_line({**pair_flags, "prompts": "missing.txt"})], size=1)
+
+    (printed,) = outputs
+    assert statuses != [0]
+    assert re.search("^error: --prompts missing.txt cannot be loaded: ", printed, re.MULTILINE)
+    assert f'{MAKER.name}", line' not in printed
