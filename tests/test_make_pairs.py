@@ -335,7 +335,7 @@ def test_rejects_a_minimum_score_that_no_pair_reaches(maker, scorers, pair_flags
 
     sentence = error_of(maker, flags)
 
-    assert "every pair was dropped. Try a lower --min_score" in sentence
+    assert "every pair was dropped. No image can be read, or --min_score is too high" in sentence
     assert not unfinished_pairs(flags["output_dir"])
 
 

@@ -259,7 +259,8 @@ def test_rejects_scores_that_are_not_finite(evaluation, scoring_flags, monkeypat
 
     sentence = error_of(evaluation, scoring_flags)
 
-    assert sentence.startswith(f"clip gives {score} to ")
+    assert sentence.startswith("clip scored ")
+    assert sentence.endswith(f" as {score}.")
     assert not (scoring_flags["output_dir"] / "scores" / "clip.json").exists()
 
 
