@@ -4,6 +4,7 @@
 from these weights, with its own preprocessing and formulas.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def build_siglip(folder):
 
     # Tokenizer.
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES))
+    corpus.write_text("\n".join(f"a {colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "spiece"),

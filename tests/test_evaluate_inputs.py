@@ -286,7 +286,7 @@ def test_rejects_a_scheduler_that_cannot_sample(evaluation, generation_flags, tm
     assert not generated_images(tmp_path)
 
 
-def test_rejects_schedulers_with_betas_for_a_base_model_without(evaluation, inputs, generation_flags, tmp_path):
+def test_rejects_another_scheduler_for_a_base_model_without_betas(evaluation, inputs, generation_flags, tmp_path):
     base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
     EDMEulerScheduler().save_pretrained(base / "scheduler")
     flags = {**generation_flags, "pretrained_model_name_or_path": base, "scheduler": "DDIMScheduler"}
@@ -358,7 +358,7 @@ def test_rejects_a_candidate_without_weights(evaluation, generation_flags, tmp_p
 
 
 @pytest.mark.parametrize("source", ["{missing}+{lora}", "{lora}+{missing}"], ids=["UNet", "LoRA"])
-def test_rejects_a_pair_of_unet_and_lora_that_lacks_one(evaluation, inputs, generation_flags, tmp_path, source):
+def test_rejects_a_unet_with_a_lora_if_either_is_missing(evaluation, inputs, generation_flags, tmp_path, source):
     source = source.format(lora=inputs / "lora", missing=tmp_path)
 
     message = error_of_candidate(evaluation, generation_flags, source)
