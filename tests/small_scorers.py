@@ -4,6 +4,7 @@
 from these weights, with its own preprocessing and formulas.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def build_siglip(folder):
 
     # Tokenizer.
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES))
+    corpus.write_text("\n".join(f"a {colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "spiece"),
@@ -342,9 +343,8 @@ def cubic_matrix(length, new_length):
 
 def fit_into_square(image, antialias):
     """Pixels of the full image in a black square; channels are resized as floats, with antialiasing by Pillow."""
-    scale = SIDE / max(image.size)
-    width = round(image.width * scale)
-    height = round(image.height * scale)
+    width = round(image.width * SIDE / max(image.size))
+    height = round(image.height * SIDE / max(image.size))
     left = (SIDE - width) // 2
     top = (SIDE - height) // 2
     pixels = np.zeros((SIDE, SIDE, 3))
@@ -406,8 +406,9 @@ def open_clip_block(weights, x, mask):
     attention.load_state_dict(part_of(weights, "attn."))
     y = layer_norm(weights, "ln_1", x)
     x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
-    y = F.gelu(linear(weights, "mlp.c_fc", layer_norm(weights, "ln_2", x)))
-    return x + linear(weights, "mlp.c_proj", y)
+    y = layer_norm(weights, "ln_2", x)
+    y = F.gelu(y @ weights["mlp.c_fc.weight"].T + weights["mlp.c_fc.bias"])
+    return x + y @ weights["mlp.c_proj.weight"].T + weights["mlp.c_proj.bias"]
 
 
 def open_clip_image_embedding(weights, pixels):
@@ -417,7 +418,7 @@ def open_clip_image_embedding(weights, pixels):
     x = layer_norm(weights, "ln_pre", x + weights["positional_embedding"])
     for layer in range(LAYERS):
         x = open_clip_block(part_of(weights, f"transformer.resblocks.{layer}."), x, None)
-    return layer_norm(weights, "ln_post", x[0, 0]) @ weights["proj"]
+    return (layer_norm(weights, "ln_post", x[:, 0]) @ weights["proj"])[0]
 
 
 def open_clip_text_embedding(weights, folder, prompt):

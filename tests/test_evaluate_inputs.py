@@ -1,6 +1,7 @@
 """What the evaluation is given: prompts, flags, images and candidates, and how it rejects what cannot work."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -206,14 +207,25 @@ def test_stable_diffusion_supports_every_scheduler(evaluation):
 # Missing files, before any image is generated ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["clip_model", "hps_model", "hps_weights", "aesthetic_weights"])
-def test_rejects_missing_scorers(evaluation, generation_flags, tmp_path, flag):
-    flags = {**generation_flags, "scorers": ["clip", "hps", "aesthetic"], flag: tmp_path / "missing"}
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "clip_model",
+        "hps_model",
+        "hps_weights",
+        "aesthetic_weights",
+        "reference_images",
+    ],
+)
+def test_rejects_missing_sources(evaluation, generation_flags, inputs, tmp_path, flag):
+    scorers = {"scorers": ["clip", "hps", "aesthetic", "dinov2"], "reference_images": inputs / "green"}
 
-    sentence = error_of(evaluation, flags)
+    sentence = error_of(evaluation, {**generation_flags, **scorers, flag: tmp_path / "missing"})
 
-    assert sentence.startswith(f"--{flag} {tmp_path}")
-    assert not (flags["output_dir"] / "images").exists()
+    assert re.match(rf"--{flag} {tmp_path / 'missing'}( is not a folder|: there is no )", sentence)
+    assert not (tmp_path / "out" / "images").exists()
 
 
 def test_rejects_a_scorer_without_weights(evaluation, generation_flags, tmp_path):
@@ -232,21 +244,6 @@ def test_rejects_an_unwritable_output_dir(evaluation, generation_flags, tmp_path
     sentence = error_of(evaluation, {**generation_flags, "output_dir": output_dir})
 
     assert sentence.startswith(f"--output_dir {output_dir} cannot be written: ")
-
-
-@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
-def test_rejects_missing_models(evaluation, generation_flags, tmp_path, flag):
-    sentence = error_of(evaluation, {**generation_flags, flag: tmp_path / "missing"})
-
-    assert sentence.startswith(f"--{flag} {tmp_path / 'missing'} is not a folder")
-
-
-def test_rejects_missing_reference_images(evaluation, scoring_flags, tmp_path):
-    flags = {**scoring_flags, "scorers": ["dinov2"], "reference_images": tmp_path / "missing"}
-
-    sentence = error_of(evaluation, flags)
-
-    assert sentence.startswith(f"--reference_images {tmp_path / 'missing'} is not a folder")
 
 
 @pytest.fixture
@@ -292,7 +289,7 @@ def test_rejects_a_scheduler_that_cannot_sample(evaluation, generation_flags, tm
     assert not generated_images(tmp_path)
 
 
-def test_rejects_schedulers_with_betas_for_a_base_model_without(evaluation, inputs, generation_flags, tmp_path):
+def test_rejects_another_scheduler_for_a_base_model_without_betas(evaluation, inputs, generation_flags, tmp_path):
     base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
     EDMEulerScheduler().save_pretrained(base / "scheduler")
     flags = {**generation_flags, "pretrained_model_name_or_path": base, "scheduler": "DDIMScheduler"}
@@ -364,7 +361,7 @@ def test_rejects_a_candidate_without_weights(evaluation, generation_flags, tmp_p
 
 
 @pytest.mark.parametrize("source", ["{missing}+{lora}", "{lora}+{missing}"], ids=["UNet", "LoRA"])
-def test_rejects_a_pair_of_unet_and_lora_that_lacks_one(evaluation, inputs, generation_flags, tmp_path, source):
+def test_rejects_a_unet_with_a_lora_if_either_is_missing(evaluation, inputs, generation_flags, tmp_path, source):
     source = source.format(lora=inputs / "lora", missing=tmp_path)
 
     message = error_of_candidate(evaluation, generation_flags, source)

@@ -44,7 +44,7 @@ def test_comparison_counts_images_and_averages_prompts(evaluation):
     assert row["difference_error"] == pytest.approx(math.sqrt(1.25 / 3) / 2)
 
 
-def test_interval_of_the_win_rate_is_wilsons(evaluation):
+def test_win_rate_has_a_wilson_interval(evaluation):
     base = np.zeros((4, 2))
     z = 1.959964
 
@@ -57,7 +57,7 @@ def test_interval_of_the_win_rate_is_wilsons(evaluation):
     assert all_tied == pytest.approx((0.5, 0.5 - half_width, 0.5 + half_width))
 
 
-def test_interval_covers_the_win_rate_of_few_prompts(evaluation):
+def test_interval_covers_the_true_win_rate_of_few_prompts(evaluation):
     """Five prompts, each won with a probability of 97 %; a bootstrap would cover this in 15 of 100 cases."""
     covered = 0
     for num_won in range(6):
@@ -79,7 +79,7 @@ def wins():
     return (np.random.default_rng(1).random((400, 1)) < 0.6) * 1.0
 
 
-def test_interval_of_many_prompts_is_the_normal_one(evaluation, wins):
+def test_interval_of_many_prompts_is_approximately_normal(evaluation, wins):
     rate, low, high = evaluation.win_rate(wins, np.full((400, 1), 0.5))
 
     half_width = 1.96 * math.sqrt(rate * (1 - rate) / 400)
@@ -116,17 +116,13 @@ def test_candidates_are_compared_with_each_other(evaluation):
 
 def test_categories_have_means_of_their_own(evaluation):
     summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
+    without_categories = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, [None, None, None])
 
     means = {(row["category"], row["model"]): row["clip"] for row in summary["categories"]}
     assert means["dog", "a"] == 2
     assert means["cat", "a"] == 9
     assert means["mean of categories", "a"] == 5.5
-
-
-def test_prompts_without_categories_have_no_means_of_categories(evaluation):
-    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, [None, None, None])
-
-    assert summary["categories"] == []
+    assert without_categories["categories"] == []
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def card_of(folder):
 # Layout --------------------------------------------------------------------------------------------------------------
 
 
-def test_layout_is_that_of_pick_style(pairs):
+def test_dataset_has_the_layout_of_pick_style(pairs):
     schema = pa.schema(
         {
             "caption": pa.string(),
@@ -242,7 +242,7 @@ def test_a_second_round_uses_the_trained_model(maker, pipeline, inputs, pairs, p
 @pytest.mark.parametrize(
     ("force_upcast", "vae_dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["upcast", "half"]
 )
-def test_half_precision_except_for_a_vae_that_would_overflow(
+def test_half_precision_leaves_a_vae_that_would_overflow_in_float32(
     maker, pairs, pair_flags, loaded_pipelines, tmp_path, force_upcast, vae_dtype
 ):
     build_pipeline(tmp_path / "base", force_upcast=force_upcast)

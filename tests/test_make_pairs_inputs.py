@@ -205,7 +205,7 @@ def test_photos_may_have_any_format(maker, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "another format"])
-def test_rejects_folders_without_photos(maker, pair_flags, tmp_path, kind):
+def test_rejects_folders_without_photos(maker, pair_flags, loaded_pipelines, tmp_path, kind):
     folder = tmp_path / "photos"
     if kind != "missing":
         folder.mkdir()
@@ -215,9 +215,10 @@ def test_rejects_folders_without_photos(maker, pair_flags, tmp_path, kind):
     sentence = error_of(maker, {**pair_flags, "style_prefix": None, "chosen_images": folder})
 
     assert sentence == f"--chosen_images {folder} is not a folder with images that Pillow can open."
+    assert not loaded_pipelines
 
 
-def test_rejects_a_broken_photo_before_weights_are_loaded(maker, pair_flags, loaded_pipelines, tmp_path):
+def test_rejects_a_broken_photo(maker, pair_flags, loaded_pipelines, tmp_path):
     photo = tmp_path / "photos" / "a.png"
     photo.parent.mkdir()
     Image.new("RGB", (64, 64)).save(photo)
@@ -307,7 +308,7 @@ def test_every_flag_occurs_in_a_test(maker, capsys):
     "flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
 )
 @pytest.mark.parametrize("source", ["/no/such/folder", "no/such", "empty"])
-def test_rejects_missing_models(maker, pair_flags, tmp_path, monkeypatch, flag, source):
+def test_rejects_missing_models(maker, pair_flags, loaded_pipelines, tmp_path, monkeypatch, flag, source):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
 
@@ -315,9 +316,10 @@ def test_rejects_missing_models(maker, pair_flags, tmp_path, monkeypatch, flag, 
 
     assert sentence.startswith(f"--{flag} {source} is not a folder or a reachable hub id with ")
     assert not pair_flags["output_dir"].exists()
+    assert not loaded_pipelines
 
 
-def test_rejects_a_missing_scorer_before_weights_are_loaded(maker, pair_flags, loaded_pipelines, tmp_path):
+def test_rejects_a_missing_scorer(maker, pair_flags, loaded_pipelines, tmp_path):
     changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": tmp_path / "missing"}
 
     sentence = error_of(maker, {**pair_flags, **changes})
@@ -390,7 +392,7 @@ def test_rejects_a_vae_with_other_latents(maker, pair_flags, base):
     assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE's config has latents_mean")
 
 
-def test_rejects_a_unet_of_another_text_width(maker, inputs, pair_flags, tmp_path):
+def test_rejects_a_unet_of_another_text_width(maker, inputs, pair_flags, loaded_pipelines, tmp_path):
     unet = tmp_path / "wide"
     config = UNet2DConditionModel.load_config(inputs / "unet")
     UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(unet)
@@ -398,6 +400,7 @@ def test_rejects_a_unet_of_another_text_width(maker, inputs, pair_flags, tmp_pat
     sentence = error_without_pairs(maker, {**pair_flags, "unet": unet})
 
     assert sentence == f"--unet {unet}: its cross_attention_dim is 768, not 96 as in the base model."
+    assert not loaded_pipelines
 
 
 def test_rejects_a_unet_that_lacks_weights(maker, inputs, pair_flags, tmp_path):

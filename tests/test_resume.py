@@ -372,7 +372,7 @@ def test_other_pairs_are_reported_once(script, flags, tmp_path, caplog):
     caplog.clear()
     run(script, {**flags, "max_train_steps": 3})
 
-    assert "checkpoint-1 was trained on other pairs" in first
+    assert "checkpoint-1 was trained on different pairs" in first
     assert "was trained on other pairs" not in caplog.text
 
 
