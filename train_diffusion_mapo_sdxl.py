@@ -221,7 +221,7 @@ def denoising_errors(model, noise_scheduler, latents, conditions, noise, timeste
 
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction = model(noisy_latents, timesteps, **conditions, return_dict=False)[0]
-    errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return errors.chunk(2)
 
 

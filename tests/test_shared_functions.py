@@ -22,7 +22,7 @@ from diffusers import (
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.specifiers import SpecifierSet
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 from sampling import EVALUATION, MAKER, max_difference, remove_vocabulary, remove_weight, sample, usage_error_of
 from small_loras import REFUSED, merge, random_lora, save_kohya, save_peft, save_refused
 
@@ -153,6 +153,8 @@ ROTATED = (0x0112, 3, 1, b"\6\0\0\0")
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "tiff"])
 def test_images_are_turned_upright(evaluation, tmp_path, suffix):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow supports AVIF since version 11.3")
     image = Image.new("RGB", (64, 32), "white")
     image.paste("black", (0, 0, 32, 32))
     image.save(tmp_path / f"x.{suffix}", exif=exif_data(ROTATED))
