@@ -54,7 +54,7 @@ def copy_configs(folder, copy, changes):
 @pytest.mark.parametrize(
     ("flag", "wrong_type", "reason"),
     [
-        ("caption_column", "jpg_0", "must contain text"),
+        ("caption_column", "jpg_0", "cannot be read as text"),
         ("image_0_column", "label_0", "image"),
         ("image_1_column", "label_1", "image"),
         ("label_0_column", "caption", "must contain numbers"),
