@@ -139,7 +139,7 @@ class Scorer:
     """
 
     sources = {}
-    # Files that a source must contain; of several, the first one that exists.
+    # Files to look for in a source (default: config.json). The first one found proves that the source exists.
     files = {"model": ("model.safetensors", "model.safetensors.index.json")}
     architecture = CLIPModel
     reads_text = True
@@ -329,7 +329,7 @@ class HPSWithoutAntialias(HPS):
 
 
 def linear_head(weights):
-    """From 768 numbers to one: linear layers without activations (in training, with dropout in between)."""
+    """Linear layers from 768 features to one score, without activations; training had dropout in between."""
     head = torch.nn.Sequential(
         torch.nn.Linear(768, 1024),
         torch.nn.Identity(),
@@ -517,7 +517,7 @@ def mean_and_error(scores):
 
 def win_rate(candidate, base):
     """
-    The share of images that the candidate wins, ties counting half, and its 95 % confidence interval (Wilson's).
+    The share of images that the candidate wins, where ties count as half, and its 95 % confidence interval (Wilson's).
 
     Images of one prompt are correlated. The effective sample size, between the number of prompts and the number of
     images, is estimated from the variance between prompts.
@@ -526,11 +526,9 @@ def win_rate(candidate, base):
     num_prompts = len(wins)
     rate = wins.mean()
 
-    variance = 0
-    if num_prompts > 1:
-        variance = wins.mean(axis=1).var(ddof=1) / num_prompts
     effective_size = num_prompts
-    if variance > 0:
+    if num_prompts > 1 and 0 < rate < 1:
+        variance = max(wins.mean(axis=1).var(ddof=1) / num_prompts, 1e-12)
         effective_size = np.clip(rate * (1 - rate) / variance, num_prompts, wins.size)
 
     z_squared = 1.959964**2
@@ -797,7 +795,7 @@ def source_flags(name):
 def add_scorer_arguments(parser):
     description = "Weights are a file or HUB_ID/FILE; any other source is a hub id or a local folder."
     add = parser.add_argument_group("scorers", description).add_argument
-    add("--scorers", nargs="+", choices=list(SCORERS), default=DEFAULT_SCORERS, help="Scores to compute.")
+    add("--scorers", nargs="+", choices=list(SCORERS), default=DEFAULT_SCORERS, help="Scorers to use.")
     add("--reference_images", type=PATH, help="Local folder with images of the subject, for dinov2.")
     for name, scorer in SCORERS.items():
         if name == "hps_no_antialias":
@@ -1115,7 +1113,7 @@ def warn_about_long_prompts(prompts, tokenizer):
 
 # Models --------------------------------------------------------------------------------------------------------------
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# The first of these files that a source contains tells its kind.
+# The first of these files that a source contains determines its kind.
 KINDS = {
     "model_index.json": "pipeline",
     "unet/config.json": "unet",
@@ -1303,7 +1301,7 @@ def load_tokenizers(source):
         # Without its vocabulary file, transformers silently builds an empty tokenizer.
         if len(tokenizers[name]) != expected:
             raise ValueError(
-                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings of "
+                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings for "
                 f"{expected}"
             )
     return tokenizers
@@ -1319,7 +1317,7 @@ def load_sdxl(source, variant=None, dtype=torch.float32, **components):
 
 
 def check_schedule(source, base):
-    """Refuse a pipeline that was trained with another noise schedule than the base model."""
+    """Refuse a pipeline that was trained with a different noise schedule from the base model's."""
     config = EulerDiscreteScheduler.load_config(source, subfolder="scheduler")
     base_config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
     for key, default in SCHEDULE.items():
@@ -1453,7 +1451,7 @@ def read_lora(file, unet_config):
     number = len(weights)
     weights, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
     if len(weights) < number:
-        raise ValueError(f"{number - len(weights)} of its weights are named in another format than the others")
+        raise ValueError(f"{number - len(weights)} of its weights use a different naming format from the rest")
     unet = {}
     text = {}
     for name, weight in weights.items():
@@ -1522,7 +1520,7 @@ def add_branch(layer, down, up):
     layer.lora_down.load_state_dict({"weight": down})
     layer.lora_up.load_state_dict({"weight": up})
     layer.to(layer.weight.dtype)
-    layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
+    layer.register_forward_hook(lambda module, inputs, output: output + module.lora_up(module.lora_down(inputs[0])))
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -1598,7 +1596,7 @@ def describe_images(settings, base, system, prompts):
     """
     Everything that the images of a system depend on, for its settings.json.
 
-    Batches, processes and libraries only affect rounding.
+    The batch size and the number of processes only affect rounding. So should libraries: a change is warned about.
     """
     names = [
         "vae",
@@ -1617,7 +1615,7 @@ def describe_images(settings, base, system, prompts):
         models[f"model of prompt {i}"] = system.model_of(prompt).version
         texts[f"prompt {i}"] = prompt.text
     return {
-        "settings": {"base model": base.model_of(None).version, **{name: settings[name] for name in names}},
+        "settings": {"base model": base.models[None].version, **{name: settings[name] for name in names}},
         "models": models,
         "prompts": texts,
         "libraries": settings["versions"],
@@ -1625,7 +1623,7 @@ def describe_images(settings, base, system, prompts):
 
 
 def check_images(system, description):
-    """Refuse to mix images of different settings. Returns the description of all images, old and new."""
+    """Refuse to mix images of different settings. Returns the description of all images, with the first libraries."""
     path = system.folder / "settings.json"
     if not any(system.folder.glob("*.png")):
         return description
@@ -1647,11 +1645,12 @@ def check_images(system, description):
                     f"{system.folder} was generated with another {name} ({previous}, now {value}): delete it or "
                     "change --output_dir."
                 )
+    merged = {part: {**description[part], **before[part]} for part in description}
     if before["libraries"] != description["libraries"]:
         logger.warning(
             f"Images in {system.folder} were generated with {before['libraries']}, now {description['libraries']}."
         )
-    return {part: {**before[part], **description[part]} for part in description}
+    return merged
 
 
 def image_seed(seed, prompt_number, image_number):
@@ -1877,8 +1876,8 @@ def score_records(args, accelerator, name, references, records):
     batches = in_batches(list(records), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
     scores = []
     with raise_on_all_ranks(f"--scorers {name} failed"):
-        # With several processes the device is "cpu:0". Weights are copied to it, and scores of copied weights differ
-        # in the last bits.
+        # With several CPU processes, the device is "cpu:0". Moving weights to it copies them, which changes scores in
+        # the last bits.
         device = accelerator.device
         if device.type == "cpu":
             device = "cpu"
@@ -1994,7 +1993,8 @@ def draw_tile(record, scorer):
     """An image under its prompt and score."""
     tile = Image.new("RGB", (384, 424), "white")
     tile.paste(read_image(record["file"]).resize((384, 384)), (0, 40))
-    text = f"{record['prompt'][:50]}\n{record['model']}: {scorer} {record[scorer]:.3f}"
+    prompt = " ".join(record["prompt"].split())
+    text = f"{prompt[:50]}\n{record['model']}: {scorer} {record[scorer]:.3f}"
     ImageDraw.Draw(tile).text((4, 0), text, fill="black", font_size=14)
     return tile
 

@@ -647,7 +647,7 @@ def find_images(folder):
 
 
 def find_given_images(flag, folder):
-    """Paths of the images in the folder of a flag. Other files, but captions, are left out with a warning."""
+    """Paths of the images in a flag's folder. Files other than images and captions are left out with a warning."""
     paths, others = find_images(folder)
     if not paths:
         raise PairsError(f"--{flag} {folder} is not a folder with images that Pillow can open.")
@@ -791,12 +791,12 @@ def match_files(args):
             incomplete.append(name)
     if incomplete:
         logger.warning(
-            f"{len(incomplete)} names without two images and a caption are left out: {', '.join(incomplete[:10])}."
+            f"{len(incomplete)} names lack an image or a caption and are left out: {', '.join(incomplete[:10])}."
         )
     if not files:
         raise PairsError(
-            f"--chosen_images {args.chosen_images} and --rejected_images {args.rejected_images} contain no two images "
-            "of the same name with a caption."
+            f"--chosen_images {args.chosen_images} and --rejected_images {args.rejected_images} share no file "
+            "name that has a caption."
         )
     return files[: args.max_prompts]
 
@@ -904,7 +904,7 @@ def load_tokenizers(source):
         # Without its vocabulary file, transformers silently builds an empty tokenizer.
         if len(tokenizers[name]) != expected:
             raise ValueError(
-                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings of "
+                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings for "
                 f"{expected}"
             )
     return tokenizers
@@ -1053,7 +1053,7 @@ def read_lora(file, unet_config):
     number = len(weights)
     weights, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
     if len(weights) < number:
-        raise ValueError(f"{number - len(weights)} of its weights are named in another format than the others")
+        raise ValueError(f"{number - len(weights)} of its weights use a different naming format from the rest")
     unet = {}
     text = {}
     for name, weight in weights.items():
@@ -1122,7 +1122,7 @@ def add_branch(layer, down, up):
     layer.lora_down.load_state_dict({"weight": down})
     layer.lora_up.load_state_dict({"weight": up})
     layer.to(layer.weight.dtype)
-    layer.register_forward_hook(lambda layer, inputs, output: output + layer.lora_up(layer.lora_down(inputs[0])))
+    layer.register_forward_hook(lambda module, inputs, output: output + module.lora_up(module.lora_down(inputs[0])))
 
 
 # Making --------------------------------------------------------------------------------------------------------------
@@ -1174,7 +1174,7 @@ def collect_settings(args, dtype, inputs, model_files):
 
     # Captions and images.
     captions = inputs.captions
-    settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash('/'.join(captions))}"
+    settings["--prompts"] = f"{len(captions)} captions, version {Hasher.hash(captions)}"
     if inputs.files:
         hashes = []
         for pair in inputs.files:
@@ -1261,7 +1261,8 @@ def load_scorer(args, device):
     from evaluate_diffusion_mapo_sdxl import EvaluationError, build_scorer
 
     try:
-        return build_scorer(args.scorer_args, args.scorer, device)
+        # "cpu:0", the device of several CPU processes, changes scores in the last bits.
+        return build_scorer(args.scorer_args, args.scorer, "cpu" if device.type == "cpu" else device)
     except EvaluationError as error:
         raise PairsError(str(error)) from error
 

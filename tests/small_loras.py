@@ -121,7 +121,7 @@ REFUSED = {
     "wrong names": " layers are not in the model, e.g. unet.down_blocks.1.attentions.0.transformer_blocks.7.",
     "compiled": " layers are not in the model, e.g. unet._orig_mod.",
     "layers too many": " layers are not in the model, e.g. unet.xx.",
-    "two formats": " of its weights are named in another format than the others",
+    "two formats": " of its weights use a different naming format from the rest",
     "half a layer": ".lora_down.weight is not one of the two weights of a LoRA's layer",
     "an alpha too many": "and 1 other weights",
     "loha": ".hada_w1_a is not one of the two weights of a LoRA's layer",

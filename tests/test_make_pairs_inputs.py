@@ -154,7 +154,7 @@ def test_images_of_the_same_name_are_paired(maker, folder_flags, loaded_pipeline
         for image, colour in zip(images_of(row), expected[row["caption"]]):
             assert image.shape == (30, 40, 3)
             assert max_difference(image, np.full_like(image, colour)) < 3
-    assert "2 names without two images and a caption are left out: c, d." in caplog.text
+    assert "2 names lack an image or a caption and are left out: c, d." in caplog.text
     assert not loaded_pipelines
 
 
@@ -175,7 +175,7 @@ def test_a_pair_with_a_broken_file_is_left_out(maker, folder_flags, caplog):
     [
         ("file_name,prompt\n0001,red\n", "file_name 1 is not text"),
         ("file_name,prompt\nx/a.png,red\ny/a.png,blue\n", "file_name: a occurs twice"),
-        ("file_name,prompt\na.png,  \n", "contain no two images of the same name with a caption"),
+        ("file_name,prompt\na.png,  \n", "share no file name that has a caption"),
     ],
 )
 def test_rejects_tables_without_a_caption_for_each_file(maker, folder_flags, tmp_path, table, message):
