@@ -526,9 +526,11 @@ def win_rate(candidate, base):
     num_prompts = len(wins)
     rate = wins.mean()
 
+    variance = 0
+    if num_prompts > 1:
+        variance = wins.mean(axis=1).var(ddof=1) / num_prompts
     effective_size = num_prompts
-    if num_prompts > 1 and 0 < rate < 1:
-        variance = max(wins.mean(axis=1).var(ddof=1) / num_prompts, 1e-12)
+    if variance > 0:
         effective_size = np.clip(rate * (1 - rate) / variance, num_prompts, wins.size)
 
     z_squared = 1.959964**2
