@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from conftest import ROOT, load_script, run, save_lora
 from sampling import (
     CAPTIONS,
@@ -22,7 +23,8 @@ from small_world import build_pipeline, draw
 
 @pytest.fixture(scope="session")
 def evaluation():
-    """The evaluation script as a module."""
+    """The evaluation script as a module. Its logger needs accelerate's state."""
+    PartialState()
     return load_script(EVALUATION)
 
 
