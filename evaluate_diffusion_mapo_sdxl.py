@@ -1614,7 +1614,7 @@ def describe_images(settings, base, system, prompts):
     models = {}
     texts = {}
     for i, prompt in enumerate(prompts):
-        models[f"model of prompt {i}"] = system.model_of(prompt).version
+        models[f"model for prompt {i}"] = system.model_of(prompt).version
         texts[f"prompt {i}"] = prompt.text
     return {
         "settings": {"base model": base.models[None].version, **{name: settings[name] for name in names}},
@@ -1802,11 +1802,6 @@ def reference_folder(args, category):
     return args.reference_images.replace(CATEGORY, category)
 
 
-def describe_sources(args, name):
-    """A scorer's flags and their values, for messages."""
-    return " ".join(f"--{flag} {getattr(args, flag)}" for flag in source_flags(name).values())
-
-
 def find_source(args, name, part):
     """The version of one source of a scorer; an error if it lacks a file."""
     flag = source_flags(name)[part]
@@ -1851,8 +1846,10 @@ def find_scorers(args, prompts):
 
 def build_scorer(args, name, device, *references):
     """A scorer with the sources that the flags name; `references` is the folder of images for dinov2."""
-    sources = {part: getattr(args, flag) for part, flag in source_flags(name).items()}
-    with explain(f"{describe_sources(args, name)} cannot be loaded"):
+    flags = source_flags(name)
+    sources = {part: getattr(args, flag) for part, flag in flags.items()}
+    shown = " ".join(f"--{flag} {getattr(args, flag)}" for flag in flags.values())
+    with explain(f"{shown} cannot be loaded"):
         return SCORERS[name](device, *references, **sources)
 
 

@@ -405,10 +405,10 @@ def words(text):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults other than None, False and []."""
+    """Shows defaults other than None and False."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == []:
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
@@ -860,7 +860,7 @@ def check_models(args, model_files):
         if config.get("addition_embed_type") != "text_time":
             raise PairsError(f"{name}: its UNet is not conditioned on image sizes and crops (addition_embed_type).")
         if config.get("in_channels", 4) != config.get("out_channels", 4):
-            raise PairsError(f"{name} is not an SDXL base model: its UNet has extra input channels.")
+            raise PairsError(f"{name}: its UNet has extra input channels, which SDXL's has not.")
         for key in ("cross_attention_dim", "in_channels"):
             if config.get(key) != base_config.get(key):
                 raise PairsError(
@@ -941,10 +941,8 @@ def load_pipeline(args, device, dtype, model_files):
         with explain(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded"):
             components["vae"] = load_complete(AutoencoderKL, vae)
     if args.unet is not None:
-        # The UNet is in the subfolder `unet`, unless the given folder is itself called `unet`.
-        folder = model_files["unet"].parent
         subfolder = None
-        if folder.name == "unet" and folder != Path(args.unet):
+        if find_file(args.unet, "unet/config.json") is not None:
             subfolder = "unet"
         with explain(f"--unet {args.unet} cannot be loaded"):
             components["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=subfolder)

@@ -1827,7 +1827,7 @@ def compile_blocks(unet, gradient_checkpointing):
     torch._logging.set_logs(graph_breaks=True)  # so that a slow compilation explains itself
 
     # Let the compiler save only the inputs of a block, and recompute the rest inside it. Checkpointing around compiled
-    # blocks saves as much memory, but takes the CPU 1.6 times as long (tests/benchmarks/host.py).
+    # blocks saves as much memory, but takes the CPU longer.
     torch._functorch.config.activation_memory_budget = 1.0
     if gradient_checkpointing:
         torch._functorch.config.activation_memory_budget = 0.0
@@ -3055,8 +3055,7 @@ def main(args):
         run, batches = set_up(args, accelerator)
         start_trackers(args, accelerator, run.progress)
 
-        # Validate before the first step. A checkpoint is saved before its step is validated: a resumed run does that
-        # first.
+        # Validate before the first step. A resumed run does so as well: its checkpoint was saved before validation.
         step = run.progress.step
         if step % args.validation_steps == 0 and step < args.max_train_steps:
             validate(run)

@@ -229,7 +229,7 @@ def test_settings_reach_the_pipeline_and_are_recorded(evaluation, inputs, one_im
     stored = json.loads((output_dir / "images" / "base" / "settings.json").read_text())
     assert stored["settings"].pop("base model") == version
     assert stored["settings"].items() <= settings.items()
-    assert stored["models"] == {"model of prompt 0": version}
+    assert stored["models"] == {"model for prompt 0": version}
     assert stored["prompts"] == {"prompt 0": PROMPTS[0]}
 
 
@@ -406,7 +406,7 @@ def test_rejects_images_of_one_model_for_a_model_per_category(evaluation, inputs
 
     sentence = error_of(evaluation, {**flags, "candidates": [f"x={inputs}/{{category}}"]})
 
-    assert "x was generated with another model of prompt 0 (" in sentence
+    assert "x was generated with another model for prompt 0 (" in sentence
 
 
 @pytest.mark.parametrize("retrained", ["unet/unet", "lora"])
@@ -419,7 +419,7 @@ def test_rejects_images_of_other_weights(evaluation, inputs, one_image, tmp_path
 
     sentence = error_of(evaluation, flags)
 
-    assert "x was generated with another model of prompt 0 (" in sentence
+    assert "x was generated with another model for prompt 0 (" in sentence
 
 
 def test_rejects_images_of_another_vae(evaluation, inputs, one_image, tmp_path):
