@@ -168,6 +168,15 @@ def test_noise_schedule_is_what_the_file_says_unless_flags_override_it(
     assert capsys.readouterr().out == printed
 
 
+def test_zero_terminal_snr_requires_v_prediction(converter, change_checkpoint, world, tmp_path):
+    path = change_checkpoint({})
+    words = ["--config", world / "pipeline", "--zero_terminal_snr"]
+
+    sentence = conversion_error(converter, "single_file", path, tmp_path / "model", *words)
+
+    assert sentence == "--zero_terminal_snr requires --prediction_type v_prediction."
+
+
 def test_file_without_a_vae_needs_the_flag(converter, without_vae, world, tmp_path):
     words = ("single_file", without_vae, tmp_path / "model", "--config", world / "pipeline")
 

@@ -270,6 +270,17 @@ def test_dora_is_refused(script, flags, tmp_path, key):
     assert "DoRA" in error
 
 
+def test_lora_without_a_layer_of_the_unet_is_refused(script, flags, tmp_path):
+    out = run(script, {**flags, "max_train_steps": 1})
+    weights = load_file(out / script.LORA_FILE)
+    file = tmp_path / "compiled.safetensors"
+    save_file({name.replace("unet.", "unet._orig_mod."): weight for name, weight in weights.items()}, file)
+
+    error = train_error(script, {**flags, "init_lora": file, "output_dir": tmp_path / "second"})
+
+    assert error == f"--init_lora {file}: none of its layers is in the UNet."
+
+
 def test_unet_of_another_kind_is_refused_before_weights_are_loaded(script, flags, tmp_path):
     unet = build_unet(cross_attention_dim=32, pooled_dim=64)
     unet.save_config(tmp_path / "other" / "unet")

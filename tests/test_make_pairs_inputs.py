@@ -268,6 +268,7 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
         ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown arguments: --hub_tokn (see"),
         ([*STYLE, "stray"], "unknown arguments: stray"),
+        (["--num_candidates", "4", "--scorer", "pickscore", "hps"], "unknown arguments: hps"),
     ],
 )
 def test_rejects_wrong_arguments(maker, capsys, words, message):
@@ -390,6 +391,16 @@ def test_rejects_a_vae_with_other_latents(maker, pair_flags, base):
     sentence = error_without_pairs(maker, {**pair_flags, "pretrained_vae_model_name_or_path": vae})
 
     assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE's config has latents_mean")
+
+
+def test_rejects_an_inpainting_model(maker, inputs, pair_flags, loaded_pipelines, tmp_path):
+    base = shutil.copytree(inputs / "pipeline", tmp_path / "inpainting")
+    edit_config(base / "unet" / "config.json", in_channels=9)
+
+    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+
+    assert "its UNet has extra input channels" in sentence
+    assert not loaded_pipelines
 
 
 def test_rejects_a_unet_of_another_text_width(maker, inputs, pair_flags, loaded_pipelines, tmp_path):

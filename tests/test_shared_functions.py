@@ -348,6 +348,22 @@ def encode(pipeline):
     return pipeline.to(torch.float32).encode_prompt("a red circle", do_classifier_free_guidance=False)[0]
 
 
+def test_captions_beside_images_are_not_taken_for_images(evaluation, tmp_path):
+    """Pillow takes a text that starts with BM for a broken BMP file."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("BMX rider at dusk")
+
+    images, others = evaluation.find_images(tmp_path)
+
+    assert images == [tmp_path / "a.png"]
+    assert others == ["a.txt"]
+
+
+def test_rejects_a_variant_that_the_unet_lacks(evaluation, inputs):
+    with pytest.raises(OSError, match="fp61"):
+        evaluation.load_sdxl(str(inputs / "pipeline"), variant="fp61")
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_rejects_a_lora_that_cannot_be_applied_exactly(evaluation, inputs, tmp_path, kind):
     file = tmp_path / "x.safetensors"
