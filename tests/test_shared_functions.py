@@ -351,7 +351,7 @@ def encode(pipeline):
 def test_captions_beside_images_are_not_taken_for_images(evaluation, tmp_path):
     """Pillow takes a text that starts with BM for a broken BMP file."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("BMX rider at dusk")
+    (tmp_path / "a.txt").write_text("BMX rider jumping over a ramp in the city, seen from below at dusk")
 
     images, others = evaluation.find_images(tmp_path)
 
