@@ -1207,6 +1207,8 @@ def find_kind(source, label, kinds):
             weights = file.parent.glob("*.safetensors")
         return kind, version_of(source, name, file, weights)
 
+    if source.endswith(".safetensors"):
+        raise EvaluationError(f"{label}: there is no such file.")
     names = [name for name, kind in KINDS.items() if kind in kinds]
     raise EvaluationError(f"{label} is not a folder or a reachable hub id with {' or '.join(names)}.")
 
@@ -1429,8 +1431,10 @@ def apply_alphas(weights, config):
         if kind not in LORA_UP or up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
-        # A missing alpha means alpha = rank.
-        alpha = alphas.pop(layer, find_alpha(config, layer))
+        # An alpha among the weights comes before that of the config. Without either, alpha = rank.
+        alpha = find_alpha(config, layer)
+        if layer in alphas:
+            alpha = alphas.pop(layer)
         if alpha is not None:
             matrices[up] *= alpha / len(weight)
         num_layers += 1

@@ -833,12 +833,13 @@ def find_models(args):
         source = getattr(args, flag)
         if source is None:
             continue
-        found = []
         if flag == "lora":
-            found.append(find_lora_file(source))
+            files = [find_lora_file(source)]
         else:
-            found += [find_file(source, name) for name in names_of_flags[flag]]
-        found = [file for file in found if file is not None]
+            files = [find_file(source, name) for name in names_of_flags[flag]]
+        found = [file for file in files if file is not None]
+        if not found and source.endswith(".safetensors"):
+            raise PairsError(f"--{flag} {source}: there is no such file.")
         if not found:
             names = " or ".join(names_of_flags[flag])
             raise PairsError(f"--{flag} {source} is not a folder or a reachable hub id with {names}.")
@@ -1027,8 +1028,10 @@ def apply_alphas(weights, config):
         if kind not in LORA_UP or up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
-        # A missing alpha means alpha = rank.
-        alpha = alphas.pop(layer, find_alpha(config, layer))
+        # An alpha among the weights comes before that of the config. Without either, alpha = rank.
+        alpha = find_alpha(config, layer)
+        if layer in alphas:
+            alpha = alphas.pop(layer)
         if alpha is not None:
             matrices[up] *= alpha / len(weight)
         num_layers += 1

@@ -1387,9 +1387,10 @@ def read_index(rows, file, remove_ties):
     with explain(f"Column {columns.caption} cannot be read as text"):
         captions = frame[columns.caption].astype(str).to_numpy(object)
     caption_hashes = pd.util.hash_array(captions, categorize=False).view("int64")
-    num_rows = [size for size, _ in shards]
+    num_rows = np.array([size for size, _ in shards], dtype=np.int64)  # empty if a file has no row groups
+    first_rows = np.cumsum(num_rows) - num_rows
     shard_numbers = np.repeat(np.arange(len(shards)), num_rows)
-    row_numbers = np.concatenate([np.arange(size) for size in num_rows])
+    row_numbers = np.arange(len(frame)) - first_rows[shard_numbers]
     index = np.stack([shard_numbers, row_numbers, caption_hashes], axis=1)
 
     if columns.labels:

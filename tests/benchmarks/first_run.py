@@ -47,9 +47,9 @@ LORA = "--learning_rate 1e-3 --rank 64 --lora_layers"
 # Flags that are appended to those of the first run; None is the base model itself.
 RUNS = {
     "base": None,
-    "whole UNet, beta 64": "",
-    "whole UNet, beta 8": "--beta_mapo 8",
-    "whole UNet, SFT": "--beta_mapo inf",
+    "full UNet, beta 64": "",
+    "full UNet, beta 8": "--beta_mapo 8",
+    "full UNet, SFT": "--beta_mapo inf",
     "LoRA, attention": f"{LORA} attention",
     "LoRA, transformer": f"{LORA} transformer",
     "LoRA, all": f"{LORA} all",
@@ -61,15 +61,15 @@ RUNS = {
 # Runs in the pictures, with their titles there.
 PICTURED = {
     "base": "base model",
-    "whole UNet, SFT": "SFT",
-    "whole UNet, beta 64": "MaPO",
+    "full UNet, SFT": "SFT",
+    "full UNet, beta 64": "MaPO",
     "LoRA, attention": "MaPO, LoRA:\nattention",
     "LoRA, transformer": "MaPO, LoRA:\ntransformer",
     "LoRA, all": "MaPO, LoRA:\nall layers",
 }
 CURVES = {
-    "whole UNet, beta 64": "healthy (beta 64)",
-    "whole UNet, SFT": "SFT",
+    "full UNet, beta 64": "healthy (beta 64)",
+    "full UNet, SFT": "SFT",
     "beta 0.1": "beta too small (0.1)",
 }
 METRICS = ("eval_loss", "eval_chosen_mse", "eval_rejected_mse", "eval_margin", "eval_accuracy")

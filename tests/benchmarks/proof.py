@@ -2,6 +2,7 @@
 Is preference optimization worth it? MaPO and SFT fine-tune the small SDXL of the tests on the same pairs.
 
     python tests/benchmarks/proof.py FOLDER           # the missing runs, one on each core, then tables and pictures
+    python tests/benchmarks/proof.py FOLDER --short   # only the runs of the pictures, with one seed
     python tests/benchmarks/proof.py FOLDER --show    # tables and pictures of the finished runs
 
 Three tasks are three degrees of mismatch between the base model and the chosen images. In `size`, both images of a
@@ -210,14 +211,17 @@ def build_world(folder):
         draw_preferences(folder / "world" / task, task, PAIRS[task])
 
 
-def run_missing(folder, results, lines):
-    """Run what has no line of results yet, and append its line."""
+def run_missing(folder, results, lines, short):
+    """Run what has no line of results yet, and append its line. `short` leaves out what no picture shows."""
     done = {(line["name"], line["seed"]) for line in lines}
     commit = current_commit()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         futures = []
         for name, experiment in experiments().items():
-            for seed in range(experiment.seeds):
+            seeds = experiment.seeds
+            if short:
+                seeds = 1 if name in PROOF_PICTURE or name in FAILURES_PICTURE else 0
+            for seed in range(seeds):
                 if (name, seed) not in done:
                     futures.append(pool.submit(run, folder, name, seed))
         for future in as_completed(futures):
@@ -388,6 +392,7 @@ def show(folder, lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--short", action="store_true", help="only the runs of the pictures, with one seed")
     parser.add_argument("--show", action="store_true", help="only print the tables and draw the pictures")
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -396,7 +401,7 @@ def main():
 
     if not args.show:
         build_world(folder)
-        run_missing(folder, results, lines)
+        run_missing(folder, results, lines, args.short)
     show(folder, lines)
 
 
