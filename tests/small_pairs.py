@@ -18,7 +18,7 @@ from PIL import Image
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
 # Sizes of the row groups of each file, with 24 rows in all, and rows with equal labels.
-GROUPS = {"one": [[24]], "uneven": [[7, 1], [5, 2], [9]]}
+GROUPS = {"one": [[24]], "uneven": [[7, 1], [5, 2], [], [9]]}
 TIES = {0, 9, 13, 20}
 USABLE = [f"pair {number}" for number in range(24) if number not in TIES]
 MAP_AND_STREAM = pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
@@ -86,6 +86,7 @@ def write_groups(folder, sizes, tied=(), bad=(), broken=b""):
         tied: numbers of the rows with equal labels.
         bad: numbers of the rows whose second image is `broken`.
     """
+    schema = pa.Table.from_pylist([make_row(0)]).schema
     number = 0
     for file, sizes_of_file in enumerate(sizes):
         groups = []
@@ -100,7 +101,7 @@ def write_groups(folder, sizes, tied=(), bad=(), broken=b""):
                 group.append(row)
                 number += 1
             groups.append(group)
-        write_parquet(folder / f"train-{file}.parquet", groups)
+        write_parquet(folder / f"train-{file}.parquet", groups, schema)
     return folder
 
 
