@@ -46,7 +46,7 @@ Scorers can be used without the rest: `PickScore("cuda").score(images, prompts)`
 #   Files       finding, reading and writing them
 #   Prompts     from files, folders and hub datasets
 #   Models      what is evaluated: the base model, candidates, folders of images
-#   LoRA        reading a LoRA of any format, and applying it exactly
+#   LoRA        reading LoRAs in the formats of diffusers, peft and kohya, and applying them exactly
 #   Images      generating the missing ones
 #   Scores      computing the missing ones
 #   Results     tables and grids
@@ -134,12 +134,12 @@ class Scorer:
     A published model. `score(images, prompts)` takes N PIL images in RGB and N strings, and returns N scores.
 
     Preprocessing is fixed (no torchvision; texts padded to one length) and everything is float32, so that scores agree
-    across machines and batches up to rounding. Keyword arguments replace `sources`: a hub id, a folder, or for
-    `weights` a file or HUB_ID/FILE.
+    across machines and batches up to rounding. Keyword arguments replace entries of `sources`. Each is a hub id or a
+    local folder; `weights` is a local file or HUB_ID/FILE.
     """
 
     sources = {}
-    # Files to look for in a source (default: config.json). The first one found proves that the source exists.
+    # Files of which each source must have one (default: config.json), for `find_source`.
     files = {"model": ("model.safetensors", "model.safetensors.index.json")}
     architecture = CLIPModel
     reads_text = True
@@ -224,7 +224,7 @@ class CLIP(Scorer):
 
 
 def rename(weights, patterns):
-    """Weights under new names, by (pattern, replacement) in this order."""
+    """Weights under new names, applying each (pattern, replacement) in this order."""
     renamed = {}
     for name, weight in weights.items():
         for pattern, replacement in patterns:
@@ -283,16 +283,17 @@ class HPS(Scorer):
     Human Preference Score v2.1: 100 x cosine, about 30 for SDXL (arXiv 2306.09341, github.com/tgxs002/HPSv2).
 
     The weights are those of open_clip's ViT-H-14; `model` provides the config and the vocabulary of that architecture.
-    The model sees the full image on a black square, where CLIP would crop its center. Texts are cleaned as by
+    The model sees the full image on a black square, where CLIP would crop its center. Texts are cleaned as in
     open_clip. HPSv2 itself computes in float16.
     """
 
     sources = {"model": CLIP_H, "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
-    files = {}
+    files = {}  # only the config and the vocabulary of `model` are used
     package = "ftfy"
     antialias = True
 
     def load_model(self):
+        # Without a source, `from_pretrained` takes the weights from `state_dict`.
         return load_complete(
             CLIPModel,
             None,
@@ -424,7 +425,7 @@ def weights_of_part(weights, prefix):
 
 class ImageReward(Scorer):
     """
-    ImageReward v1.0, of mean 0 and standard deviation 1 on its training images (arXiv 2304.05977).
+    ImageReward v1.0, normalized to mean 0 and standard deviation 1 on its training images (arXiv 2304.05977).
 
     As in github.com/zai-org/ImageReward, BLIP's text encoder reads the prompt and attends to the image, and linear
     layers score its first vector. All sizes come from the weights; `processor` provides the vocabulary.
@@ -761,7 +762,11 @@ def add_prompt_arguments(parser):
 
 def add_generation_arguments(parser):
     add = parser.add_argument_group("generation").add_argument
-    add("--pretrained_model_name_or_path", type=PATH, help="SDXL base model, named `base`: hub id or local folder.")
+    add(
+        "--pretrained_model_name_or_path",
+        type=PATH,
+        help="SDXL base model, `base` in results: hub id or local folder.",
+    )
     add(
         "--pretrained_vae_model_name_or_path",
         type=PATH,
@@ -775,8 +780,8 @@ def add_generation_arguments(parser):
         default=[],
         metavar="NAME=PATH",
         help="Models to compare with the base model: UNets, LoRAs or pipelines; hub ids or local folders, e.g. an "
-        "output_dir of training. A LoRA may also be a .safetensors file. NAME=UNET+LORA is a LoRA that was trained on "
-        "another UNet.",
+        "output_dir of training. A LoRA may also be a .safetensors file. Use NAME=UNET+LORA for a LoRA that was "
+        "trained on another UNet.",
     )
     schedulers = [f"{kind}Scheduler" for kind in SCHEDULERS]
     add("--scheduler", choices=schedulers, help="Scheduler for all models. Defaults to the base model's.")
@@ -810,7 +815,8 @@ def parse_args(input_args=None):
     """Parse the command line (or `input_args`). Misuse exits with one sentence that names the flag."""
     parser = argparse.ArgumentParser(
         description=__doc__.strip().splitlines()[0],
-        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --candidates NAME=PATH [...]",
+        usage="accelerate launch %(prog)s --prompts FILE --pretrained_model_name_or_path MODEL "
+        "--candidates NAME=PATH [...]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -922,11 +928,11 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def version_of(source, name, file, weights=()):
-    """The commit of a hub id; for a local folder, a digest of `weights`, or of the file `name` if there are none."""
+def version_of(source, file, weights=()):
+    """The commit of a hub id; for a local folder, a digest of `weights`, or of `file` if there are none."""
     if not Path(source).exists():
-        # Files of the hub are at snapshots/COMMIT/NAME.
-        return file.parents[len(Path(name).parts) - 1].name
+        # The hub's cache keeps files at snapshots/COMMIT/NAME.
+        return file.as_posix().rpartition("/snapshots/")[2].partition("/")[0]
     return digest([file_digest(path) for path in sorted(weights) or [file]])
 
 
@@ -965,7 +971,7 @@ def find_images(folder):
     for path in sorted(Path(folder).glob("[!.]*")):
         if not path.is_file():
             continue
-        if path.suffix == ".txt":  # Pillow takes some texts, e.g. "BMX rider", for images
+        if path.suffix == ".txt":  # Pillow mistakes some texts, e.g. "BMX rider", for images
             others.append(path.name)
             continue
         try:
@@ -977,6 +983,19 @@ def find_images(folder):
             pass
         images.append(path)
     return images, others
+
+
+def find_given_images(flag, folder):
+    """Paths of the images in a flag's folder. Files other than images and captions are left out with a warning."""
+    paths, others = find_images(folder)
+    if not paths:
+        raise EvaluationError(f"--{flag} {folder} is not a folder with images that Pillow can open.")
+    others = [name for name in others if not name.endswith(".txt")]
+    if others:
+        logger.warning(
+            f"--{flag} {folder}: left out {len(others)} files that Pillow cannot open: {', '.join(others[:10])}."
+        )
+    return paths
 
 
 def write_atomically(path, save):
@@ -998,7 +1017,7 @@ def in_batches(items, size):
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# Source, split, and columns of prompt and category of known prompt sets.
+# Known prompt sets: (source, split, prompt column, category column).
 PROMPT_SETS = {
     "pickapic_v2": ("yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", None),
     "partiprompts": ("nateraw/parti-prompts", "train", "Prompt", "Category"),
@@ -1023,7 +1042,7 @@ def stream_prompts(source, split, columns):
     """
     Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset, with columns {flag: name}.
 
-    The lines of a text file, and the strings of a JSON list, are prompts whatever the name of their column.
+    The lines of a text file, and the strings of a JSON list, are prompts regardless of the name of their column.
     """
     suffix = Path(source).suffix.lower()
     options = {"path": source}
@@ -1106,7 +1125,7 @@ def read_prompts(args):
 
 
 def warn_about_long_prompts(prompts, tokenizer):
-    """Warn about prompts with more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
+    """Warn about prompts with more tokens than SDXL reads. Its two tokenizers split a prompt in the same way."""
     limit = tokenizer.model_max_length
     too_long = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
     if too_long > 0:
@@ -1129,7 +1148,8 @@ COMPONENTS = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
-# Pipelines that share a scheduler must agree on these keys of its config. Defaults are for configs without the key.
+# One scheduler samples from all models, so pipelines among the candidates must agree with the base model on these keys
+# of its config. The values are the defaults of configs without the key.
 SCHEDULE = {
     "prediction_type": "epsilon",
     "beta_start": None,
@@ -1153,10 +1173,10 @@ class Model(NamedTuple):
 
 class System(NamedTuple):
     """
-    A set of images under evaluation, in `folder`; `label` names it in messages.
+    What the results call a model: the base model, a candidate, or a folder of --images; `label` is its flag.
 
-    `models` generate the images: {category: Model}, or {None: Model} for all categories. Images of --images have no
-    models.
+    `folder` contains its images. `models` generate them: {category: Model}, or {None: Model} for all categories; there
+    are none for --images.
     """
 
     name: str
@@ -1170,7 +1190,7 @@ class System(NamedTuple):
             return self.models[None]
         return self.models[prompt.category]
 
-    def image(self, prompts, image_id):
+    def image_path(self, prompts, image_id):
         """Path of an image by its id: the number of its prompt, and its number among the images of that prompt."""
         prompt_number, image_number = image_id
         if self.models:
@@ -1205,16 +1225,16 @@ def find_kind(source, label, kinds):
             weights = file.parent.glob("*/*.safetensors")
         elif kind == "unet":
             weights = file.parent.glob("*.safetensors")
-        return kind, version_of(source, name, file, weights)
+        return kind, version_of(source, file, weights)
 
-    if source.endswith(".safetensors"):
+    if source.endswith(".safetensors") and "lora" in kinds:
         raise EvaluationError(f"{label}: there is no such file.")
     names = [name for name, kind in KINDS.items() if kind in kinds]
     raise EvaluationError(f"{label} is not a folder or a reachable hub id with {' or '.join(names)}.")
 
 
 def find_candidate(args, name, source):
-    """The Model of --candidates NAME=PATH; PATH may be UNET+LORA unless a file has that name."""
+    """The Model of --candidates NAME=PATH; PATH may be UNET+LORA unless a file of that name exists."""
     base = args.pretrained_model_name_or_path
     label = f"--candidates {name}={source}"
     if "+" in source and not Path(source).exists():
@@ -1272,7 +1292,7 @@ def find_vae(source):
         raise EvaluationError(
             f"--pretrained_vae_model_name_or_path {source} is not a folder or a reachable hub id with config.json."
         )
-    return version_of(source, "config.json", file, file.parent.glob("*.safetensors"))
+    return version_of(source, file, file.parent.glob("*.safetensors"))
 
 
 def load_complete(model_class, source, **options):
@@ -1321,7 +1341,7 @@ def load_sdxl(source, variant=None, dtype=torch.float32, **components):
 
 
 def check_schedule(source, base):
-    """Refuse a pipeline that was trained with a different noise schedule from the base model's."""
+    """Refuse a pipeline that was trained with another noise schedule than the base model's."""
     config = EulerDiscreteScheduler.load_config(source, subfolder="scheduler")
     base_config = EulerDiscreteScheduler.load_config(base, subfolder="scheduler")
     for key, default in SCHEDULE.items():
@@ -1376,12 +1396,12 @@ def load_pipeline(args, model, shared):
 # diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
 #
-# The two matrices of a LoRA's layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
+# The two matrices of a LoRA layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
 
 def find_lora_file(source):
-    """Path of a LoRA: a .safetensors file (also as HUB_ID/FILE), or one in a folder or hub id; None without one."""
+    """Path of a LoRA: a .safetensors file (also as HUB_ID/FILE), or one in a folder or hub id; or None."""
     if source.endswith(".safetensors"):
         return find_file(*os.path.split(source))
 
@@ -1402,7 +1422,7 @@ def read_lora_config(file):
 
 
 def find_alpha(config, layer):
-    """The alpha of a layer by the peft config of its file, or None. Patterns match as in peft."""
+    """The alpha of a layer in the peft config of its file, or None. Patterns match as in peft."""
     part, _, name = layer.partition(".")
     for pattern, alpha in (config.get(f"{part}.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -1411,7 +1431,7 @@ def find_alpha(config, layer):
 
 
 def apply_alphas(weights, config):
-    """A LoRA's weights in float32, each `up` multiplied by alpha / rank. Anything but such layers is refused."""
+    """A LoRA's weights in float32, each `up` multiplied by alpha / rank. Anything else is refused."""
     alphas = {}
     matrices = {}
     for name, weight in weights.items():
@@ -1431,7 +1451,7 @@ def apply_alphas(weights, config):
         if kind not in LORA_UP or up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
-        # An alpha among the weights comes before that of the config. Without either, alpha = rank.
+        # An alpha among the weights takes precedence over that of the config. Without either, alpha = rank.
         alpha = find_alpha(config, layer)
         if layer in alphas:
             alpha = alphas.pop(layer)
@@ -1439,9 +1459,10 @@ def apply_alphas(weights, config):
             matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    others = len(matrices) - 2 * num_layers + len(alphas)
-    if others > 0 or num_layers == 0:
-        raise ValueError(f"it has {num_layers} layers of two weights, and {others} other weights")
+    # What is left over: `up` without `down`, and alphas without a layer.
+    num_others = len(matrices) - 2 * num_layers + len(alphas)
+    if num_others > 0 or num_layers == 0:
+        raise ValueError(f"it has {num_layers} layers of two weights, and {num_others} other weights")
     return matrices
 
 
@@ -1453,29 +1474,29 @@ def read_lora(file, unet_config):
             raise ValueError(f"{name.partition('.')[2]} is not supported")
     weights = apply_alphas(load_file(file), config)
 
-    # Rename all layers as peft does. diffusers knows the other formats, and drops weights of a file that mixes two.
-    number = len(weights)
-    weights, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
-    if len(weights) < number:
-        raise ValueError(f"{number - len(weights)} of its weights use a different naming format from the rest")
+    # Rename all layers as peft does. diffusers knows the other formats, but drops weights if a file mixes two.
+    num_weights = len(weights)
+    renamed, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
+    if len(renamed) < num_weights:
+        raise ValueError(f"{num_weights - len(renamed)} of its weights use a different naming format from the rest")
     unet = {}
     text = {}
-    for name, weight in weights.items():
+    for name, weight in renamed.items():
         if name.startswith("text_encoder"):
             text[name] = weight
         else:
             unet[name] = weight
-    weights = {
+    peft_weights = {
         **convert_unet_state_dict_to_peft(unet),
         **convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD),
     }
 
     layers = {}
-    for name, down in weights.items():
+    for name, down in peft_weights.items():
         if name.endswith(".lora_A.weight"):
-            # Files name the text encoders' layers as before transformers 5.
+            # LoRA files name the text encoders' layers as before transformers 5.
             layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
-            layers[layer] = (down, weights[name.replace(".lora_A.", ".lora_B.")])
+            layers[layer] = (down, peft_weights[name.replace(".lora_A.", ".lora_B.")])
     return layers
 
 
@@ -1483,7 +1504,7 @@ def add_lora(pipeline, layers):
     """
     Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
 
-    They are not merged: half precision would round away most of a small change of the weights.
+    They are not merged: half precision would round away most of a small weight change.
     """
     modules = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -1499,7 +1520,7 @@ def add_lora(pipeline, layers):
         weight = modules[name].weight
         if down.shape[1:] != weight.shape[1:] or up.shape[:2] != (len(weight), len(down)):
             raise ValueError(
-                f"{name} of {tuple(weight.shape)} cannot be changed by weights of {tuple(up.shape)} and "
+                f"{name} of {tuple(weight.shape)} does not fit LoRA weights of {tuple(up.shape)} and "
                 f"{tuple(down.shape)}"
             )
 
@@ -1602,7 +1623,8 @@ def describe_images(settings, base, system, prompts):
     """
     Everything that the images of a system depend on, for its settings.json.
 
-    The batch size and the number of processes only affect rounding. So should libraries: a change is warned about.
+    The batch size and the number of processes only affect rounding. So should versions of libraries; a change is
+    reported.
     """
     names = [
         "vae",
@@ -1629,9 +1651,13 @@ def describe_images(settings, base, system, prompts):
 
 
 def check_images(system, description):
-    """Refuse to mix images of different settings. Returns the description of all images, with the first libraries."""
+    """
+    Refuse to mix images of different settings.
+
+    Returns the description, merged with that of existing images, which keeps the versions of their libraries.
+    """
     path = system.folder / "settings.json"
-    if not any(system.folder.glob("*.png")):
+    if not any(system.folder.glob("[!.]*.png")):
         return description
     before = {}
     if path.exists():
@@ -1639,8 +1665,8 @@ def check_images(system, description):
             before = json.loads(path.read_text(encoding="utf-8"))
     if before.keys() != description.keys():
         raise EvaluationError(
-            f"{system.folder} contains images without a settings.json of this version of the script: delete it or "
-            "change --output_dir."
+            f"{system.folder} contains images without a settings.json of this version of the script. Delete the "
+            "folder or change --output_dir."
         )
 
     for part in ("settings", "models", "prompts"):
@@ -1648,8 +1674,8 @@ def check_images(system, description):
             previous = before[part].get(name, value)
             if previous != value:
                 raise EvaluationError(
-                    f"{system.folder} was generated with another {name} ({previous}, now {value}): delete it or "
-                    "change --output_dir."
+                    f"{system.folder} was generated with another {name} ({previous}, now {value}). Delete the folder "
+                    "or change --output_dir."
                 )
     merged = {part: {**description[part], **before[part]} for part in description}
     if before["libraries"] != description["libraries"]:
@@ -1660,7 +1686,7 @@ def check_images(system, description):
 
 
 def image_seed(seed, prompt_number, image_number):
-    """The seed of an image's noise. It only depends on --seed and the image's id."""
+    """The seed of an image's noise. It depends only on --seed and the image's id."""
     return int(np.random.SeedSequence([seed, prompt_number, image_number]).generate_state(1, np.uint64)[0])
 
 
@@ -1701,7 +1727,7 @@ def generate_batches(args, accelerator, system, model, prompts, batches, shared)
     for batch in tqdm(batches, desc=f"Generating {system.name}", disable=not accelerator.is_local_main_process):
         images = generate_images(args, pipeline, prompts, batch)
         for image_id, image in zip(batch, images, strict=True):
-            path = system.image(prompts, image_id)
+            path = system.image_path(prompts, image_id)
             if not path.exists():
                 # Level 1 takes a quarter of the default's time.
                 write_atomically(path, functools.partial(image.save, format="PNG", compress_level=1))
@@ -1732,7 +1758,7 @@ def find_jobs(args, systems, prompts, image_ids, settings):
                     ids_of_model.append((prompt_number, image_number))
             batches = []
             for batch in in_batches(ids_of_model, args.batch_size):
-                if not all(system.image(prompts, image_id).exists() for image_id in batch):
+                if not all(system.image_path(prompts, image_id).exists() for image_id in batch):
                     batches.append(batch)
             if batches:
                 jobs.append(Job(system, model, description, batches))
@@ -1769,7 +1795,7 @@ def list_records(systems, prompts, image_ids):
         hashes = []
         for prompt_number, image_number in image_ids:
             prompt = prompts[prompt_number]
-            file = system.image(prompts, (prompt_number, image_number))
+            file = system.image_path(prompts, (prompt_number, image_number))
             record = {
                 "model": system.name,
                 "prompt_index": prompt_number,
@@ -1817,20 +1843,14 @@ def find_source(args, name, part):
     for file_name in names:
         file = find_file(source, file_name)
         if file is not None:
-            return version_of(source, file_name, file)
+            return version_of(source, file)
     raise EvaluationError(f"--{flag} {getattr(args, flag)}: there is no {names[0]} in this folder or hub repository.")
 
 
 def find_references(folder):
     """A digest of the reference images in a folder."""
-    images, others = find_images(folder)
-    if not images:
-        raise EvaluationError(f"--reference_images {folder} is not a folder with images that Pillow can open.")
-    if others:
-        logger.warning(
-            f"--reference_images {folder}: left out {len(others)} files that Pillow cannot open: {', '.join(others)}."
-        )
-    return digest([file_digest(path) for path in images])
+    paths = find_given_images("reference_images", folder)
+    return digest([file_digest(path) for path in paths])
 
 
 def find_scorers(args, prompts):
@@ -1848,13 +1868,15 @@ def find_scorers(args, prompts):
     return versions
 
 
-def build_scorer(args, name, device, *references):
-    """A scorer with the sources that the flags name; `references` is the folder of images for dinov2."""
+def build_scorer(args, name, device, reference_images=None):
+    """A scorer with the sources that the flags name. Only dinov2 has a folder of reference images."""
     flags = source_flags(name)
     sources = {part: getattr(args, flag) for part, flag in flags.items()}
     shown = " ".join(f"--{flag} {getattr(args, flag)}" for flag in flags.values())
     with explain(f"{shown} cannot be loaded"):
-        return SCORERS[name](device, *references, **sources)
+        if reference_images is not None:
+            return SCORERS[name](device, reference_images, **sources)
+        return SCORERS[name](device, **sources)
 
 
 def read_ahead(batches):
@@ -1874,17 +1896,17 @@ def read_ahead(batches):
             yield pending.result()
 
 
-def score_records(args, accelerator, name, references, records):
+def score_records(args, accelerator, name, reference_images, records):
     """{key: score} of {key: record}, rounded to six decimals. All processes take their share of the images."""
     batches = in_batches(list(records), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
     scores = []
     with raise_on_all_ranks(f"--scorers {name} failed"):
-        # With several CPU processes, the device is "cpu:0". Moving weights to it copies them, which changes scores in
-        # the last bits.
+        # With several CPU processes, the device is "cpu:0". Moving weights there copies them, and scores would differ
+        # in the last bits.
         device = accelerator.device
         if device.type == "cpu":
             device = "cpu"
-        scorer = build_scorer(args, name, device, *references)
+        scorer = build_scorer(args, name, device, reference_images)
 
         if scorer.reads_text:
             texts = {scored_text(record) for record in records.values()}
@@ -1917,7 +1939,7 @@ def read_scores(path, versions):
 
 
 def score_images(args, accelerator, records, versions):
-    """Add each scorer's score to the records. Scores are kept by image and prompt, for the next run."""
+    """Add each scorer's score to the records. Scores are cached by image and prompt."""
     for name in args.scorers:
         path = Path(args.output_dir) / "scores" / f"{name}.json"
         scores = from_main_process(read_scores, path, versions[name])
@@ -1926,15 +1948,15 @@ def score_images(args, accelerator, records, versions):
         keys = []
         missing = {}
         for record in records:
-            references = ()
+            reference_images = None
             if name == "dinov2":
-                references = (reference_folder(args, record.get("category")),)
-            key = digest([record["sha256"], scored_text(record), references])
+                reference_images = reference_folder(args, record.get("category"))
+            key = digest([record["sha256"], scored_text(record), reference_images])
             keys.append(key)
             if key not in scores:
-                missing.setdefault(references, {})[key] = record
-        for references, records_of_references in missing.items():
-            scores.update(score_records(args, accelerator, name, references, records_of_references))
+                missing.setdefault(reference_images, {})[key] = record
+        for reference_images, records_to_score in missing.items():
+            scores.update(score_records(args, accelerator, name, reference_images, records_to_score))
 
         with raise_on_all_ranks("The scores cannot be written"):
             if missing and accelerator.is_main_process:
@@ -2039,8 +2061,8 @@ def write_results(args, systems, prompts, records, settings):
 def build_accelerator(args):
     with explain(f"accelerate cannot start (--mixed_precision {args.mixed_precision})"):
         # Processes wait for the slowest, which may generate images for hours.
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
+        process_group_kwargs = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[process_group_kwargs])
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
@@ -2054,7 +2076,7 @@ def check_inputs(args, systems, prompts, image_ids):
     for system in systems:
         if system.models:
             continue
-        paths = [system.image(prompts, image_id) for image_id in image_ids]
+        paths = [system.image_path(prompts, image_id) for image_id in image_ids]
         missing = [path for path in paths if not path.exists()]
         if missing:
             raise EvaluationError(f"{system.label} lacks {len(missing)} of {len(paths)} images, e.g. {missing[0]}")

@@ -27,12 +27,12 @@ rejected images without it:
         --style_prefix "A flat cartoon with thick outlines of" --mixed_precision bf16 --output_dir pairs
 
 Version 2 of the paper used other data: FLUX.1-schnell generated the images, with a prefix on one side or both
-(`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 of 10. Here, `--scorer
+(`--rejected_prefix`), and a vision-language model kept the pairs that it scored above 5 out of 10. Here, `--scorer
 pickscore --min_score 21` keeps the pairs whose chosen image reaches a score.
 
 Instead of prefixes, `--num_candidates 8 --scorer pickscore` pairs the best and the worst of eight samples, and
 `--chosen_images photos` pairs photos of a subject with samples. `--lora` or `--unet` generates with a fine-tuned
-model, for another round. Run the same command again to resume, on any number of processes.
+model, for another round of training. Run the same command again to resume, on any number of processes.
 
 Pairs that exist as files need no model: `--chosen_images A --rejected_images B` pairs the files of the same name.
 """
@@ -45,7 +45,7 @@ Pairs that exist as files need no model: `--chosen_images A --rejected_images B`
 #   Files      finding, reading and writing them
 #   Captions   from files, folders and hub datasets
 #   Models     loading an SDXL pipeline
-#   LoRA       reading a LoRA of any format, and applying it exactly
+#   LoRA       reading LoRAs in the formats of diffusers, peft and kohya, and applying them exactly
 #   Making     the missing pairs
 #   Dataset    shards, the card and the upload
 #   Main       puts everything together
@@ -136,10 +136,10 @@ class Inputs(NamedTuple):
     files: list
 
 
-def random_choices(seed, number, num_images):
-    """Whether the chosen image of a pair is image 0, and the seeds of its images' noise."""
-    first, *seeds = np.random.SeedSequence([seed, number]).generate_state(1 + num_images, np.uint64).tolist()
-    return first % 2 == 1, seeds
+def order_and_seeds(seed, number, num_images):
+    """Random numbers of a pair: whether its chosen image comes first, and the seeds of its images' noise."""
+    coin, *seeds = np.random.SeedSequence([seed, number]).generate_state(1 + num_images, np.uint64).tolist()
+    return coin % 2 == 1, seeds
 
 
 @torch.no_grad()
@@ -265,16 +265,16 @@ def read_pair(files):
 
 def make_block(args, pipeline, scorer, inputs, block):
     """
-    Make the pairs with these numbers. Yields one table per pair: one row, or none if the pair is left out.
+    Make the pairs of a block, a range of pair numbers whose images are generated as one batch.
 
-    The noise of a pair only depends on its number and --seed. Block boundaries are fixed, because an image's last bits
-    depend on the others in its batch.
+    Yields one table per pair, with one row, or none if the pair is dropped. A pair's noise depends only on its number
+    and --seed. Blocks are always the same, because an image's last bits depend on the others in its batch.
     """
     captions = [inputs.captions[number] for number in block]
     chosen_first = []
     seeds = []
     for number in block:
-        is_first, seeds_of_pair = random_choices(args.seed, number, args.num_candidates or 2)
+        is_first, seeds_of_pair = order_and_seeds(args.seed, number, args.num_candidates or 2)
         chosen_first.append(is_first)
         seeds.append(seeds_of_pair)
 
@@ -458,10 +458,14 @@ def add_generation_arguments(parser):
     add(
         "--pretrained_vae_model_name_or_path",
         type=PATH,
-        help="VAE to use instead, e.g. madebyollin/sdxl-vae-fp16-fix.",
+        help="VAE to use instead of the base model's, e.g. madebyollin/sdxl-vae-fp16-fix.",
     )
     add("--variant", help="Variant of the base model's weights, e.g. fp16.")
-    add("--unet", type=PATH, help="UNet to use instead: hub id or local folder, e.g. an output_dir of training.")
+    add(
+        "--unet",
+        type=PATH,
+        help="Another UNet than the base model's: hub id or local folder, e.g. an output_dir of training.",
+    )
     add("--lora", type=PATH, help="LoRA: hub id, local folder, e.g. an output_dir of training, or .safetensors file.")
     add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps.")
     add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Guidance scale.")
@@ -500,7 +504,7 @@ def parse_args(input_args=None):
             parser.error("--scorer needs evaluate_diffusion_mapo_sdxl.py beside this script")
         from evaluate_diffusion_mapo_sdxl import parse_args as parse_evaluation_args
 
-        # The evaluation script requires the first two; only the scorer's own flags are used.
+        # The evaluation script requires --images and --prompts; only the scorer's own flags are used.
         args.scorer_args = parse_evaluation_args(
             ["--images", "a=b", "--scorers", args.scorer, "--prompts", "c", *scorer_args]
         )
@@ -512,15 +516,14 @@ def check_arguments(parser, args, scorer_args):  # noqa: C901
     base = args.pretrained_model_name_or_path
     has_prefix = args.style_prefix is not None or args.rejected_prefix is not None
 
-    # Unknown flags, without their values: one may be a token. The evaluation script checks the flags of the scorer.
-    flags = [word.partition("=")[0] for word in scorer_args if word.startswith("-")]
-    unknown = flags
-    if args.scorer is not None:
-        unknown = [flag for flag in flags if not flag.startswith(f"--{args.scorer}_")]
-    if not unknown and scorer_args and not scorer_args[0].startswith("-"):
-        unknown = scorer_args[:1]
-    if unknown:
-        parser.error(f"unknown arguments: {', '.join(unknown)} (see --help for the list)")
+    # Unknown arguments. The evaluation script checks the scorer's own flags. Values are not shown: one may be a token.
+    for word in scorer_args:
+        flag = word.partition("=")[0]
+        is_of_scorer = args.scorer is not None and flag.startswith(f"--{args.scorer}_")
+        if flag.startswith("-") and not is_of_scorer:
+            parser.error(f"unknown argument: {flag} (see --help for the list)")
+    if scorer_args and not scorer_args[0].startswith("-"):
+        parser.error(f"unknown argument: {scorer_args[0]} (see --help for the list)")
 
     # One way of making pairs.
     if [has_prefix, args.num_candidates is not None, args.chosen_images is not None].count(True) != 1:
@@ -632,7 +635,7 @@ def find_images(folder):
     for path in sorted(Path(folder).glob("[!.]*")):
         if not path.is_file():
             continue
-        if path.suffix == ".txt":  # Pillow takes some texts, e.g. "BMX rider", for images
+        if path.suffix == ".txt":  # Pillow mistakes some texts, e.g. "BMX rider", for images
             others.append(path.name)
             continue
         try:
@@ -691,7 +694,7 @@ def stream_prompts(source, split, columns):
     """
     Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset, with columns {flag: name}.
 
-    The lines of a text file, and the strings of a JSON list, are prompts whatever the name of their column.
+    The lines of a text file, and the strings of a JSON list, are prompts regardless of the name of their column.
     """
     suffix = Path(source).suffix.lower()
     options = {"path": source}
@@ -802,7 +805,7 @@ def match_files(args):
 
 
 def warn_about_long_prompts(prompts, tokenizer):
-    """Warn about prompts with more tokens than SDXL reads. Its two tokenizers split a prompt alike."""
+    """Warn about prompts with more tokens than SDXL reads. Its two tokenizers split a prompt in the same way."""
     limit = tokenizer.model_max_length
     too_long = sum(len(tokens) > limit for tokens in tokenizer(prompts).input_ids)
     if too_long > 0:
@@ -826,24 +829,25 @@ def find_models(args):
         "pretrained_model_name_or_path": ["unet/config.json"],
         "pretrained_vae_model_name_or_path": ["config.json"],
         "unet": ["unet/config.json", "config.json"],
-        "lora": [LORA_FILE],
     }
     model_files = {}
-    for flag in MODEL_FLAGS:
+    for flag, names in names_of_flags.items():
         source = getattr(args, flag)
         if source is None:
             continue
-        if flag == "lora":
-            files = [find_lora_file(source)]
-        else:
-            files = [find_file(source, name) for name in names_of_flags[flag]]
+        files = [find_file(source, name) for name in names]
         found = [file for file in files if file is not None]
-        if not found and source.endswith(".safetensors"):
-            raise PairsError(f"--{flag} {source}: there is no such file.")
         if not found:
-            names = " or ".join(names_of_flags[flag])
-            raise PairsError(f"--{flag} {source} is not a folder or a reachable hub id with {names}.")
+            raise PairsError(f"--{flag} {source} is not a folder or a reachable hub id with {' or '.join(names)}.")
         model_files[flag] = found[0]
+
+    if args.lora is not None:
+        file = find_lora_file(args.lora)
+        if file is None and args.lora.endswith(".safetensors"):
+            raise PairsError(f"--lora {args.lora}: there is no such file.")
+        if file is None:
+            raise PairsError(f"--lora {args.lora} is not a folder or a reachable hub id with {LORA_FILE}.")
+        model_files["lora"] = file
     return model_files
 
 
@@ -861,7 +865,7 @@ def check_models(args, model_files):
         if config.get("addition_embed_type") != "text_time":
             raise PairsError(f"{name}: its UNet is not conditioned on image sizes and crops (addition_embed_type).")
         if config.get("in_channels", 4) != config.get("out_channels", 4):
-            raise PairsError(f"{name}: its UNet has extra input channels, which SDXL's has not.")
+            raise PairsError(f"{name} is not an SDXL model: its UNet has extra input channels.")
         for key in ("cross_attention_dim", "in_channels"):
             if config.get(key) != base_config.get(key):
                 raise PairsError(
@@ -973,12 +977,12 @@ def load_pipeline(args, device, dtype, model_files):
 # diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
 #
-# The second weight of a LoRA's layer, by the first: as kohya, peft, and earlier versions of diffusers name them.
+# The two matrices of a LoRA layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
 
 def find_lora_file(source):
-    """Path of a LoRA: a .safetensors file (also as HUB_ID/FILE), or one in a folder or hub id; None without one."""
+    """Path of a LoRA: a .safetensors file (also as HUB_ID/FILE), or one in a folder or hub id; or None."""
     if source.endswith(".safetensors"):
         return find_file(*os.path.split(source))
 
@@ -999,7 +1003,7 @@ def read_lora_config(file):
 
 
 def find_alpha(config, layer):
-    """The alpha of a layer by the peft config of its file, or None. Patterns match as in peft."""
+    """The alpha of a layer in the peft config of its file, or None. Patterns match as in peft."""
     part, _, name = layer.partition(".")
     for pattern, alpha in (config.get(f"{part}.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -1008,7 +1012,7 @@ def find_alpha(config, layer):
 
 
 def apply_alphas(weights, config):
-    """A LoRA's weights in float32, each `up` multiplied by alpha / rank. Anything but such layers is refused."""
+    """A LoRA's weights in float32, each `up` multiplied by alpha / rank. Anything else is refused."""
     alphas = {}
     matrices = {}
     for name, weight in weights.items():
@@ -1028,7 +1032,7 @@ def apply_alphas(weights, config):
         if kind not in LORA_UP or up not in matrices:
             raise ValueError(f"{name} is not one of the two weights of a LoRA's layer")
 
-        # An alpha among the weights comes before that of the config. Without either, alpha = rank.
+        # An alpha among the weights takes precedence over that of the config. Without either, alpha = rank.
         alpha = find_alpha(config, layer)
         if layer in alphas:
             alpha = alphas.pop(layer)
@@ -1036,9 +1040,10 @@ def apply_alphas(weights, config):
             matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    others = len(matrices) - 2 * num_layers + len(alphas)
-    if others > 0 or num_layers == 0:
-        raise ValueError(f"it has {num_layers} layers of two weights, and {others} other weights")
+    # What is left over: `up` without `down`, and alphas without a layer.
+    num_others = len(matrices) - 2 * num_layers + len(alphas)
+    if num_others > 0 or num_layers == 0:
+        raise ValueError(f"it has {num_layers} layers of two weights, and {num_others} other weights")
     return matrices
 
 
@@ -1050,29 +1055,29 @@ def read_lora(file, unet_config):
             raise ValueError(f"{name.partition('.')[2]} is not supported")
     weights = apply_alphas(load_file(file), config)
 
-    # Rename all layers as peft does. diffusers knows the other formats, and drops weights of a file that mixes two.
-    number = len(weights)
-    weights, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
-    if len(weights) < number:
-        raise ValueError(f"{number - len(weights)} of its weights use a different naming format from the rest")
+    # Rename all layers as peft does. diffusers knows the other formats, but drops weights if a file mixes two.
+    num_weights = len(weights)
+    renamed, *_ = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet_config)
+    if len(renamed) < num_weights:
+        raise ValueError(f"{num_weights - len(renamed)} of its weights use a different naming format from the rest")
     unet = {}
     text = {}
-    for name, weight in weights.items():
+    for name, weight in renamed.items():
         if name.startswith("text_encoder"):
             text[name] = weight
         else:
             unet[name] = weight
-    weights = {
+    peft_weights = {
         **convert_unet_state_dict_to_peft(unet),
         **convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD),
     }
 
     layers = {}
-    for name, down in weights.items():
+    for name, down in peft_weights.items():
         if name.endswith(".lora_A.weight"):
-            # Files name the text encoders' layers as before transformers 5.
+            # LoRA files name the text encoders' layers as before transformers 5.
             layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
-            layers[layer] = (down, weights[name.replace(".lora_A.", ".lora_B.")])
+            layers[layer] = (down, peft_weights[name.replace(".lora_A.", ".lora_B.")])
     return layers
 
 
@@ -1080,7 +1085,7 @@ def add_lora(pipeline, layers):
     """
     Add the layers of a LoRA, {name: (down, up)}, to a pipeline, which must have all of them.
 
-    They are not merged: half precision would round away most of a small change of the weights.
+    They are not merged: half precision would round away most of a small weight change.
     """
     modules = {}
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -1096,7 +1101,7 @@ def add_lora(pipeline, layers):
         weight = modules[name].weight
         if down.shape[1:] != weight.shape[1:] or up.shape[:2] != (len(weight), len(down)):
             raise ValueError(
-                f"{name} of {tuple(weight.shape)} cannot be changed by weights of {tuple(up.shape)} and "
+                f"{name} of {tuple(weight.shape)} does not fit LoRA weights of {tuple(up.shape)} and "
                 f"{tuple(down.shape)}"
             )
 
@@ -1130,10 +1135,13 @@ def add_branch(layer, down, up):
 #
 # Captions are processed in blocks of --batch_size, each by one process. A finished pair is a file in `pairs_made`,
 # beside the settings that it depends on, until all of them go into `data`.
+MADE_BY = "made by `make_pick_style_sdxl.py`"  # in the card of a finished dataset
+
+
 def fingerprint(flag, source, file):
-    """A hash that changes with a model's weights, from the hub commit, or names, sizes and times of local files."""
+    """A hash that changes with a model's weights: of the hub's commit, or of names, sizes and times of local files."""
     if not os.path.exists(source):
-        return Hasher.hash(str(file.parts[-3:]))
+        return Hasher.hash(str(file.parts[-3:]))  # snapshots/COMMIT/NAME, or COMMIT/unet/NAME
 
     paths = file.parent.glob("*.safetensors")
     if flag == "lora":
@@ -1145,7 +1153,7 @@ def fingerprint(flag, source, file):
 
 
 def without_local_path(source):
-    return "a local one" if os.path.exists(source) else source
+    return "a local path" if os.path.exists(source) else source
 
 
 def describe_scorer(args):
@@ -1216,13 +1224,19 @@ def collect_settings(args, dtype, inputs, model_files):
 def check_output_dir(output_dir, settings):
     """Refuse a folder with pairs of other settings, or with files of another program."""
     folder = Path(output_dir)
-    existing = [*folder.glob("pairs_made/[0-9]*.parquet"), *folder.glob("data/*"), *folder.glob("README.md")]
+    card = folder / "README.md"
+    if card.exists() and not is_finished(output_dir):
+        raise PairsError(
+            f"--output_dir {folder} contains README.md, which this script did not write. Choose another folder."
+        )
+    existing = [*folder.glob("pairs_made/[0-9]*.parquet"), *folder.glob("data/*")]
     if not existing:
         return
     file = settings_path(output_dir)
     if not file.exists():
         raise PairsError(
-            f"--output_dir {folder} contains {existing[0].name}, made by another program: choose another folder."
+            f"--output_dir {folder} contains {existing[0].name}, which this script did not write. Choose another "
+            "folder."
         )
 
     with explain(f"--output_dir: {file} cannot be read"):
@@ -1234,7 +1248,7 @@ def check_output_dir(output_dir, settings):
         if settings.get(name) != previous.get(name):
             raise PairsError(
                 f"--output_dir {folder} contains {existing[0].name}, made with {name} {previous.get(name)}, now "
-                f"{settings.get(name)}: choose another folder."
+                f"{settings.get(name)}. Choose another folder."
             )
 
 
@@ -1247,8 +1261,9 @@ def pair_path(output_dir, number):
 
 
 def is_finished(output_dir):
-    """The card is written last."""
-    return Path(output_dir, "README.md").exists()
+    """Whether there is a card of this script, which is written last."""
+    card = Path(output_dir, "README.md")
+    return card.exists() and MADE_BY in card.read_text(encoding="utf-8")
 
 
 def find_missing(output_dir, num_pairs):
@@ -1262,7 +1277,7 @@ def load_scorer(args, device):
     from evaluate_diffusion_mapo_sdxl import EvaluationError, build_scorer
 
     try:
-        # "cpu:0", the device of several CPU processes, changes scores in the last bits.
+        # Not "cpu:0", which would change scores in the last bits: see `score_records` of the evaluation script.
         return build_scorer(args.scorer_args, args.scorer, "cpu" if device.type == "cpu" else device)
     except EvaluationError as error:
         raise PairsError(str(error)) from error
@@ -1307,7 +1322,7 @@ ROWS_PER_SHARD = 100
 
 
 def list_kept(output_dir, num_pairs):
-    """Numbers of the pairs that were not dropped. If there are none, all are deleted, and it is an error."""
+    """Numbers of the pairs that were not dropped. If all were, their files are deleted, and an error is raised."""
     kept = []
     for number in range(num_pairs):
         path = pair_path(output_dir, number)
@@ -1385,7 +1400,7 @@ def assemble(args, num_pairs, settings):
     write_text(
         folder / "README.md",
         f"---\n{card.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{len(kept):,} pairs of images in the layout of "
-        f"Pick-Style, made by `make_pick_style_sdxl.py` with:\n\n{lines}\n",
+        f"Pick-Style, {MADE_BY} with:\n\n{lines}\n",
     )
 
 
@@ -1419,8 +1434,8 @@ def upload(args, repo_id):
 def build_accelerator(args):
     with explain(f"accelerate cannot start (--mixed_precision {args.mixed_precision})"):
         # Processes wait for the slowest, which may generate images for hours.
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
+        process_group_kwargs = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[process_group_kwargs])
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):

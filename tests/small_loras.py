@@ -127,7 +127,7 @@ REFUSED = {
     "loha": ".hada_w1_a is not one of the two weights of a LoRA's layer",
     "unet": "conv_in.bias is not one of the two weights of a LoRA's layer",
     "nothing": "it has 0 layers of two weights",
-    "another text width": "attn2.to_k of (32, 96) cannot be changed by weights of (32, ",
+    "another text width": "attn2.to_k of (32, 96) does not fit LoRA weights of (32, ",
 }
 
 

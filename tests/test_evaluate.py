@@ -371,7 +371,7 @@ def test_rejects_images_of_another_prompt(evaluation, generation_flags, copied, 
 
     sentence = error_of(evaluation, {**generation_flags, "prompts": tmp_path / "prompts.txt"})
 
-    assert f"base was generated with another prompt 1 ({PROMPTS[1]}, now a green star): delete it" in sentence
+    assert f"base was generated with another prompt 1 ({PROMPTS[1]}, now a green star). Delete the folder" in sentence
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_rejects_images_of_other_settings(evaluation, generation_flags, copied, 
     sentence = error_of(evaluation, {**generation_flags, **change})
 
     folder = copied / "images" / "base"
-    assert sentence == f"{folder} was generated with another {difference}: delete it or change --output_dir."
+    assert sentence == f"{folder} was generated with another {difference}. Delete the folder or change --output_dir."
 
 
 def test_rejects_images_without_their_settings(evaluation, generation_flags, copied):

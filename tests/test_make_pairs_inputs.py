@@ -249,7 +249,7 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         (["--num_candidates", "4"], "--num_candidates requires --scorer"),
         (["--num_candidates", "1", "--scorer", "clip"], "is not a whole number of at least 2"),
         (["--num_candidates", "4", "--scorer", "dinov2"], "argument --scorer: invalid choice: 'dinov2'"),
-        (["--num_candidates", "4", "--scorer", "clip", "--hps_model", "x"], "unknown arguments: --hps_model ("),
+        (["--num_candidates", "4", "--scorer", "clip", "--hps_model", "x"], "unknown argument: --hps_model ("),
         (["--num_candidates", "4", "--scorer", "clip", "--clip_modl", "x"], "--clip_modl"),
         ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
         ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
@@ -265,10 +265,10 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--num_inference_steps", "-1"], "--num_inference_steps: -1 is not a positive whole number"),
         ([*STYLE, "--seed", "-1"], "--seed: -1 is not a whole number from 0 to 4294967295"),
         ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
-        ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
-        ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown arguments: --hub_tokn (see"),
-        ([*STYLE, "stray"], "unknown arguments: stray"),
-        (["--num_candidates", "4", "--scorer", "pickscore", "hps"], "unknown arguments: hps"),
+        ([*STYLE, "--hub_tokn", TOKEN], "unknown argument: --hub_tokn (see"),
+        ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown argument: --hub_tokn (see"),
+        ([*STYLE, "stray"], "unknown argument: stray"),
+        (["--num_candidates", "4", "--scorer", "pickscore", "hps"], "unknown argument: hps"),
     ],
 )
 def test_rejects_wrong_arguments(maker, capsys, words, message):
@@ -472,7 +472,7 @@ def test_rejects_scores_that_are_not_finite(maker, scorers, pair_flags, monkeypa
         ({"different_seeds": True}, "--different_seeds False, now True"),
         ({"mixed_precision": "bf16"}, "--mixed_precision torch.float32, now torch.bfloat16"),
         ({"max_prompts": 2}, "--prompts 7 captions, version "),
-        ({"unet": "trained"}, "--unet None, now a local one, version "),
+        ({"unet": "trained"}, "--unet None, now a local path, version "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -510,7 +510,7 @@ def test_rejects_pairs_of_other_weights_in_the_same_folder(maker, inputs, base, 
 
     sentence = error_of(maker, flags)
 
-    assert f"made with --{flag} a local one, version " in sentence
+    assert f"made with --{flag} a local path, version " in sentence
 
 
 def test_rejects_pairs_of_other_photos(maker, pair_flags, tmp_path):
@@ -534,18 +534,18 @@ def test_rejects_pairs_of_a_scorer_with_other_weights(maker, scorers, pair_flags
 
     sentence = error_of(maker, {**pair_flags, **changes})
 
-    assert "made with --clip_model a local one, version " in sentence
+    assert "made with --clip_model a local path, version " in sentence
 
 
 @pytest.mark.parametrize("file", ["README.md", "data/train-00000-of-00001.parquet"])
-def test_rejects_an_output_folder_of_another_program(maker, pair_flags, loaded_pipelines, file):
+def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded_pipelines, file):
     path = pair_flags["output_dir"] / file
     path.parent.mkdir(parents=True)
     path.write_text("mine")
 
     sentence = error_of(maker, pair_flags)
 
-    reason = f"contains {path.name}, made by another program: choose another folder."
+    reason = f"contains {path.name}, which this script did not write. Choose another folder."
     assert sentence == f"--output_dir {pair_flags['output_dir']} {reason}"
     assert path.read_text() == "mine"
     assert not loaded_pipelines
