@@ -136,7 +136,7 @@ def write_atomically(path, save):
 
 
 # Single files --------------------------------------------------------------------------------------------------------
-# Tensors that every SDXL base model has. Other models lack the first one, SDXL's refiner the second one.
+# Tensors that every SDXL base model has. Other models lack the first one; SDXL's refiner lacks the second one.
 SDXL_TENSORS = ["model.diffusion_model.label_emb.0.0.bias", "conditioner.embedders.1.model.ln_final.bias"]
 TEXT_ENCODER = "conditioner.embedders.0.transformer.text_model."
 TEXT_ENCODER_2 = "conditioner.embedders.1.model."
@@ -153,7 +153,7 @@ def read_checkpoint(path):
         if name not in checkpoint:
             raise ConversionError(f"{path} is not an SDXL base model: it has no tensor {name}.")
     if "edm_mean" in checkpoint or "edm_vpred.sigma_max" in checkpoint:
-        raise ConversionError(f"{path} is an EDM model: its prediction type is neither epsilon nor v_prediction.")
+        raise ConversionError(f"{path} is an EDM model, which is not supported.")
     return checkpoint, metadata
 
 

@@ -142,7 +142,7 @@ def log_phi(errors):
 
 def mapo_loss(chosen_errors, rejected_errors, beta):
     """
-    The published MaPO objective (arXiv 2406.06424v2, eqs. 9 to 11).
+    The MaPO objective of the paper's current version (arXiv 2406.06424v2, eqs. 9 to 11).
 
         L = l_w - 1/beta * log sigmoid(phi_beta(l_w) - phi_beta(l_l)),   phi_beta(l) = (l / (exp(l) - 1)) ** beta
 
@@ -185,17 +185,20 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 # SDXL ----------------------------------------------------------------------------------------------------------------
 #
 # What is specific to the model: the errors that the objective compares, and the loading, encoding and sampling that
-# belong to them. To train another model, change this section first, and then what else knows SDXL:
+# belong to them. To train another model, change this section first, and then everything else that knows SDXL:
 #
 #   Training         the types of `Run`
-#   Arguments        the default resolution of 1024
-#   Pairs            `load_pair` computes SDXL's sizes and crops, `PairDataset.load` samples integer timesteps
+#   Arguments        the default of --resolution, and its multiple of 8
+#   Pairs            `load_pair` and `PairDataset.load` know SDXL's sizes and crops; `load` samples integer timesteps
 #   Trained weights  `trained_parts`, `build_model` and `compile_blocks`; the layers and names of `choose_lora_layers`,
-#                    `freeze_last_layer`, `read_lora`, `save_unet` and `save_lora`; the key "unet"
+#                    `freeze_last_layer`, `read_lora`, `name_in_file`, `save_unet`, `save_lora` and
+#                    `load_trained_weights`; the key "unet"
 #   Cache            `encode_to_file`, `read_cached`, `describe_encoders` and `fill_caches` know the encoders
 #   Validation       ranges of integer timesteps; `warn_if_diverging` knows the error of predicting zero
-#   Results          MODEL_CARD loads a pipeline; the license, and the names of the Kohya format
+#   Results          MODEL_CARD and `write_model_card` load a pipeline; the license, and the names of the Kohya format
 #   Main             `find_model_commit`, and the scheduler of `set_up` and `build_run`
+#
+# `launch_configs/fsdp2.yaml` names the UNet's blocks.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TRANSFORMER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
@@ -238,10 +241,9 @@ def sample_latents(vae, batch, vae_batch_size):
 
 def encode_captions(pipeline, batch, dtype, train_text_encoder):
     """
-    What the model is conditioned on, as its arguments: prompt embeddings `(2 * pairs, 77, dim)` and SDXL's added
-    conditions.
+    Keyword arguments that condition the model: prompt embeddings `(2 * pairs, 77, dim)` and SDXL's added conditions.
 
-    With --train_text_encoder, token ids `(pairs, 2, 77)` take the place of embeddings: the model encodes them itself.
+    With --train_text_encoder, `input_ids` `(pairs, 2, 77)` instead of embeddings: `UNetWithTextEncoders` encodes them.
     """
     # As at inference, the sizes get the dtype of the embeddings.
     time_ids = batch["add_time_ids"].repeat(2, 1).to(dtype)
@@ -251,7 +253,7 @@ def encode_captions(pipeline, batch, dtype, train_text_encoder):
     else:
         input_ids = tokenize(pipeline, batch["caption"]).to(time_ids.device, non_blocking=True)
         if train_text_encoder:
-            return {"encoder_hidden_states": input_ids, "added_cond_kwargs": {"time_ids": time_ids}}
+            return {"input_ids": input_ids, "added_cond_kwargs": {"time_ids": time_ids}}
         with torch.no_grad():
             prompt_embeds, pooled_prompt_embeds = encode_prompts(pipeline, input_ids)
     return {
@@ -298,7 +300,7 @@ class UNetWithTextEncoders(torch.nn.Module):
     """
     The UNet and both text encoders as one module, for --train_text_encoder.
 
-    It is called like the UNet, but with the token ids of the captions instead of their embeddings.
+    It is called like the UNet, but with the `input_ids` of the captions instead of their embeddings.
     """
 
     def __init__(self, pipeline):
@@ -307,9 +309,8 @@ class UNetWithTextEncoders(torch.nn.Module):
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
 
-    def forward(self, noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs, return_dict=False):
-        # Token ids here, see `encode_captions`.
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(self, encoder_hidden_states)
+    def forward(self, noisy_latents, timesteps, input_ids, added_cond_kwargs, return_dict=False):
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(self, input_ids)
         # In float32, because each layer of the UNet adds to the gradient of the embeddings.
         text_embeds = pooled_prompt_embeds.float().repeat(2, 1)
         return self.unet(
@@ -355,7 +356,7 @@ def load_configs(args, commit):
     """
     Shape of the latents `(channels, height, width)`, and the noise scheduler.
 
-    Reads configs, tokenizers and --init_lora only, so that what does not fit is refused before weights are downloaded.
+    Reads only configs, tokenizers and --init_lora, so that a mismatch is reported before weights are downloaded.
     """
     name = args.pretrained_model_name_or_path
     hub = {"cache_dir": args.cache_dir, "revision": commit}
@@ -427,7 +428,7 @@ def check_unet(config, channels, text_width, refusal):
 
 
 def find_component(model_class, name, subfolder, cache_dir, revision=None):
-    """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or directly the folder `name`."""
+    """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or `name` itself."""
     if os.path.isdir(name):
         # Name the exact folder, otherwise diffusers reports missing files in the parent folder.
         folder = os.path.join(name, subfolder)
@@ -506,8 +507,8 @@ def check_vae(vae, example, vae_batch_size):
     moments = encode_images(vae, example["pixel_values"].to(vae.device), vae_batch_size)
     if not moments.isfinite().all():
         raise TrainingError(
-            f"--pretrained_vae_model_name_or_path: the VAE encodes the images of {example['row']} to NaN in "
-            f"{vae.dtype}; madebyollin/sdxl-vae-fp16-fix does not overflow."
+            f"The VAE encodes the images of {example['row']} to NaN in {vae.dtype}. Use "
+            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix."
         )
 
 
@@ -536,17 +537,17 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    pipeline: StableDiffusionXLPipeline  # with the UNet before it was wrapped
+    pipeline: StableDiffusionXLPipeline  # its UNet is the one inside the model's wrappers
     noise_scheduler: DDPMScheduler
     model: torch.nn.Module  # the UNet or UNetWithTextEncoders, wrapped for DDP, FSDP or DeepSpeed
     parts: dict  # the trained modules by name: `unet` and, if they are trained, the text encoders
-    parameters: list  # the trainable ones
+    parameters: list  # the trainable parameters of the model
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    held_out: Dataset  # a PairDataset
+    held_out: "PairDataset"
     base_images: list  # of the validation prompts, before training
     pairs_per_step: int
-    progress: object  # a Progress
+    progress: "Progress"
 
 
 @dataclass
@@ -585,8 +586,8 @@ class StopSignal:
     """
     Records Ctrl-C, SIGTERM or SIGUSR1 (SLURM, cloud preemption), so that the current step is completed first.
 
-    After the last step the results are saved anyway; only a second Ctrl-C quits. torchrun kills its processes 30 s
-    after it forwarded a signal, so a step and a checkpoint must fit into that time.
+    Once the last step is done, the results are saved despite a signal; only a second Ctrl-C quits. torchrun kills its
+    processes 30 s after forwarding a signal, so a step and a checkpoint must fit into that time.
     """
 
     def __init__(self):
@@ -738,7 +739,7 @@ def find_fault(progress, max_bad_steps, max_bad_rows):
 
 
 def peak_memory(device):
-    """Peak of GPU memory, or resident memory on the CPU, in bytes."""
+    """Peak GPU memory, or on the CPU the current resident memory, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
@@ -820,7 +821,7 @@ class UnusableRow(Exception):
 
 
 def describe(error):
-    """An error's type and text in one line. The type of a ValueError says nothing, and is left out."""
+    """An error's type and text in one line. The type of our own errors, or of a ValueError, says nothing."""
     # PyTorch wraps errors of loader workers in text: keep only the last line.
     if "Original Traceback" in str(error):
         return str(error).strip().splitlines()[-1]
@@ -828,7 +829,7 @@ def describe(error):
     if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
-    if type(error) is ValueError and text:
+    if type(error) in (ValueError, UnusableRow) and text:
         return text
     return f"{type(error).__name__}: {text}"
 
@@ -866,10 +867,10 @@ def raise_on_all_ranks(message):
 
 def explain_on_all_ranks(accelerator, message):
     """
-    `raise_on_all_ranks` for a body in which all processes take part.
+    `raise_on_all_ranks` for a body that gathers weights with FSDP or DeepSpeed.
 
-    With FSDP and DeepSpeed the body gathers weights, where the others would not notice a failure: there, it only
-    explains the error. The process ends, and the launcher ends the others.
+    If one process fails while they gather, the others wait inside the body, and never learn about the failure. With
+    these two, the error is only explained: the process ends, and the launcher ends the others.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return explain(message)
@@ -1176,7 +1177,7 @@ def check_arguments(parser, args):  # noqa: C901
         parser.error(f"--logging_dir {args.logging_dir} must be a folder inside --output_dir")
 
     # Loader workers use sockets in the folder for temporary files. Their paths can have at most 107 characters,
-    # of which about 35 are the sockets' own names.
+    # and the sockets' own names take about 35.
     if args.dataloader_num_workers > 0 and os.name == "posix" and len(tempfile.gettempdir()) > 70:
         parser.error(
             f"--dataloader_num_workers: the path of temporary files is too long ({tempfile.gettempdir()}); set TMPDIR"
@@ -1206,7 +1207,7 @@ def check_arguments(parser, args):  # noqa: C901
     # Objective and optimizer.
     if args.loss_type == "mapo_v1" and args.beta_mapo == math.inf:
         parser.error("--beta_mapo inf requires --loss_type mapo")
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr:
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         parser.error("--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be larger")
     if args.full_bf16 and (args.rank is not None or not args.use_8bit_adam or args.mixed_precision != "bf16"):
         parser.error(
@@ -1267,9 +1268,10 @@ class Layout:
     """
     How the pairs of an epoch are ordered: chosen when a run first starts, and kept in its checkpoints.
 
-    The processes that read a stream should download different row groups. So each of them has a lane, which gets its
-    own stretch of the shards, and shuffles the pairs of `shards_mixed` shards at a time. The lanes take turns of
-    `turn` pairs. After a restart on fewer processes, a process reads several lanes.
+    With --streaming, each reader (a loader worker, or a process without workers) should download its own row groups.
+    So the shards are divided into lanes, one per reader. In a lane, the pairs of `shards_mixed` shards at a time are
+    shuffled together. The lanes take turns of `turn` pairs. After a restart with fewer readers, one of them reads
+    several lanes.
 
     A shard is a row group of a stream. A prepared dataset is a single shard, with a single lane.
     """
@@ -1284,7 +1286,7 @@ class Layout:
 
 
 def find_columns(args, features):
-    """The columns that the flags name. Their rows are checked when they are read."""
+    """The columns that the flags name. Their values are checked when rows are read."""
     image_flags = ("chosen_column", "rejected_column")
     label_flags = ()
     if args.chosen_column is None:
@@ -1319,7 +1321,7 @@ def open_parquet(file):
 class PreparedRows:
     """Rows of a dataset on disk, as one memory-mapped shard. Their images are still encoded."""
 
-    files = [None]  # one without a name: the whole table
+    files = [None]  # `read_texts` is called once per file; here one call reads the whole table
 
     def __init__(self, dataset, columns):
         self.columns = columns
@@ -1479,7 +1481,7 @@ def open_split(args, name, flag, revision):
             raise TrainingError(f"--streaming reads parquet files only, and {dataset_name} contains other formats.")
         rows = StreamedRows(files, find_columns(args, features), args.shuffle_shards)
     else:
-        # Some formats, like JSON lines, have features only after they are prepared.
+        # Report wrong columns before the download. Some formats, like JSON lines, only have features after it.
         if features is not None:
             find_columns(args, features)
         builder.download_and_prepare()
@@ -1534,7 +1536,8 @@ def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
         index = index[np.sort(subset)]
     if len(index) == 0 or (args.validation_split is not None and len(held_out) == 0):
         raise TrainingError(
-            f"--dataset_name {args.dataset_name}: {len(index)} pairs left for training, {len(held_out)} held out."
+            f"--dataset_name {args.dataset_name}: {len(index)} pairs left for training, {len(held_out)} held out. "
+            "Held-out captions are not trained on."
         )
     return (
         PairDataset(args, split, index, latent_shape, num_train_timesteps),
@@ -1552,7 +1555,7 @@ def epoch_order(index, seed, epoch, layout):
     shard_place = rng.permutation(num_shards)[index[:, SHARD]]
     pairs = np.argsort(shard_place, kind="stable")
 
-    # 2. Decide which lane fills which slot. Turns continue across epochs, hence the offset.
+    # 2. Decide which lane fills which slot (a position in the epoch). Turns continue across epochs.
     slot_lane = layout.lane(epoch * num_pairs + np.arange(num_pairs))
     slots = np.argsort(slot_lane, kind="stable")  # the slots of lane 0, then those of lane 1, ...
 
@@ -1590,7 +1593,7 @@ def decode_image(value):
     if not value.get("bytes") and not value.get("path"):
         raise UnusableRow("has no image")
     try:
-        # Images may also be files of their own, on disk, in an archive or on the hub; `datasets` reads them all.
+        # Images may also be separate files, on disk, in an archive or on the hub; `datasets` reads them all.
         image = datasets.Image().decode_example(value)  # applies the EXIF orientation
         # Pillow's own conversion clips 16-bit grey, whose mode is "I;16", or "I" in older versions.
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -1847,12 +1850,12 @@ def find_lora_file(name, cache_dir=None):
         return hf_hub_download(name, LORA_FILE, cache_dir=cache_dir)
     files = [path / LORA_FILE] if (path / LORA_FILE).exists() else sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"the folder contains {len(files)} .safetensors files, none of them {LORA_FILE}")
+        raise ValueError(f"it must contain {LORA_FILE} or one .safetensors file, but contains {len(files)}")
     return files[0]
 
 
 def read_lora(name, unet_config=None, cache_dir=None):
-    """Read a LoRA in any format that diffusers loads: {part.name, as peft names it: weight}, and its alphas."""
+    """Read a LoRA in any format that diffusers loads: {part.name as in peft: weight}, and the set of its alphas."""
     file = find_lora_file(name, cache_dir)
     with safetensors.safe_open(file, "pt") as tensors:
         if any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors.keys()):
@@ -1897,7 +1900,7 @@ def check_lora(args, unet_config):
 
 
 def name_in_file(part, name):
-    """Name in a file of a weight or layer of a part."""
+    """The name under which a weight or layer of a part is saved."""
     # transformers 5 has a flat CLIPTextModel; other programs expect the prefix of earlier versions.
     if isinstance(part, transformers.CLIPTextModel) and not hasattr(part, "text_model"):
         return f"text_model.{name}"
@@ -1912,7 +1915,7 @@ def choose_lora_layers(args, name, part, weights):
         return layers
 
     if name == "unet" and weights:
-        raise TrainingError(f"--init_lora {args.init_lora}: none of its layers is in the UNet.")
+        raise TrainingError(f"--init_lora {args.init_lora}: no layer matches the UNet.")
 
     # peft takes these as endings of names.
     if name == "unet":
@@ -1953,22 +1956,26 @@ def add_lora(args, parts):
             init_lora_weights="gaussian",
             base_model_name_or_path=flags["pretrained_unet_name_or_path"] or flags["pretrained_model_name_or_path"],
         )
-        inject_adapter_in_model(config, part)
+        with explain(f"--lora_layers or --init_lora: peft cannot adapt the layers of the {name}"):
+            inject_adapter_in_model(config, part)
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False  # autocast would undo peft's cast to float32
         cast_training_params(part, torch.float32)
         if name == "text_encoder":
-            freeze_last_layer(part)  # which LoRAs of other scripts may adapt
+            freeze_last_layer(part)  # LoRAs of other scripts may adapt it
 
     if weights:
-        adapted = {name: part for name, part in parts.items() if any(key.startswith(f"{name}.") for key in weights)}
+        adapted = {}  # the LoRA may lack the text encoders
+        for name, part in parts.items():
+            if any(key.startswith(f"{name}.") for key in weights):
+                adapted[name] = part
         with explain(f"--init_lora {args.init_lora} cannot be loaded"):
             set_lora_weights(adapted, weights)
 
 
 def set_lora_weights(parts, weights):
-    """Copy weights of `read_lora` into the adapters of the parts. Weights and layers must match exactly."""
+    """Copy weights from `read_lora` into the adapters of the parts. Weights and layers must match exactly."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     unused = dict(weights)
@@ -1986,7 +1993,7 @@ def set_lora_weights(parts, weights):
 
 def gather_trained_weights(accelerator, model, parts):
     """{part: {name: weight}} of the trained parts, gathered by all processes. Only complete on the main process."""
-    # Unwrapping would also strip DDP from a model that the launcher compiled. Remove the wrappers' prefixes instead.
+    # Unwrapping would permanently remove DDP from a model that the launcher compiled. Remove its prefixes instead.
     state_dict = {}
     gathered = accelerator.get_state_dict(model, unwrap=False) or {}  # None on other processes with ZeRO-3
     for name, weight in gathered.items():
@@ -2015,7 +2022,7 @@ def save_trained_weights(run, folder):
 
 
 def save_unet(unet, weights, folder):
-    """Write `unet/`. `weights` must have the names that pipelines load, without those of wrappers."""
+    """Write `unet/`. Loading the weights into an empty copy fails if a name still has the prefix of a wrapper."""
     # `_name_or_path` may be a local path.
     config = {name: value for name, value in unet.config.items() if name != "_name_or_path"}
     with torch.device("meta"):
@@ -2025,7 +2032,7 @@ def save_unet(unet, weights, folder):
 
 
 def save_lora(parts, weights, folder):
-    """Write `pytorch_lora_weights.safetensors`. Names must be those that pipelines load, as in `save_unet`."""
+    """Write `pytorch_lora_weights.safetensors`, if no name has the prefix of a wrapper left."""
     from peft import get_peft_model_state_dict
 
     layers = {}
@@ -2049,7 +2056,7 @@ def load_trained_weights(parts, folder):
 
 
 def round_stochastically(weights, generator):
-    """Stochastically round float32 weights to bfloat16 (the upper 16 bits), which preserves their mean."""
+    """Stochastically round float32 weights to bfloat16 (the upper 16 bits), which preserves their expected value."""
     bits = torch.empty_like(weights, dtype=torch.int32).random_(2**16, generator=generator)
     return bits.add_(weights.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
@@ -2059,7 +2066,8 @@ class StochasticRounding:
 
     @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
-        # Update a copy, because DDP's buckets refer to the parameter and its gradient.
+        # Update a copy, because DDP's buckets refer to the parameter and its gradient. bitsandbytes finds the state by
+        # the parameter.
         shadow = torch.nn.Parameter(p.float())
         shadow.grad = p.grad.float()
         self.state[shadow] = self.state[p]
@@ -2072,7 +2080,7 @@ class StochasticRounding:
 
 def build_optimizer(args, parameters_of_parts, pairs_per_step):
     """AdamW with 32-bit or 8-bit states, for the parameters of the UNet and then of each text encoder, if trained."""
-    rates = [args.learning_rate, args.text_encoder_lr, args.text_encoder_lr]
+    rates = [args.learning_rate] + [args.text_encoder_lr] * (len(parameters_of_parts) - 1)
     scale = pairs_per_step if args.scale_lr else 1
     groups = []
     for parameters, rate in zip(parameters_of_parts, rates):
@@ -2099,6 +2107,7 @@ def build_optimizer(args, parameters_of_parts, pairs_per_step):
 
 def build_schedule(args, optimizer, step):
     """The learning rate schedule from `step` on. It counts optimizer steps, whatever the number of processes."""
+    # The schedule multiplies this rate. PyTorch only sets it at step 0, and a resumed run may have another rate.
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return get_scheduler(
@@ -2199,7 +2208,7 @@ def describe_encoders(args, pipeline):
 
 def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     """Encode the pairs of a dataset that are not yet in its cache: a folder per setting, with a file per pair."""
-    # One folder and one list for all processes, made before any of them writes.
+    # All processes need the same list of missing pairs, so list them before any process writes.
     key = Hasher.hash([encoder_key, pairs.split.fingerprint, pairs.index, pairs.flip_at_random])
     pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
@@ -2249,7 +2258,7 @@ FIXED_ON_RESUME = [
     "full_bf16",
     "mixed_precision",
     "streaming",
-    "shuffle_shards",  # fewer would be kept in memory than the order mixes
+    "shuffle_shards",  # the order mixes as many shards as are kept in memory
     "seed",
     "sharding",
 ]
@@ -2330,8 +2339,8 @@ def find_checkpoint(output_dir, name):
         if checkpoint is None:
             raise TrainingError(f"--resume_from_checkpoint {name}: {folder} is not a complete checkpoint.")
 
-    # A run keeps its id when its checkpoints are moved. Resuming into a folder without any of them starts a new run,
-    # because the old one may still continue.
+    # In a folder with checkpoints of the same run, it continues. Elsewhere, this is a new run with a new id, because
+    # the old one may still continue.
     run_id = None
     step = 0
     if checkpoint is not None:
@@ -2460,7 +2469,7 @@ def load_checkpoint(accelerator, parts, optimizer, checkpoint):
 
     with explain_on_all_ranks(accelerator, f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
         if read_checkpoint(checkpoint.folder) is None:
-            raise TrainingError(f"{checkpoint.folder} is not on all machines: --output_dir must be on shared storage.")
+            raise TrainingError(f"{checkpoint.folder} is not on all machines: checkpoints must be on shared storage.")
         if checkpoint.settings["sharding"] == "none":
             load_trained_weights(parts, checkpoint.folder)
         accelerator.load_state(checkpoint.folder)
@@ -2662,12 +2671,12 @@ def write_model_card(args, metrics, progress):
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)},
     }
 
-    # The hub refuses a local folder as the base model.
+    # The hub refuses a local folder as the base model. Models that derive from SDXL may have other licenses.
     base = args.pretrained_model_name_or_path
     kind_tag = "unet" if args.rank is None else "lora"
     data = ModelCardData(
         base_model=None if os.path.exists(base) else base,
-        license="openrail++",
+        license="openrail++" if base == "stabilityai/stable-diffusion-xl-base-1.0" else None,
         library_name="diffusers",
         tags=["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag],
     )
@@ -2690,7 +2699,7 @@ def write_model_card(args, metrics, progress):
 def write_kohya_lora(folder):
     """Also save the LoRA of a folder in Kohya format (ComfyUI, A1111, sd-scripts)."""
     weights, alphas = read_lora(folder)
-    alpha = float(alphas.pop())  # the same in all layers
+    alpha = float(alphas.pop())  # the same in all layers; the converter would write the rank
     tensors = {}
     for name, weight in convert_state_dict_to_kohya(weights).items():
         tensors[name] = torch.tensor(alpha) if name.endswith(".alpha") else weight
@@ -2735,7 +2744,7 @@ def finish(run):
     with raise_on_all_ranks(f"{args.output_dir}/README.md could not be written; the weights are saved"):
         if run.accelerator.is_main_process:
             write_model_card(args, metrics, progress)
-    logger.info(f"{progress.rows_bad} of {progress.rows_read} rows read could not be used.")
+    logger.info(f"{progress.rows_read} rows read, {progress.rows_bad} of them unusable.")
 
 
 def create_hub_repo(args):
@@ -2753,18 +2762,20 @@ def create_hub_repo(args):
 def upload(args, repo_id):
     """Upload the output folder. A failed upload does not fail the run."""
     # The trackers' files contain the name of this machine. Hidden files are temporary.
-    logging_dir = Path(args.logging_dir).as_posix()
+    ignored = ["checkpoint-*/**", ".*", "*/.*", f"{Path(args.logging_dir).as_posix()}/**"]
     try:
         upload_folder(
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message="End of training",
             token=args.hub_token,
-            ignore_patterns=["checkpoint-*/**", ".*", "*/.*", f"{logging_dir}/**"],
+            ignore_patterns=ignored,
         )
     except Exception as error:
+        excludes = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
         logger.error(
-            f"--push_to_hub failed ({describe(error)}). Upload it yourself: hf upload {repo_id} {args.output_dir}"
+            f"--push_to_hub failed ({describe(error)}). Upload it yourself: "
+            f"hf upload {repo_id} {args.output_dir} {excludes}"
         )
 
 
@@ -2775,12 +2786,18 @@ def start_trackers(args, accelerator, progress):
     for name, value in without_local_paths(args).items():
         config[name] = value if isinstance(value, (int, float)) else str(value)
     wandb_dir = Path(args.output_dir, args.logging_dir)
-    options = {
-        "wandb": {"dir": str(wandb_dir), "id": progress.run_id, "resume": "allow"},
-        "tensorboard": {"purge_step": progress.step + 1} if progress.step > 0 else {},
-    }
+    tensorboard_options = {}
+    if progress.step > 0:
+        tensorboard_options["purge_step"] = progress.step + 1
     with ignoring_tracker_errors(accelerator):
-        accelerator.init_trackers(args.tracker_name, config, init_kwargs=options)
+        accelerator.init_trackers(
+            args.tracker_name,
+            config,
+            init_kwargs={
+                "wandb": {"dir": str(wandb_dir), "id": progress.run_id, "resume": "allow"},
+                "tensorboard": tensorboard_options,
+            },
+        )
 
 
 @contextlib.contextmanager
@@ -2993,12 +3010,12 @@ def set_up(args, accelerator):
         check_settings(checkpoint, checkpoint_settings(args, accelerator))
     latent_shape, noise_scheduler = load_configs(args, model_commit)
 
-    # Open the pairs, those of the hub at the commit that the run started from.
-    commit = None
+    # Open the pairs; those of the hub at the commit that the run started from.
+    dataset_commit = None
     if checkpoint is not None and checkpoint.settings["dataset_name"] == args.dataset_name:
-        commit = checkpoint.progress.dataset_commit
+        dataset_commit = checkpoint.progress.dataset_commit
     with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be read"):
-        pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, commit)
+        pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, dataset_commit)
     progress = start_progress(args, accelerator, checkpoint, pairs, model_commit)
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.max_train_steps is None:

@@ -278,7 +278,7 @@ def test_lora_without_a_layer_of_the_unet_is_refused(script, flags, tmp_path):
 
     error = train_error(script, {**flags, "init_lora": file, "output_dir": tmp_path / "second"})
 
-    assert error == f"--init_lora {file}: none of its layers is in the UNet."
+    assert error == f"--init_lora {file}: no layer matches the UNet."
 
 
 def test_unet_of_another_kind_is_refused_before_weights_are_loaded(script, flags, tmp_path):

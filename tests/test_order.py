@@ -233,7 +233,7 @@ def test_bad_rows_are_replaced_named_and_counted(
     assert state["rows_bad"] == 5
     assert state["rows_read"] == 29
     assert state["pairs_seen"] == 24
-    assert "5 of 29 rows read could not be used." in caplog.text
+    assert "29 rows read, 5 of them unusable." in caplog.text
 
     names = ["row 2", "row 12", "row 13", "row 23"]
     if streaming:
