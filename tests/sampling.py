@@ -52,8 +52,6 @@ TOLERANCE = {
 
 
 # Running the scripts -------------------------------------------------------------------------------------------------
-
-
 def flags_to_score(inputs, scorers, output_dir):
     """Flags of an evaluation that scores existing images with one scorer."""
     return {
@@ -130,8 +128,6 @@ def digests_of(folder):
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 def sample(pipeline, prompt, seed, **options):
     """One image by diffusers' own pipeline."""
     pipeline.set_progress_bar_config(disable=True)
@@ -164,8 +160,6 @@ def image_times(folder):
 
 
 # Output of the evaluation --------------------------------------------------------------------------------------------
-
-
 def records_of(output_dir):
     return [json.loads(line) for line in (output_dir / "scores.jsonl").read_text().splitlines()]
 
@@ -179,8 +173,6 @@ def image_of(output_dir, model, prompt_number=0, image_number=0):
 
 
 # Output of the pair maker --------------------------------------------------------------------------------------------
-
-
 def shards_of(folder):
     return sorted((folder / "data").iterdir())
 
@@ -210,8 +202,6 @@ def pair_seed(number, image=0, seed=0):
 
 
 # Changed and damaged models ------------------------------------------------------------------------------------------
-
-
 def edit_weights(file, edit):
     """Let `edit` change the weights {name: weight} of a file in place."""
     if file.suffix != ".safetensors":

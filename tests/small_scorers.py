@@ -304,8 +304,6 @@ def build_scorers(folder):
 
 
 # Expected scores -----------------------------------------------------------------------------------------------------
-
-
 def to_pixels(image, mean=MEAN, std=STD):
     """Normalized pixels (1, 3, height, width)."""
     pixels = (np.asarray(image, dtype=np.float64) / 255 - mean) / std

@@ -80,8 +80,6 @@ def sample_for(evaluation, pipeline, prompt_number=0, image_number=0, seed=0, **
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["base", *CANDIDATES])
 def test_images_match_diffusers(evaluation, inputs, generated, name):
     pipeline = load_base(inputs)
@@ -199,8 +197,6 @@ def negate_lora(weights):
 
 
 # Settings of generation ----------------------------------------------------------------------------------------------
-
-
 def test_each_image_has_its_own_seed(evaluation):
     seeds = set()
     for seed in range(3):
@@ -292,8 +288,6 @@ def test_warns_about_prompts_that_are_too_long(evaluation, generation_flags, cap
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
-
-
 def test_only_missing_images_are_generated(evaluation, inputs, generation_flags, generated, copied, monkeypatch):
     generate_images = evaluation.generate_images
     batches = []
@@ -452,8 +446,6 @@ def test_copies_of_models_and_other_libraries_keep_the_images(evaluation, inputs
 
 
 # Several processes ---------------------------------------------------------------------------------------------------
-
-
 def test_two_processes_write_the_same_files(evaluation, inputs, scorers, tmp_path, monkeypatch):
     """Paths are relative, so that even the paths in the files are equal."""
     flags = {

@@ -45,8 +45,6 @@ def generated_images(folder):
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
-
-
 def read_prompts(evaluation, *words):
     return evaluation.read_prompts(evaluation.parse_args(["--images", "a=b", *map(str, words)]))
 
@@ -155,8 +153,6 @@ def test_rejects_prompts_without_a_category(evaluation, scoring_flags, tmp_path)
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -205,8 +201,6 @@ def test_stable_diffusion_supports_every_scheduler(evaluation):
 
 
 # Missing files, before any image is generated ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "flag",
     [
@@ -278,8 +272,6 @@ def test_images_may_have_other_formats(evaluation, scoring_flags, red):
 
 
 # Models that cannot work, before any image is generated --------------------------------------------------------------
-
-
 def test_rejects_a_scheduler_that_cannot_sample(evaluation, generation_flags, tmp_path):
     flags = {**generation_flags, "scheduler": "DDIMScheduler", "num_inference_steps": 1001}
 
@@ -343,8 +335,6 @@ def test_rejects_images_of_nan(evaluation, inputs, generation_flags, tmp_path, f
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------
-
-
 def error_of_candidate(evaluation, flags, source):
     """The error for a candidate that is rejected before any image is generated, without its beginning."""
     sentence = error_of(evaluation, {**flags, "candidates": [f"x={source}"]})

@@ -13,8 +13,6 @@ pytest_plugins = "sampling_fixtures"
 
 
 # Statistics ----------------------------------------------------------------------------------------------------------
-
-
 def test_mean_and_standard_error_over_prompts(evaluation):
     # The prompts' means are 2, 4 and 9: mean 5, deviations -3, -1 and 4.
     scores = np.array([[1.0, 3.0], [4.0, 4.0], [8.0, 10.0]])
@@ -126,8 +124,6 @@ def test_categories_have_means_of_their_own(evaluation):
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-
-
 def test_scores_have_one_record_per_image(scored):
     records = records_of(scored)
 

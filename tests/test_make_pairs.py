@@ -68,8 +68,6 @@ def card_of(folder):
 
 
 # Layout --------------------------------------------------------------------------------------------------------------
-
-
 def test_dataset_has_the_layout_of_pick_style(pairs):
     schema = pa.schema(
         {
@@ -141,8 +139,6 @@ def test_the_trainer_reads_pairs(script, pairs, inputs, tmp_path, streaming):
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 def test_only_the_chosen_image_has_the_style_prefix(pipeline, pairs):
     """Both images start from the same noise."""
     for number, row in enumerate(rows_of(pairs)):
@@ -286,8 +282,6 @@ def test_another_vae_and_a_variant(maker, pipeline, inputs, pairs, pair_flags, t
 
 
 # Candidates, scores and photos ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["pickscore", "aesthetic", "imagereward"])
 def test_the_best_candidate_is_paired_with_the_worst(maker, pipeline, scorers, pair_flags, name):
     sources = {flag: path for flag, path in scorers.items() if flag.startswith(f"{name}_")}
@@ -365,8 +359,6 @@ def test_photos_are_chosen_in_turn(maker, pipeline, pair_flags, tmp_path):
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_killed_run_resumes(maker, pair_flags, pairs, monkeypatch):
     """It is killed when it has written its fifth pair, in the second block, under a temporary name."""
     statuses, _ = run_ranks([MAKER, *command_line(pair_flags)], {0: [Fault("replace", (6,), killed)]}, size=1)
@@ -449,8 +441,6 @@ def test_flags_may_change_while_there_are_no_pairs(maker, pair_flags, monkeypatc
 
 
 # Several processes ---------------------------------------------------------------------------------------------------
-
-
 def test_two_processes_write_the_same_pairs(pair_flags, pairs):
     """There are three blocks, which two processes cannot share evenly."""
     statuses, outputs = run_ranks([MAKER, *command_line(pair_flags)])
@@ -485,8 +475,6 @@ def launch(words, processes=1):
 
 
 # Card ----------------------------------------------------------------------------------------------------------------
-
-
 def test_card_describes_the_dataset(pairs):
     columns = {"caption": "string", "jpg_0": "binary", "jpg_1": "binary", "label_0": "int64", "label_1": "int64"}
     num_image_bytes = sum(len(row["jpg_0"]) + len(row["jpg_1"]) for row in rows_of(pairs))
@@ -597,8 +585,6 @@ def test_rejects_pairs_of_another_commit_of_the_base_model(maker, pair_flags, ca
 
 
 # Hub -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(maker, monkeypatch):
     """A hub without a network. Records created repositories, uploads and the order of their events."""

@@ -45,8 +45,6 @@ pytest_plugins = "sampling_fixtures"
 
 
 # Captions ------------------------------------------------------------------------------------------------------------
-
-
 def read_captions(maker, *words):
     flags = ["--pretrained_model_name_or_path", "x", "--style_prefix", "y"]
     return maker.read_captions(maker.parse_args([*flags, *map(str, words)]))
@@ -116,8 +114,6 @@ def test_rejects_wrong_captions(maker, pair_flags, tmp_path, monkeypatch, name, 
 
 
 # Folders of images ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder_flags(tmp_path):
     """Flags for two folders of images, of which only `a` and `b` are in both."""
@@ -231,8 +227,6 @@ def test_rejects_a_broken_photo(maker, pair_flags, loaded_pipelines, tmp_path):
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
-
-
 STYLE = ["--style_prefix", "x"]
 PHOTOS = ["--chosen_images", "x"]
 ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images"
@@ -303,8 +297,6 @@ def test_every_flag_occurs_in_a_test(maker, capsys):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
 )
@@ -461,8 +453,6 @@ def test_rejects_scores_that_are_not_finite(maker, scorers, pair_flags, monkeypa
 
 
 # Output folders ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "difference"),
     [

@@ -36,8 +36,6 @@ def sources_of(scorers, name):
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_match_an_independent_implementation(scored, inputs, scorers, name):
     references = read_folder(inputs / "green")
@@ -170,8 +168,6 @@ def test_equal_visible_images_have_equal_scores(evaluation, scoring_flags, tmp_p
 
 
 # Damaged scorers -----------------------------------------------------------------------------------------------------
-
-
 def remove(weights, name):
     del weights[name]
 
@@ -249,8 +245,6 @@ def test_rejects_scores_that_are_not_finite(evaluation, scoring_flags, monkeypat
 
 
 # Scores of earlier runs ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def scored_counts(evaluation, monkeypatch):
     """The size of each batch that CLIP and Aesthetic score."""

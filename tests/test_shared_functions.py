@@ -59,8 +59,6 @@ def test_both_scripts_have_the_same_function(evaluation, maker, name):
 
 
 # Both scripts --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", [EVALUATION, MAKER], ids=["evaluation", "maker"])
 def test_header_asks_for_a_python_that_its_packages_support(path):
     header = path.read_text().split("# ///")[1]
@@ -113,8 +111,6 @@ def test_home_is_expanded_in_named_paths(evaluation, monkeypatch):
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix", ["png", "tiff", "ppm"])
 def test_16_bit_grey_is_scaled(evaluation, tmp_path, suffix):
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
@@ -204,8 +200,6 @@ def test_large_metadata_is_accepted(evaluation, tmp_path, kind):
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -231,8 +225,6 @@ def test_prompts_are_read_from_files(evaluation, tmp_path, name, text):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def base(inputs, tmp_path):
     """A copy of the base model that a test may damage."""
@@ -305,8 +297,6 @@ def test_rejects_a_scheduler_without_its_package(evaluation, monkeypatch):
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("save", [save_kohya, save_peft])
 def test_each_layer_of_a_lora_has_its_own_rank_and_alpha(evaluation, inputs, tmp_path, save):
     """In the UNet and in the text encoders."""
