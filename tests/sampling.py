@@ -3,10 +3,11 @@
 The fixtures that these tests share are in `sampling_fixtures.py`.
 """
 
-import hashlib
 import io
 import json
+import shutil
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,9 @@ from safetensors.torch import load_file, save_file
 
 EVALUATION = ROOT / "evaluate_diffusion_mapo_sdxl.py"
 MAKER = ROOT / "make_pick_style_sdxl.py"
+# Flags of models.
+BASE = "pretrained_model_name_or_path"
+VAE = "pretrained_vae_model_name_or_path"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # Prompts of the evaluation. One has capitals and a comma, one is longer than the scorers read.
@@ -66,7 +70,7 @@ def flags_to_score(inputs, scorers, output_dir):
 def flags_to_generate(inputs, scorers, output_dir):
     """Flags of an evaluation that generates images with the base model."""
     return {
-        "pretrained_model_name_or_path": inputs / "pipeline",
+        BASE: inputs / "pipeline",
         "prompts": inputs / "prompts.txt",
         "images_per_prompt": 2,
         "num_inference_steps": 2,
@@ -81,7 +85,7 @@ def flags_to_generate(inputs, scorers, output_dir):
 def flags_to_make_pairs(inputs, output_dir):
     """Flags of the pair maker with a style prefix."""
     return {
-        "pretrained_model_name_or_path": inputs / "pipeline",
+        BASE: inputs / "pipeline",
         "prompts": inputs / "captions.txt",
         "style_prefix": STYLE_PREFIX,
         "num_inference_steps": 2,
@@ -118,13 +122,25 @@ def usage_error_of(script, words, capsys):
     return capsys.readouterr().err
 
 
-def digests_of(folder):
-    """{path: digest of the content} of all files below a folder."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digests
+def raise_interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
+def interrupt(script, flags, monkeypatch, owner, name, function=raise_interrupt):
+    """Run the script with a function that interrupts it instead of its own."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, function)
+        run(script, flags)
+
+
+def cache_repository(monkeypatch, cache, name, folder, ignored=None):
+    """Put a folder into the hub's cache as a repository. Returns the folder of its commit, which is 40 zeros."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=ignored)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return snapshot
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -149,14 +165,9 @@ def read_folder(folder):
     return [read_rgb(path) for path in sorted(folder.iterdir())]
 
 
-def image_bytes(folder):
-    """{path: content} of the images below a folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
-
-
-def image_times(folder):
-    """{path: time of the last change} of the images below a folder."""
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+def times_of(folder, pattern):
+    """{path: time of the last change} of the files below a folder."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
 
 # Output of the evaluation --------------------------------------------------------------------------------------------
@@ -256,7 +267,8 @@ def remove_vocabulary(folder):
         (folder / name).unlink(missing_ok=True)
 
 
-def edit_config(file, **changes):
+def edit_config(folder, **changes):
+    file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, **changes}))
 

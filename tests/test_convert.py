@@ -69,15 +69,6 @@ def assert_same_tensors(path, other):
         assert torch.equal(tensor, others[name]), name
 
 
-def cache_repository(monkeypatch, cache, name, folder, ignored=None):
-    """Put a folder into the hub's cache as a repository."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=ignored)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-
-
 # Single files -------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkpoint(world, tmp_path_factory):
