@@ -67,6 +67,18 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def base(inputs, tmp_path):
+    """A copy of the base model that a test may damage."""
+    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
+
+
+@pytest.fixture
+def red(inputs, tmp_path):
+    """A folder of images that a test may damage."""
+    return shutil.copytree(inputs / "red", tmp_path / "red")
+
+
 @pytest.fixture(scope="session")
 def scorers(tmp_path_factory):
     """The scorers' flags {flag: path}, for small scorers of the published architectures."""

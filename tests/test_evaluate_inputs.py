@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run
-from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from sampling import (
+    BASE,
     LORA_FILE,
     PROMPTS,
+    VAE,
+    edit_config,
     edit_weights,
     error_of,
     parse,
@@ -203,15 +206,7 @@ def test_stable_diffusion_supports_every_scheduler(evaluation):
 # Missing files, before any image is generated ------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "flag",
-    [
-        "pretrained_model_name_or_path",
-        "pretrained_vae_model_name_or_path",
-        "clip_model",
-        "hps_model",
-        "hps_weights",
-        "aesthetic_weights",
-        "reference_images",
-    ],
+    [BASE, VAE, "clip_model", "hps_model", "hps_weights", "aesthetic_weights", "reference_images"],
 )
 def test_rejects_missing_sources(evaluation, generation_flags, inputs, tmp_path, flag):
     scorers = {"scorers": ["clip", "hps", "aesthetic", "dinov2"], "reference_images": inputs / "green"}
@@ -238,12 +233,6 @@ def test_rejects_an_unwritable_output_dir(evaluation, generation_flags, tmp_path
     sentence = error_of(evaluation, {**generation_flags, "output_dir": output_dir})
 
     assert sentence.startswith(f"--output_dir {output_dir} cannot be written: ")
-
-
-@pytest.fixture
-def red(inputs, tmp_path):
-    """A folder of images that a test may damage."""
-    return shutil.copytree(inputs / "red", tmp_path / "red")
 
 
 def test_rejects_unreadable_images(evaluation, scoring_flags, red):
@@ -281,53 +270,37 @@ def test_rejects_a_scheduler_that_cannot_sample(evaluation, generation_flags, tm
     assert not generated_images(tmp_path)
 
 
-def test_rejects_another_scheduler_for_a_base_model_without_betas(evaluation, inputs, generation_flags, tmp_path):
-    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
+def test_rejects_another_scheduler_for_a_base_model_without_betas(evaluation, base, generation_flags, tmp_path):
     EDMEulerScheduler().save_pretrained(base / "scheduler")
-    flags = {**generation_flags, "pretrained_model_name_or_path": base, "scheduler": "DDIMScheduler"}
 
-    sentence = error_of(evaluation, flags)
+    sentence = error_of(evaluation, {**generation_flags, BASE: base, "scheduler": "DDIMScheduler"})
 
     assert sentence == f"--scheduler DDIMScheduler cannot be used with {base}: its scheduler has no beta schedule."
     assert not generated_images(tmp_path)
 
 
-def test_rejects_a_base_model_without_a_vocabulary(evaluation, inputs, generation_flags, tmp_path):
-    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
-    remove_vocabulary(base / "tokenizer")
-
-    sentence = error_of(evaluation, {**generation_flags, "pretrained_model_name_or_path": base})
-
-    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded: its tokenizer has ")
-    assert not generated_images(tmp_path)
-
-
-def test_rejects_a_base_model_that_lacks_weights(evaluation, inputs, generation_flags, tmp_path):
-    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
-    weight = remove_weight(base / "unet")
-
-    sentence = error_of(evaluation, {**generation_flags, "pretrained_model_name_or_path": base})
-
-    assert sentence == f"--pretrained_model_name_or_path {base} cannot be loaded: unet lacks 1 weights, e.g. {weight}"
-    assert not generated_images(tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("flag", "folder"), [("pretrained_model_name_or_path", "vae"), ("candidates", "unet")], ids=["VAE", "UNet"]
+    ("folder", "damage", "reason"),
+    [("tokenizer", remove_vocabulary, "its tokenizer has "), ("unet", remove_weight, "unet lacks 1 weights, e.g. {}")],
+    ids=["no vocabulary", "a missing weight"],
 )
-def test_rejects_images_of_nan(evaluation, inputs, generation_flags, tmp_path, flag, folder):
-    """Saved as PNG, they would be black."""
-    model = shutil.copytree(inputs / "pipeline", tmp_path / "model")
-    set_to_nan(model / folder, "conv_out.bias")
-    flags = {**generation_flags, "images_per_prompt": 1}
-    if flag == "candidates":
-        source = f"x={model}"
-        flags["candidates"] = [source]
-    else:
-        source = model
-        flags[flag] = source
+def test_rejects_an_incomplete_base_model(evaluation, base, generation_flags, tmp_path, folder, damage, reason):
+    removed = damage(base / folder)
 
-    sentence = error_of(evaluation, flags)
+    sentence = error_of(evaluation, {**generation_flags, BASE: base})
+
+    assert sentence.startswith(f"--{BASE} {base} cannot be loaded: {reason.format(removed)}")
+    assert not generated_images(tmp_path)
+
+
+@pytest.mark.parametrize(("flag", "folder"), [(BASE, "vae"), ("candidates", "unet")], ids=["VAE", "UNet"])
+def test_rejects_images_of_nan(evaluation, base, generation_flags, tmp_path, flag, folder):
+    """Saved as PNG, they would be black."""
+    set_to_nan(base / folder, "conv_out.bias")
+    source = base if flag == BASE else f"x={base}"
+    changes = {"images_per_prompt": 1, flag: source if flag == BASE else [source]}
+
+    sentence = error_of(evaluation, {**generation_flags, **changes})
 
     assert sentence.startswith(f"--{flag} {source}: image generation failed: the model produced NaN in ")
     assert not generated_images(tmp_path / "out" / "images" / "x")
@@ -344,20 +317,17 @@ def error_of_candidate(evaluation, flags, source):
     return sentence.removeprefix(f"--candidates x={source}")
 
 
-def test_rejects_a_candidate_without_weights(evaluation, generation_flags, tmp_path):
-    message = error_of_candidate(evaluation, generation_flags, tmp_path)
-
-    assert message.startswith(" is not a folder or a reachable hub id with ")
-
-
-@pytest.mark.parametrize("source", ["{missing}+{lora}", "{lora}+{missing}"], ids=["UNet", "LoRA"])
-def test_rejects_a_unet_with_a_lora_if_either_is_missing(evaluation, inputs, generation_flags, tmp_path, source):
-    source = source.format(lora=inputs / "lora", missing=tmp_path)
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [("{missing}", ""), ("{missing}+{lora}", ": {missing}"), ("{unet}+{missing}", ": {missing}")],
+    ids=["a candidate", "the UNet of a LoRA", "the LoRA of a UNet"],
+)
+def test_rejects_candidates_without_weights(evaluation, inputs, generation_flags, tmp_path, source, missing):
+    source = source.format(lora=inputs / "lora", unet=inputs / "unet", missing=tmp_path)
 
     message = error_of_candidate(evaluation, generation_flags, source)
 
-    assert message.startswith(": ")
-    assert " is not a folder or a reachable hub id" in message
+    assert message.startswith(f"{missing.format(missing=tmp_path)} is not a folder or a reachable hub id with ")
 
 
 @pytest.mark.parametrize("folder", ["lora", "unet", "other"])
@@ -371,23 +341,21 @@ def test_rejects_a_candidate_with_a_broken_file(evaluation, inputs, generation_f
     assert message.startswith(" cannot be loaded: ")
 
 
-def test_rejects_a_unet_of_another_text_width(evaluation, inputs, generation_flags, tmp_path):
-    config = UNet2DConditionModel.load_config(inputs / "unet")
-    UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(tmp_path / "wide")
-
-    message = error_of_candidate(evaluation, generation_flags, tmp_path / "wide")
-
-    assert message == " cannot be loaded: its cross_attention_dim is 768, not 96 as in the base model"
-
-
-def test_rejects_a_unet_that_lacks_weights(evaluation, inputs, generation_flags, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (partial(edit_config, cross_attention_dim=768), "its cross_attention_dim is 768, not 96 as in the base model"),
+        (remove_weight, "it lacks 1 weights, e.g. add_embedding.linear_1.bias"),
+    ],
+    ids=["another text width", "a missing weight"],
+)
+def test_rejects_a_unet_that_does_not_fit(evaluation, inputs, generation_flags, tmp_path, damage, reason):
     unet = shutil.copytree(inputs / "unet", tmp_path / "unet")
-    weight = remove_weight(unet)
+    damage(unet)
 
     message = error_of_candidate(evaluation, generation_flags, unet)
 
-    assert message.startswith(" cannot be loaded: ")
-    assert weight in message
+    assert message == f" cannot be loaded: {reason}"
 
 
 def test_rejects_a_pipeline_of_another_prediction_type(evaluation, generation_flags, tmp_path):
@@ -411,50 +379,21 @@ def test_rejects_a_lora_that_does_not_fit(evaluation, inputs, generation_flags, 
     assert message.startswith(" cannot be loaded: ")
 
 
-def rename_prefix(weights):
-    for name in list(weights):
-        weights[f"unet.nowhere.{name}"] = weights.pop(name)
-
-
-def rename_layers(weights):
-    for name in list(weights):
-        weights[name.replace("to_q", "to_x")] = weights.pop(name)
-
-
-def remove_half_a_layer(weights):
-    del weights[next(name for name in weights if "lora_A" in name)]
-
-
-@pytest.mark.parametrize("damage", [rename_prefix, rename_layers, remove_half_a_layer])
-def test_rejects_a_lora_that_diffusers_would_load_in_part(evaluation, inputs, generation_flags, tmp_path, damage):
-    lora = shutil.copytree(inputs / "lora", tmp_path / "lora")
-    edit_weights(lora / LORA_FILE, damage)
-
-    message = error_of_candidate(evaluation, generation_flags, lora)
-
-    assert message.startswith(" cannot be loaded: ")
-
-
-def test_rejects_a_candidate_that_is_the_base_model(evaluation, inputs, generation_flags, tmp_path):
-    weights = load_file(inputs / "lora" / LORA_FILE)
+def zero_up(weights):
     for name, weight in weights.items():
         if "lora_B" in name:
             weight.zero_()
-    save_file(weights, tmp_path / LORA_FILE)
-    flags = {**generation_flags, "max_prompts": 1, "images_per_prompt": 1, "candidates": [f"x={tmp_path}"]}
+
+
+def test_rejects_a_candidate_that_is_the_base_model(evaluation, inputs, generation_flags, tmp_path):
+    lora = shutil.copytree(inputs / "lora", tmp_path / "lora")
+    edit_weights(lora / LORA_FILE, zero_up)
+    flags = {**generation_flags, "max_prompts": 1, "images_per_prompt": 1, "candidates": [f"x={lora}"]}
 
     sentence = error_of(evaluation, flags)
 
     reason = "all 1 images are identical to those of base, so there is nothing to compare."
-    assert sentence == f"--candidates x={tmp_path}: {reason}"
-
-
-def test_rejects_two_folders_with_the_same_images(evaluation, inputs, scoring_flags):
-    flags = {**scoring_flags, "images": [f"red={inputs / 'red'}", f"copy={inputs / 'red'}"]}
-
-    sentence = error_of(evaluation, flags)
-
-    assert "all 3 images are identical to those of red" in sentence
+    assert sentence == f"--candidates x={lora}: {reason}"
 
 
 def test_candidates_from_the_hub_are_recognized_by_their_files(

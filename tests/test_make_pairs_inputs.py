@@ -317,12 +317,6 @@ def test_rejects_a_missing_scorer(maker, candidate_flags, loaded_pipelines, tmp_
     assert not loaded_pipelines
 
 
-@pytest.fixture
-def base(inputs, tmp_path):
-    """A copy of the base model that a test may damage."""
-    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
-
-
 def error_without_pairs(maker, flags):
     """The error of a run that ends before it has made a pair."""
     sentence = error_of(maker, flags)

@@ -7,7 +7,6 @@ Equal functions are tested once, in the evaluation.
 import inspect
 import os
 import re
-import shutil
 import struct
 from importlib.metadata import metadata
 
@@ -225,12 +224,6 @@ def test_prompts_are_read_from_files(evaluation, tmp_path, name, text):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def base(inputs, tmp_path):
-    """A copy of the base model that a test may damage."""
-    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
-
-
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
 def test_rejects_a_pipeline_without_a_vocabulary(evaluation, base, name):
     """transformers would build a tokenizer of two tokens, with which all prompts of a length are equal."""
