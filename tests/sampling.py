@@ -43,16 +43,7 @@ TOKEN = "hf_ThisIsNotARealTokenButItMustStaySecret"
 
 SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2", "imagereward", "hps_no_antialias"]
 # float32 computes a cosine to 1e-7; some scores are a hundred times a cosine.
-TOLERANCE = {
-    "pickscore": 1e-5,
-    "hps": 3e-5,
-    "aesthetic": 1e-5,
-    "clip": 3e-5,
-    "siglip": 3e-5,
-    "dinov2": 3e-5,
-    "imagereward": 1e-5,
-    "hps_no_antialias": 3e-5,
-}
+TOLERANCE = {**dict.fromkeys(SCORERS, 3e-5), "pickscore": 1e-5, "aesthetic": 1e-5, "imagereward": 1e-5}
 
 
 # Running the scripts -------------------------------------------------------------------------------------------------
@@ -168,6 +159,15 @@ def read_folder(folder):
 def times_of(folder, pattern):
     """{path: time of the last change} of the files below a folder."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+
+
+def constant_score(value):
+    """A method `score` for scorers, by which all images have this score."""
+
+    def score(self, images, prompts):
+        return torch.full((len(images),), value)
+
+    return score
 
 
 # Output of the evaluation --------------------------------------------------------------------------------------------

@@ -536,20 +536,11 @@ def dinov2(flags, image, references):
 @torch.no_grad()
 def expected_score(scorer, flags, image, prompt, references=()):
     """The score of an image. `flags` are those of `build_scorers`, `references` the images for dinov2."""
-    match scorer:
-        case "pickscore":
-            return pickscore(flags, image, prompt)
-        case "clip":
-            return clip(flags, image, prompt)
-        case "hps":
-            return hps(flags, image, prompt, antialias=True)
-        case "hps_no_antialias":
-            return hps(flags, image, prompt, antialias=False)
-        case "aesthetic":
-            return aesthetic(flags, image)
-        case "imagereward":
-            return imagereward(flags, image, prompt)
-        case "siglip":
-            return siglip(flags, image, prompt)
-        case "dinov2":
-            return dinov2(flags, image, references)
+    if scorer == "aesthetic":
+        return aesthetic(flags, image)
+    if scorer == "dinov2":
+        return dinov2(flags, image, references)
+    if scorer in ("hps", "hps_no_antialias"):
+        return hps(flags, image, prompt, antialias=scorer == "hps")
+    formula = {"pickscore": pickscore, "clip": clip, "imagereward": imagereward, "siglip": siglip}[scorer]
+    return formula(flags, image, prompt)

@@ -1,5 +1,6 @@
 """Results of the evaluation: means, win rates, comparisons, and the files that contain them."""
 
+import itertools
 import json
 import math
 
@@ -14,17 +15,16 @@ pytest_plugins = "sampling_fixtures"
 
 # Statistics ----------------------------------------------------------------------------------------------------------
 def test_mean_and_standard_error_over_prompts(evaluation):
+    """One prompt has no standard error."""
     # The prompts' means are 2, 4 and 9: mean 5, deviations -3, -1 and 4.
     scores = np.array([[1.0, 3.0], [4.0, 4.0], [8.0, 10.0]])
 
     mean, error = evaluation.mean_and_error(scores)
+    of_one_prompt = evaluation.mean_and_error(scores[:1])
 
     assert mean == 5
     assert error == pytest.approx(math.sqrt((9 + 1 + 16) / 2) / math.sqrt(3))
-
-
-def test_one_prompt_has_no_standard_error(evaluation):
-    assert evaluation.mean_and_error(np.array([[1.0, 3.0]])) == (2, None)
+    assert of_one_prompt == (2, None)
 
 
 def test_comparison_counts_images_and_averages_prompts(evaluation):
@@ -33,9 +33,7 @@ def test_comparison_counts_images_and_averages_prompts(evaluation):
 
     row = evaluation.compare(candidate, base)
 
-    assert row["wins"] == 4
-    assert row["ties"] == 2
-    assert row["losses"] == 2
+    assert (row["wins"], row["ties"], row["losses"]) == (4, 2, 2)
     assert row["win_rate"] == 5 / 8
     # The prompts' differences are 1, 0, -0.5 and 0.5.
     assert row["difference"] == 0.25
@@ -84,68 +82,43 @@ def test_interval_of_many_prompts_is_approximately_normal(evaluation, wins):
     assert [low, high] == pytest.approx([rate - half_width, rate + half_width], abs=0.002)
 
 
-def test_images_of_a_prompt_that_agree_add_no_certainty(evaluation, wins):
+def test_images_of_a_prompt_add_certainty_if_they_are_independent(evaluation, wins):
+    """They then count like prompts; images that agree count once."""
     expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
 
     repeated = evaluation.win_rate(np.repeat(wins, 4, axis=1), np.full((400, 4), 0.5))
-
-    assert repeated == pytest.approx(expected)
-
-
-def test_independent_images_of_a_prompt_count_like_prompts(evaluation, wins):
-    expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
-
     grouped = evaluation.win_rate(wins.reshape(100, 4), np.full((100, 4), 0.5))
 
+    assert repeated == pytest.approx(expected)
     assert grouped == pytest.approx(expected, abs=0.01)
 
 
-# Scores of the base model and of the candidates a and b, for three prompts with one image each.
-TABLES = {"clip": np.array([[[1.0], [2.0], [3.0]], [[2.0], [2.0], [9.0]], [[0.0], [4.0], [3.0]]])}
+def test_candidates_are_compared_with_each_other_and_by_category(evaluation):
+    # Scores of the base model and of the candidates a and b, for three prompts with one image each.
+    tables = {"clip": np.array([[[1.0], [2.0], [3.0]], [[2.0], [2.0], [9.0]], [[0.0], [4.0], [3.0]]])}
 
-
-def test_candidates_are_compared_with_each_other(evaluation):
-    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
+    summary = evaluation.summarize(["clip"], ["base", "a", "b"], tables, ["dog", "dog", "cat"])
+    without_categories = evaluation.summarize(["clip"], ["base", "a", "b"], tables, [None, None, None])
 
     (pair,) = summary["pairs"]
     expected = {"model": "b", "against": "a", "wins": 1, "ties": 0, "losses": 2}
     assert expected.items() <= pair.items()
-
-
-def test_categories_have_means_of_their_own(evaluation):
-    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
-    without_categories = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, [None, None, None])
-
-    means = {(row["category"], row["model"]): row["clip"] for row in summary["categories"]}
-    assert means["dog", "a"] == 2
-    assert means["cat", "a"] == 9
-    assert means["mean of categories", "a"] == 5.5
+    means = {row["category"]: row["clip"] for row in summary["categories"] if row["model"] == "a"}
+    assert means == {"dog": 2, "cat": 9, "mean of categories": 5.5}
     assert without_categories["categories"] == []
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-def test_scores_have_one_record_per_image(scored):
+def test_files_have_a_record_per_image_and_a_row_per_scorer_and_model(scored):
+    images = list(itertools.product(["red", "blue"], [0, 1, 2], [0]))
+    rows = list(itertools.product(SCORERS, ["red", "blue"]))
+
     records = records_of(scored)
-
-    assert [(record["model"], record["prompt_index"], record["image"]) for record in records] == [
-        ("red", 0, 0),
-        ("red", 1, 0),
-        ("red", 2, 0),
-        ("blue", 0, 0),
-        ("blue", 1, 0),
-        ("blue", 2, 0),
-    ]
-
-
-def test_results_have_one_row_per_scorer_and_model(scored):
-    expected = []
-    for scorer in SCORERS:
-        expected += [(scorer, "red"), (scorer, "blue")]
-
     results = results_of(scored)
 
+    assert [(record["model"], record["prompt_index"], record["image"]) for record in records] == images
     assert results.keys() == {"results", "pairs", "categories", "settings"}
-    assert [(row["scorer"], row["model"]) for row in results["results"]] == expected
+    assert [(row["scorer"], row["model"]) for row in results["results"]] == rows
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -176,8 +149,9 @@ def test_settings_name_models_and_scorers(scored, inputs, scorers):
     assert settings["num_distinct_prompts"] == 3
 
 
-def test_markdown_begins_with_a_table_of_models_and_scorers(scored, scorers):
-    means = [f"{row['mean']:.3f}" for row in results_of(scored)["results"] if row["model"] == "blue"]
+def test_markdown_has_a_table_of_models_and_scorers_and_the_settings(scored, scorers):
+    results = results_of(scored)
+    means = [f"{row['mean']:.3f}" for row in results["results"] if row["model"] == "blue"]
 
     text = (scored / "results.md").read_text()
 
@@ -186,12 +160,7 @@ def test_markdown_begins_with_a_table_of_models_and_scorers(scored, scorers):
     assert "%" not in red
     assert blue == f"| blue | {' | '.join(means)} |"
     assert f"- clip: {scorers['clip_model']}" in text
-
-
-def test_markdown_contains_the_settings(scored):
-    text = (scored / "results.md").read_text()
-
-    assert json.loads(text.split("```json")[1].strip("`\n")) == results_of(scored)["settings"]
+    assert json.loads(text.split("```json")[1].strip("`\n")) == results["settings"]
 
 
 def test_grid_shows_largest_wins_and_largest_losses(evaluation, tmp_path):

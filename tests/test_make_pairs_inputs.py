@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import command_line, run
 from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline
@@ -25,6 +24,7 @@ from sampling import (
     MAKER,
     TOKEN,
     VAE,
+    constant_score,
     double,
     edit_config,
     edit_weights,
@@ -410,7 +410,7 @@ def test_warns_about_a_lora_of_another_unet(maker, inputs, pair_flags, tmp_path,
 
 def test_rejects_scores_that_are_not_finite(maker, candidate_flags, monkeypatch):
     evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
-    monkeypatch.setattr(evaluation.CLIP, "score", lambda self, images, captions: torch.full((len(images),), math.nan))
+    monkeypatch.setattr(evaluation.CLIP, "score", constant_score(math.nan))
 
     sentence = error_without_pairs(maker, candidate_flags)
 
