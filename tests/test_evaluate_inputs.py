@@ -69,12 +69,6 @@ def test_prompts_of_a_text_file_may_end_with_blank_lines(evaluation, tmp_path):
     assert texts_of(rows) == PROMPTS
 
 
-def test_max_prompts_takes_the_first_prompts(evaluation, inputs):
-    rows = read_prompts(evaluation, "--prompts", inputs / "prompts.txt", "--max_prompts", 2)
-
-    assert texts_of(rows) == PROMPTS[:2]
-
-
 @pytest.mark.parametrize(
     ("words", "source", "column", "split", "category"),
     [
@@ -281,10 +275,16 @@ def test_rejects_another_scheduler_for_a_base_model_without_betas(evaluation, ba
 
 @pytest.mark.parametrize(
     ("folder", "damage", "reason"),
-    [("tokenizer", remove_vocabulary, "its tokenizer has "), ("unet", remove_weight, "unet lacks 1 weights, e.g. {}")],
-    ids=["no vocabulary", "a missing weight"],
+    [
+        ("tokenizer", remove_vocabulary, "its tokenizer has "),
+        ("unet", remove_weight, "unet lacks 1 weights, e.g. {}"),
+        ("vae", remove_weight, "vae lacks 1 weights, e.g. {}"),
+        ("text_encoder", remove_weight, "text_encoder lacks 1 weights, e.g. {}"),
+        ("text_encoder_2", remove_weight, "text_encoder_2 lacks 1 weights, e.g. {}"),
+    ],
 )
 def test_rejects_an_incomplete_base_model(evaluation, base, generation_flags, tmp_path, folder, damage, reason):
+    """transformers would build a tokenizer of two tokens, and missing weights would be random."""
     removed = damage(base / folder)
 
     sentence = error_of(evaluation, {**generation_flags, BASE: base})

@@ -29,6 +29,7 @@ from sampling import (
     TOKEN,
     VAE,
     cache_repository,
+    edit_config,
     error_of,
     images_of,
     interrupt,
@@ -43,7 +44,6 @@ from sampling import (
     unfinished_pairs,
 )
 from small_scorers import expected_score
-from small_world import build_pipeline
 
 
 pytest_plugins = "sampling_fixtures"
@@ -125,8 +125,13 @@ def test_only_the_chosen_image_has_the_style_prefix(pipeline, pairs):
         assert max_difference(*images_of(row)) > 1
 
 
-def test_settings_reach_the_pipeline(maker, pipeline, pair_flags):
+def test_settings_reach_the_pipeline(maker, pipeline, inputs, pair_flags, tmp_path):
+    pipeline.save_pretrained(tmp_path / "base", variant="fp16")
+    pipeline.vae = AutoencoderKL.from_pretrained(inputs / "other" / "vae")
     changes = {
+        BASE: tmp_path / "base",
+        VAE: inputs / "other" / "vae",
+        "variant": "fp16",
         "style_prefix": f"  {STYLE_PREFIX} ",
         "rejected_prefix": "a blurred photo of",
         "different_seeds": True,
@@ -139,16 +144,9 @@ def test_settings_reach_the_pipeline(maker, pipeline, pair_flags):
     rows = rows_of(run(maker, {**pair_flags, **changes}))
 
     assert len(rows) == 2
-    assert_sampled(
-        rows,
-        pipeline,
-        chosen_prefix=STYLE_PREFIX,
-        rejected_prefix="a blurred photo of",
-        different_seeds=True,
-        seed=3,
-        guidance_scale=1.5,
-        num_inference_steps=3,
-    )
+    prefixes = {"chosen_prefix": STYLE_PREFIX, "rejected_prefix": "a blurred photo of"}
+    options = {"guidance_scale": 1.5, "num_inference_steps": 3}
+    assert_sampled(rows, pipeline, **prefixes, different_seeds=True, seed=3, **options)
 
 
 def test_only_the_rejected_image_may_have_a_prefix(maker, pipeline, pair_flags):
@@ -199,12 +197,11 @@ def test_a_second_round_uses_the_trained_model(maker, pipeline, inputs, pairs, p
     ("force_upcast", "vae_dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["upcast", "half"]
 )
 def test_half_precision_leaves_a_vae_that_would_overflow_in_float32(
-    maker, pairs, pair_flags, loaded_pipelines, tmp_path, force_upcast, vae_dtype
+    maker, pairs, pair_flags, base, loaded_pipelines, force_upcast, vae_dtype
 ):
-    build_pipeline(tmp_path / "base", force_upcast=force_upcast)
-    flags = {**pair_flags, BASE: tmp_path / "base", "mixed_precision": "bf16", "max_prompts": 2}
+    edit_config(base / "vae", force_upcast=force_upcast)
 
-    output_dir = run(maker, flags)
+    output_dir = run(maker, {**pair_flags, BASE: base, "mixed_precision": "bf16", "max_prompts": 2})
 
     ((_, _, loaded),) = loaded_pipelines
     for model in (loaded.unet, loaded.text_encoder, loaded.text_encoder_2):
@@ -214,29 +211,13 @@ def test_half_precision_leaves_a_vae_that_would_overflow_in_float32(
         assert 0 < max_difference(images_of(row)[0], images_of(exact)[0]) < 40
 
 
-def test_compiled_blocks_give_the_same_images(maker, inputs, pair_flags, compiled_graphs, tmp_path):
-    flags = {**pair_flags, "lora": inputs / "lora"}
-    eager = rows_of(run(maker, {**flags, "output_dir": tmp_path / "eager"}))
+def test_compiled_blocks_give_the_same_images(maker, pipeline, inputs, pair_flags, compiled_graphs):
+    pipeline.load_lora_weights(inputs / "lora")
 
-    compiled = rows_of(run(maker, {**flags, "compile": True}))
+    rows = rows_of(run(maker, {**pair_flags, "lora": inputs / "lora", "compile": True}))
 
     assert compiled_graphs
-    for row, expected in zip(compiled, eager, strict=True):
-        assert max_difference(images_of(row)[0], images_of(expected)[0]) <= 1
-
-
-def test_another_vae_and_a_variant(maker, pipeline, inputs, pairs, pair_flags, tmp_path):
-    pipeline.save_pretrained(tmp_path / "pipeline", variant="fp16")
-    pipeline.vae = AutoencoderKL.from_pretrained(inputs / "other" / "vae")
-    flags = {**pair_flags, BASE: tmp_path / "pipeline", "max_prompts": 1}
-
-    sentence = error_of(maker, flags)
-    (row,) = rows_of(run(maker, {**flags, VAE: inputs / "other" / "vae", "variant": "fp16"}))
-
-    assert sentence.startswith(f"--pretrained_model_name_or_path {tmp_path / 'pipeline'} ")
-    rejected = images_of(row)[1]
-    assert max_difference(rejected, sample(pipeline, CAPTIONS[0], pair_seed(0))) <= 1
-    assert max_difference(rejected, images_of(rows_of(pairs)[0])[1]) > 8
+    assert_sampled(rows, pipeline, chosen_prefix=STYLE_PREFIX)
 
 
 # Candidates, scores and photos ---------------------------------------------------------------------------------------
@@ -287,7 +268,7 @@ def test_rejects_a_minimum_score_that_no_pair_reaches(maker, candidate_flags):
     assert not unfinished_pairs(candidate_flags["output_dir"])
 
 
-def test_photos_are_chosen_in_turn(maker, pipeline, pair_flags, tmp_path):
+def test_photos_are_chosen_in_turn(maker, pipeline, pair_flags, tmp_path, caplog):
     """A transparent one, a large one that is turned by its EXIF data, and an ordinary one."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -296,6 +277,8 @@ def test_photos_are_chosen_in_turn(maker, pipeline, pair_flags, tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (300, 150), (30, 200, 30)).save(photos / "b.jpg", exif=exif)
     Image.new("RGB", (80, 80), (30, 30, 200)).save(photos / "c.webp")
+    for name in ("photo.heic", "notes.md", "a.txt", ".hidden"):
+        (photos / name).write_text("not a photo")
     # Height, width and colour of the chosen images.
     expected = [(40, 60, (255, 255, 255)), (128, 64, (30, 200, 30)), (64, 64, (30, 30, 200))]
 
@@ -309,6 +292,7 @@ def test_photos_are_chosen_in_turn(maker, pipeline, pair_flags, tmp_path):
         assert max_difference(rejected, sample(pipeline, row["caption"], pair_seed(number))) <= 1
         # EXIF data may tell where a photo was taken.
         assert b"exif" not in (row["jpg_0"] + row["jpg_1"]).lower()
+    assert "left out 2 files that Pillow cannot open: notes.md, photo.heic." in caplog.text
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
@@ -401,10 +385,10 @@ def test_two_processes_resume_after_one_was_killed(maker, pair_flags, tmp_path):
 
 
 # Card ----------------------------------------------------------------------------------------------------------------
-def test_card_describes_the_dataset(pairs):
+def test_card_describes_the_dataset_and_lists_its_settings(pairs):
     num_image_bytes = sum(len(row["jpg_0"]) + len(row["jpg_1"]) for row in rows_of(pairs))
 
-    fields, _ = card_of(pairs)
+    fields, text = card_of(pairs)
     dataset = datasets.load_dataset(str(pairs), split="train")
 
     info = fields["dataset_info"]
@@ -416,10 +400,6 @@ def test_card_describes_the_dataset(pairs):
     assert "mapo" in fields["tags"]
     assert dataset.features == datasets.Features({name: datasets.Value(dtype) for name, dtype in COLUMNS.items()})
     assert dataset["caption"] == CAPTIONS
-
-
-def test_card_lists_the_settings(pairs):
-    _, text = card_of(pairs)
 
     assert "7 pairs of images" in text
     assert "make_pick_style_sdxl.py" in text
@@ -468,34 +448,24 @@ def test_license_of_a_local_base_model_is_read_from_its_card(
     assert card_of(output_dir)[0]["license"] == license_of_pairs
 
 
-@pytest.fixture
-def cached_base(inputs, tmp_path, monkeypatch):
-    """The base model as the hub repository some/sdxl, in the local cache."""
+def test_base_model_from_the_hub_is_named_with_its_license_and_commit(
+    maker, inputs, pair_flags, tmp_path, monkeypatch
+):
     snapshot = cache_repository(monkeypatch, tmp_path / "cache", "some/sdxl", inputs / "pipeline")
     (snapshot / "README.md").write_text("---\nlicense: openrail++\nlicense_link: LICENSE.md\nlanguage: en\n---\n")
-    return snapshot
+    flags = {**pair_flags, BASE: "some/sdxl", "max_prompts": 1}
 
+    fields, text = card_of(run(maker, flags))
+    (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
+    snapshot.rename(snapshot.with_name("1" * 40))
+    sentence = error_of(maker, flags)
 
-def test_base_model_from_the_hub_is_named_with_its_license(maker, pair_flags, cached_base, tmp_path):
-    output_dir = run(maker, {**pair_flags, BASE: "some/sdxl", "max_prompts": 1})
-
-    fields, text = card_of(output_dir)
     assert fields["license"] == "openrail++"
     assert fields["license_link"] == "LICENSE.md"
     assert "language" not in fields
-    assert "--pretrained_model_name_or_path: some/sdxl, version " in text
+    assert f"--{BASE}: some/sdxl, version " in text
     assert str(tmp_path) not in text
-
-
-def test_rejects_pairs_of_another_commit_of_the_base_model(maker, pair_flags, cached_base):
-    flags = {**pair_flags, BASE: "some/sdxl", "max_prompts": 1}
-    run(maker, flags)
-    (cached_base.parents[1] / "refs" / "main").write_text("1" * 40)
-    cached_base.rename(cached_base.with_name("1" * 40))
-
-    sentence = error_of(maker, flags)
-
-    assert "made with --pretrained_model_name_or_path some/sdxl, version " in sentence
+    assert f"made with --{BASE} some/sdxl, version " in sentence
 
 
 # Hub -----------------------------------------------------------------------------------------------------------------
