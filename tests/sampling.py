@@ -47,18 +47,18 @@ TOLERANCE = {**dict.fromkeys(SCORERS, 3e-5), "pickscore": 1e-5, "aesthetic": 1e-
 
 
 # Running the scripts -------------------------------------------------------------------------------------------------
-def flags_to_score(inputs, scorers, output_dir):
+def flags_to_score(inputs, scorers, folder):
     """Flags of an evaluation that scores existing images with one scorer."""
     return {
         "images": [f"red={inputs / 'red'}", f"blue={inputs / 'blue'}"],
         "prompts": inputs / "prompts.txt",
         "scorers": ["clip"],
-        "output_dir": output_dir,
+        "output_dir": folder,
         **scorers,
     }
 
 
-def flags_to_generate(inputs, scorers, output_dir):
+def flags_to_generate(inputs, scorers, folder):
     """Flags of an evaluation that generates images with the base model."""
     return {
         BASE: inputs / "pipeline",
@@ -68,12 +68,12 @@ def flags_to_generate(inputs, scorers, output_dir):
         "resolution": 64,
         "batch_size": 4,
         "scorers": ["clip"],
-        "output_dir": output_dir,
+        "output_dir": folder,
         **scorers,
     }
 
 
-def flags_to_make_pairs(inputs, output_dir):
+def flags_to_make_pairs(inputs, folder):
     """Flags of the pair maker with a style prefix."""
     return {
         BASE: inputs / "pipeline",
@@ -82,7 +82,7 @@ def flags_to_make_pairs(inputs, output_dir):
         "num_inference_steps": 2,
         "resolution": 64,
         "batch_size": 3,
-        "output_dir": output_dir,
+        "output_dir": folder,
     }
 
 
@@ -126,10 +126,10 @@ def interrupt(script, flags, monkeypatch, owner, name, function=raise_interrupt)
 
 def cache_repository(monkeypatch, cache, name, folder, ignored=None):
     """Put a folder into the hub's cache as a repository. Returns the folder of its commit, which is 40 zeros."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    snapshot = shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=ignored)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
+    repo = cache / f"models--{name.replace('/', '--')}"
+    snapshot = shutil.copytree(folder, repo / "snapshots" / ("0" * 40), ignore=ignored)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     return snapshot
 
@@ -251,14 +251,10 @@ def set_to_nan(folder, ending):
 
 def remove_weight(folder):
     """Remove the first weight of a model; returns its name."""
-    removed = []
-
-    def edit(weights):
-        removed.append(min(weights))
-        del weights[removed[0]]
-
-    edit_weights(weights_file(folder), edit)
-    return removed[0]
+    file = weights_file(folder)
+    name = min(load_file(file))
+    edit_weights(file, lambda weights: weights.pop(name))
+    return name
 
 
 def remove_vocabulary(folder):

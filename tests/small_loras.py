@@ -91,12 +91,12 @@ def renamed(weights, old, new):
     return {name.replace(old, new): weight for name, weight in weights.items()}
 
 
-def add_magnitudes(weights, up_ending, ending):
+def add_magnitudes(weights, up, ending):
     """Turn a LoRA into a DoRA."""
     magnitudes = {}
     for name, weight in weights.items():
-        if name.endswith(up_ending):
-            magnitudes[name.replace(up_ending, ending)] = torch.ones(len(weight), 1)
+        if name.endswith(up):
+            magnitudes[name.replace(up, ending)] = torch.ones(len(weight), 1)
     return {**weights, **magnitudes}
 
 

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sampling import cache_repository, raise_interrupt, remove_weight, sample
+from sampling import cache_repository, edit_config, raise_interrupt, remove_weight, sample
 from single_file import save_single_file
 from small_loras import UNET_LAYERS
-from small_world import build_pipeline, build_unet, build_vae
+from small_world import build_pipeline, build_unet
 
 
 CONVERT = ROOT / "convert_sdxl.py"
@@ -56,13 +56,14 @@ def load_pipeline(folder, **options):
     return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, **options)
 
 
-def assert_same_tensors(path, other):
+def assert_same_tensors(path, other_path):
     tensors = load_file(path)
-    others = load_file(other)
+    others = load_file(other_path)
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
-        assert tensor.dtype == others[name].dtype, name
-        assert torch.equal(tensor, others[name]), name
+        other = others[name]
+        assert tensor.dtype == other.dtype, name
+        assert torch.equal(tensor, other), name
 
 
 # Single files -------------------------------------------------------------------------------------------------------
@@ -92,15 +93,16 @@ def test_folder_has_the_weights_dtypes_and_configs_of_the_pipeline(converter, wo
     pipeline = load_pipeline(world / "pipeline", dtype={"vae": torch.float32, "default": torch.float16})
     pipeline.save_pretrained(tmp_path / "original")
     path = tmp_path / "model.safetensors"
+    folder = tmp_path / "model"
     save_single_file(pipeline, path)
 
-    convert(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline")
+    convert(converter, "single_file", path, folder, "--config", world / "pipeline")
 
     for file in WEIGHTS:
-        assert_same_tensors(tmp_path / "model" / file, tmp_path / "original" / file)
+        assert_same_tensors(folder / file, tmp_path / "original" / file)
     for file in CONFIGS:
         expected = json.loads((world / "pipeline" / file).read_text())
-        assert json.loads((tmp_path / "model" / file).read_text()) == expected
+        assert json.loads((folder / file).read_text()) == expected
 
 
 def test_training_on_the_folder_equals_training_on_the_original(converter, script, flags, checkpoint, tmp_path):
@@ -182,9 +184,8 @@ def test_given_vae_is_used_instead_of_the_one_in_the_file(converter, monkeypatch
 
 
 def test_vae_of_another_model_is_refused(converter, checkpoint, world, tmp_path):
-    vae = build_vae(force_upcast=False)
-    vae.register_to_config(scaling_factor=0.18215)
-    vae.save_pretrained(tmp_path / "other")
+    shutil.copytree(world / "pipeline" / "vae", tmp_path / "other")
+    edit_config(tmp_path / "other", scaling_factor=0.18215)
     words = ("single_file", checkpoint, tmp_path / "model", "--config", world / "pipeline", "--vae")
 
     of_another_model = conversion_error(converter, *words, tmp_path / "other")
@@ -243,13 +244,14 @@ def test_configs_come_from_the_hub(converter, monkeypatch, checkpoint, world, tm
     """The folder may exist if it is empty."""
     no_weights = shutil.ignore_patterns("*.safetensors")
     cache_repository(monkeypatch, tmp_path / "cache", converter.SDXL, world / "pipeline", no_weights)
-    (tmp_path / "model").mkdir()
+    folder = tmp_path / "model"
+    folder.mkdir()
 
-    convert(converter, "single_file", checkpoint, tmp_path / "model")
+    convert(converter, "single_file", checkpoint, folder)
 
     for file in WEIGHTS:
-        assert_same_tensors(tmp_path / "model" / file, world / "pipeline" / file)
-    for path in (tmp_path / "model").rglob("*.json"):
+        assert_same_tensors(folder / file, world / "pipeline" / file)
+    for path in folder.rglob("*.json"):
         assert str(tmp_path) not in path.read_text(), path
 
 

@@ -102,36 +102,33 @@ def test_images_match_diffusers(evaluation, inputs, generated, name):
             assert max_difference(image, image_of(generated, "base", *image_id)) > 1
 
 
-def test_a_lora_may_be_a_file_of_any_name_or_its_folder(evaluation, inputs, one_image, tmp_path):
-    """It changes the UNet and the text encoders."""
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("{file}", "lora"),
+        ("{folder}", "lora"),
+        ("{inputs}/trained+{file}", "unet and lora"),
+        ("{inputs}/other+{folder}", "unet and lora"),
+    ],
+    ids=["a file of any name", "its folder", "on a UNet", "on a pipeline"],
+)
+def test_a_lora_changes_the_unet_and_the_text_encoders(evaluation, inputs, one_image, tmp_path, source, kind):
     pipeline = load_base(inputs)
+    if "trained" in source:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(inputs / "trained", subfolder="unet")
+    elif "other" in source:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(inputs / "other")
     lora = random_lora(pipeline)
     file = tmp_path / "lora" / "mystyle.safetensors"
     save_kohya(lora, file)
+    source = source.format(inputs=inputs, file=file, folder=file.parent)
 
-    output_dir = run(evaluation, {**one_image, "candidates": [f"file={file}", f"folder={file.parent}"]})
+    output_dir = run(evaluation, {**one_image, "candidates": [f"x={source}"]})
 
     expected = sample_for(evaluation, merge(pipeline, lora))
-    assert max_difference(image_of(output_dir, "file"), expected) <= 1
-    assert max_difference(image_of(output_dir, "folder"), expected) <= 1
+    assert max_difference(image_of(output_dir, "x"), expected) <= 1
     assert max_difference(image_of(output_dir, "base"), expected) > 8
-
-
-@pytest.mark.parametrize("source", ["trained", "other"], ids=["UNet", "pipeline"])
-def test_a_unet_and_a_lora_are_one_candidate(evaluation, inputs, one_image, tmp_path, source):
-    pipeline = load_base(inputs)
-    if source == "other":
-        pipeline = StableDiffusionXLPipeline.from_pretrained(inputs / "other")
-    pipeline.unet = UNet2DConditionModel.from_pretrained(inputs / "other", subfolder="unet")
-    lora = random_lora(pipeline)
-    save_kohya(lora, tmp_path / "x.safetensors")
-    candidate = f"both={inputs / source}+{tmp_path / 'x.safetensors'}"
-
-    output_dir = run(evaluation, {**one_image, "candidates": [candidate]})
-
-    expected = sample_for(evaluation, merge(pipeline, lora))
-    assert max_difference(image_of(output_dir, "both"), expected) <= 1
-    assert results_of(output_dir)["settings"]["models"]["both"]["kind"] == "unet and lora"
+    assert results_of(output_dir)["settings"]["models"]["x"]["kind"] == kind
 
 
 @pytest.mark.parametrize(
@@ -395,17 +392,15 @@ def test_copies_of_models_and_other_libraries_keep_the_images(evaluation, inputs
     """Weights are recognized by their content, in any folder, and libraries only affect rounding."""
     lora = shutil.copytree(inputs / "lora", tmp_path / "snapshots" / "lora")
     vae = shutil.copytree(inputs / "pipeline" / "vae", tmp_path / "snapshots" / "vae")
-    base = shutil.copytree(inputs / "pipeline", tmp_path / "pipeline")
-    flags = {**one_image, BASE: base}
-    run(evaluation, {**flags, "candidates": [f"lora={lora}"], VAE: vae})
-    images = flags["output_dir"] / "images"
+    run(evaluation, {**one_image, "candidates": [f"lora={lora}"], VAE: vae})
+    images = one_image["output_dir"] / "images"
     times = times_of(images, "*.png")
 
     lora = shutil.copytree(lora, tmp_path / "copied" / "lora", copy_function=shutil.copyfile)
     vae = shutil.copytree(vae, tmp_path / "copied" / "vae", copy_function=shutil.copyfile)
     monkeypatch.setattr("diffusers.configuration_utils.__version__", "99")
     monkeypatch.setattr(evaluation.diffusers, "__version__", "99")
-    run(evaluation, {**flags, "candidates": [f"lora={lora}"], VAE: vae})
+    run(evaluation, {**one_image, "candidates": [f"lora={lora}"], VAE: vae})
 
     assert times_of(images, "*.png") == times
 

@@ -128,7 +128,8 @@ def test_only_the_chosen_image_has_the_style_prefix(pipeline, pairs):
 def test_settings_reach_the_pipeline(maker, pipeline, inputs, pair_flags, tmp_path):
     pipeline.save_pretrained(tmp_path / "base", variant="fp16")
     pipeline.vae = AutoencoderKL.from_pretrained(inputs / "other" / "vae")
-    changes = {
+    flags = {
+        **pair_flags,
         BASE: tmp_path / "base",
         VAE: inputs / "other" / "vae",
         "variant": "fp16",
@@ -141,7 +142,7 @@ def test_settings_reach_the_pipeline(maker, pipeline, inputs, pair_flags, tmp_pa
         "max_prompts": 2,
     }
 
-    rows = rows_of(run(maker, {**pair_flags, **changes}))
+    rows = rows_of(run(maker, flags))
 
     assert len(rows) == 2
     prefixes = {"chosen_prefix": STYLE_PREFIX, "rejected_prefix": "a blurred photo of"}
@@ -150,9 +151,9 @@ def test_settings_reach_the_pipeline(maker, pipeline, inputs, pair_flags, tmp_pa
 
 
 def test_only_the_rejected_image_may_have_a_prefix(maker, pipeline, pair_flags):
-    changes = {"style_prefix": None, "rejected_prefix": "a blurred photo of", "max_prompts": 2}
+    prefixes = {"style_prefix": None, "rejected_prefix": "a blurred photo of"}
 
-    rows = rows_of(run(maker, {**pair_flags, **changes}))
+    rows = rows_of(run(maker, {**pair_flags, **prefixes, "max_prompts": 2}))
 
     assert_sampled(rows, pipeline, rejected_prefix="a blurred photo of")
 
@@ -228,7 +229,8 @@ def test_the_best_candidate_is_paired_with_the_worst(maker, pipeline, scorers, p
 
     output_dir = run(maker, {**pair_flags, **changes, **sources})
 
-    for number, row in enumerate(rows_of(output_dir)):
+    rows = rows_of(output_dir)
+    for number, row in enumerate(rows):
         candidates = [sample(pipeline, row["caption"], pair_seed(number, i)) for i in range(3)]
         scores = [expected_score(name, scorers, image, row["caption"]) for image in candidates]
         chosen, rejected = images_of(row)
@@ -247,7 +249,8 @@ def test_the_best_candidate_is_paired_with_the_worst(maker, pipeline, scorers, p
 )
 def test_pairs_below_the_minimum_score_are_dropped(maker, scorers, candidate_flags, tmp_path, kind):
     flags = {**candidate_flags, **kind}
-    all_rows = rows_of(run(maker, {**flags, "min_score": -1e9, "output_dir": tmp_path / "all"}))
+    all_flags = {**flags, "min_score": -1e9, "output_dir": tmp_path / "all"}
+    all_rows = rows_of(run(maker, all_flags))
     scores = []
     for row in all_rows:
         chosen = Image.fromarray(images_of(row)[0].astype(np.uint8))
@@ -284,7 +287,8 @@ def test_photos_are_chosen_in_turn(maker, pipeline, pair_flags, tmp_path, caplog
 
     output_dir = run(maker, {**pair_flags, "style_prefix": None, "chosen_images": photos})
 
-    for number, row in enumerate(rows_of(output_dir)):
+    rows = rows_of(output_dir)
+    for number, row in enumerate(rows):
         chosen, rejected = images_of(row)
         *size, colour = expected[number % 3]
         assert list(chosen.shape[:2]) == size
@@ -413,7 +417,8 @@ def test_output_contains_no_local_paths_or_tokens(maker, inputs, candidate_flags
     """Nor the names of folders and files."""
     (tmp_path / "album").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "album" / "a.png")
-    changes = {
+    flags = {
+        **candidate_flags,
         VAE: inputs / "pipeline" / "vae",
         "lora": inputs / "lora",
         "unet": inputs / "trained",
@@ -421,9 +426,9 @@ def test_output_contains_no_local_paths_or_tokens(maker, inputs, candidate_flags
         "max_prompts": 1,
     }
     if kind == "photos":
-        changes.update(num_candidates=None, scorer=None, clip_model=None, chosen_images=tmp_path / "album")
+        flags.update(num_candidates=None, scorer=None, clip_model=None, chosen_images=tmp_path / "album")
 
-    output_dir = run(maker, {**candidate_flags, **changes})
+    output_dir = run(maker, flags)
 
     for path, content in files_in(output_dir).items():
         for word in (str(tmp_path), str(inputs), inputs.name, "captions.txt", "album", TOKEN):

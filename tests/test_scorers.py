@@ -52,7 +52,8 @@ def test_a_scorer_can_be_used_from_a_notebook(evaluation, inputs, scorers, name)
     references = read_folder(inputs / "green")
     reference_folders = [inputs / "green"] if name == "dinov2" else []
 
-    scorer = evaluation.SCORERS[name](torch.device("cpu"), *reference_folders, **sources_of(scorers, name))
+    sources = sources_of(scorers, name)
+    scorer = evaluation.SCORERS[name](torch.device("cpu"), *reference_folders, **sources)
     scores = scorer.score([image, image], PROMPTS[:2])
 
     expected = [expected_score(name, scorers, image, prompt, references) for prompt in PROMPTS[:2]]
@@ -70,7 +71,8 @@ def test_a_scorer_rejects_unknown_keyword_arguments(evaluation):
 
 
 def test_clip_scores_are_not_negative(evaluation, scorers):
-    scorer = evaluation.CLIP("cpu", **sources_of(scorers, "clip"))
+    sources = sources_of(scorers, "clip")
+    scorer = evaluation.CLIP("cpu", **sources)
     scorer.cosines = lambda images, prompts: torch.tensor([-0.2, 0.3])
 
     scores = scorer.score([], [])
@@ -79,7 +81,8 @@ def test_clip_scores_are_not_negative(evaluation, scorers):
 
 
 def test_each_prompt_is_embedded_once(evaluation, inputs, scorers, record_calls):
-    scorer = evaluation.CLIP("cpu", **sources_of(scorers, "clip"))
+    sources = sources_of(scorers, "clip")
+    scorer = evaluation.CLIP("cpu", **sources)
     embedded = record_calls(scorer, "embed_texts")
     images = [read_rgb(inputs / "red" / "00000_0.png")] * 3
 
@@ -98,7 +101,8 @@ def test_scores_do_not_depend_on_batches_or_order(evaluation, scored, scoring_fl
         (tmp_path / colour).mkdir()
         for i in range(3):
             shutil.copy(inputs / colour / f"{i:05d}_0.png", tmp_path / colour / f"{2 - i:05d}_0.png")
-    changes = {
+    flags = {
+        **scoring_flags,
         "images": [f"blue={tmp_path / 'blue'}", f"red={tmp_path / 'red'}"],
         "prompts": tmp_path / "prompts.txt",
         "reference_images": inputs / "green",
@@ -106,9 +110,9 @@ def test_scores_do_not_depend_on_batches_or_order(evaluation, scored, scoring_fl
         "batch_size": 1,
     }
 
-    output_dir = run(evaluation, {**scoring_flags, **changes})
+    records = records_of(run(evaluation, flags))
 
-    reordered = {(record["model"], 2 - record["prompt_index"]): record for record in records_of(output_dir)}
+    reordered = {(record["model"], 2 - record["prompt_index"]): record for record in records}
     for record in records_of(scored):
         other = reordered[record["model"], record["prompt_index"]]
         for name in SCORERS:
@@ -117,7 +121,8 @@ def test_scores_do_not_depend_on_batches_or_order(evaluation, scored, scoring_fl
 
 def test_hps_cleans_texts_as_open_clip_does(evaluation, scorers, record_calls):
     embedded = record_calls(evaluation.Scorer, "embed_texts")
-    scorer = evaluation.HPS("cpu", **sources_of(scorers, "hps"))
+    sources = sources_of(scorers, "hps")
+    scorer = evaluation.HPS("cpu", **sources)
 
     scorer.embed_texts(["the cat’s “hat”", "a &amp;amp; b"])
 
@@ -140,14 +145,15 @@ def test_equal_visible_images_have_equal_scores(evaluation, scoring_flags, tmp_p
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "00000_0.png")
     (tmp_path / "hidden" / "notes.md").write_text("not an image")
-    changes = {
+    flags = {
+        **scoring_flags,
         "images": [f"hidden={tmp_path / 'hidden'}", f"visible={tmp_path / 'visible'}"],
         "reference_images": tmp_path / "hidden",
         "scorers": ["clip", "dinov2"],
         "max_prompts": 1,
     }
 
-    first, second = records_of(run(evaluation, {**scoring_flags, **changes}))
+    first, second = records_of(run(evaluation, flags))
 
     assert first["clip"] == second["clip"]
     assert [first["dinov2"], second["dinov2"]] == pytest.approx([100, 100], abs=TOLERANCE["dinov2"])
