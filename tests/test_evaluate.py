@@ -435,12 +435,11 @@ def test_two_processes_write_the_same_files(evaluation, inputs, scorers, tmp_pat
 def test_an_error_of_one_process_is_one_sentence(scoring_flags, red):
     broken = red / "00001_0.png"
     broken.write_bytes(b"not an image")
+    flags = {**scoring_flags, "images": [f"red={red}"], "batch_size": 1}
 
-    statuses, outputs = run_ranks(
-        [EVALUATION, *command_line({**scoring_flags, "images": [f"red={red}"], "batch_size": 1})]
-    )
+    statuses, outputs = run_ranks([EVALUATION, *command_line(flags)])
 
     printed = "".join(outputs)
     assert 0 not in statuses
-    assert f"error: Image {broken} cannot be read" in printed
+    assert f"error: Image {broken} cannot be read, fix or delete it: " in printed
     assert not re.search(r'File ".*evaluate_diffusion', printed)

@@ -226,14 +226,6 @@ def test_rejects_an_unwritable_output_dir(evaluation, generation_flags, tmp_path
     assert sentence.startswith(f"--output_dir {output_dir} cannot be written: ")
 
 
-def test_rejects_unreadable_images(evaluation, scoring_flags, red):
-    (red / "00001_0.png").write_bytes(b"not an image")
-
-    sentence = error_of(evaluation, {**scoring_flags, "images": [f"red={red}"]})
-
-    assert sentence.startswith(f"Image {red / '00001_0.png'} cannot be read, fix or delete it: ")
-
-
 def test_rejects_missing_images(evaluation, scoring_flags, red):
     (red / "00001_0.png").unlink()
 

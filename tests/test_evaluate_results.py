@@ -69,16 +69,18 @@ def test_interval_covers_the_true_win_rate_of_few_prompts(evaluation):
     assert covered == pytest.approx(0.859, abs=1e-3)
 
 
-def test_images_of_a_prompt_add_certainty_if_they_are_independent(evaluation):
-    """They then count like prompts; images that agree count once."""
+def test_interval_of_many_images_is_normal_and_counts_images_that_agree_once(evaluation):
+    """Independent images of a prompt count like prompts."""
     wins = (np.random.default_rng(1).random((400, 1)) < 0.6) * 1.0
-    expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
 
+    rate, low, high = evaluation.win_rate(wins, np.full((400, 1), 0.5))
     repeated = evaluation.win_rate(np.repeat(wins, 4, axis=1), np.full((400, 4), 0.5))
     grouped = evaluation.win_rate(wins.reshape(100, 4), np.full((100, 4), 0.5))
 
-    assert repeated == pytest.approx(expected)
-    assert grouped == pytest.approx(expected, abs=0.01)
+    half_width = 1.96 * math.sqrt(rate * (1 - rate) / 400)
+    assert [low, high] == pytest.approx([rate - half_width, rate + half_width], abs=0.002)
+    assert repeated == pytest.approx((rate, low, high))
+    assert grouped == pytest.approx((rate, low, high), abs=0.01)
 
 
 def test_candidates_are_compared_with_each_other_and_by_category(evaluation):

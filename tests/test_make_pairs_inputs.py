@@ -94,6 +94,7 @@ def test_warns_about_prompts_that_are_too_long_with_their_prefix(maker, pair_fla
         ("x.txt", "\n \n", "contains no captions"),
         ("x.csv", "text,n\na,1\n", "cannot be loaded: --prompt_column: there is no column 'prompt'"),
         ("missing.txt", None, "cannot be loaded: "),
+        ("no/such", None, "cannot be loaded: "),
     ],
 )
 def test_rejects_wrong_captions(maker, pair_flags, tmp_path, name, text, message):
@@ -237,10 +238,12 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*PHOTOS, "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
         ([*PHOTOS, "--different_seeds"], "--different_seeds requires --style_prefix"),
         ([*STYLE, "--resolution", "100"], "--resolution must be a multiple of 8"),
+        ([*STYLE, "--resolution", "0"], "--resolution: 0 is not a positive whole number"),
         ([*STYLE, "--batch_size", "0"], "--batch_size: 0 is not a positive whole number"),
         ([*STYLE, "--num_inference_steps", "-1"], "--num_inference_steps: -1 is not a positive whole number"),
         ([*STYLE, "--seed", "-1"], "--seed: -1 is not a whole number from 0 to 4294967295"),
         ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
+        ([*STYLE, "--hub_tokn", TOKEN], "unknown arguments: --hub_tokn (see"),
         ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown arguments: --hub_tokn (see"),
         ([*STYLE, "stray"], "unknown arguments: stray"),
         (["--num_candidates", "4", "--scorer", "pickscore", "hps"], "unknown arguments: hps"),
@@ -368,10 +371,14 @@ def test_rejects_a_vae_with_other_latents(maker, pair_flags, base):
     assert sentence.startswith(f"--{VAE}: the VAE's config has latents_mean")
 
 
-def test_rejects_a_lora_that_does_not_fit(maker, inputs, pair_flags, tmp_path):
+@pytest.mark.parametrize("kind", ["broken file", "half a layer"])
+def test_rejects_a_lora_that_does_not_fit(maker, inputs, pair_flags, tmp_path, kind):
     """All kinds are in test_shared_functions.py."""
     file = tmp_path / "x.safetensors"
-    save_refused("half a layer", StableDiffusionXLPipeline.from_pretrained(inputs / "pipeline"), file)
+    if kind == "broken file":
+        file.write_bytes(b"not weights")
+    else:
+        save_refused(kind, StableDiffusionXLPipeline.from_pretrained(inputs / "pipeline"), file)
 
     sentence = error_without_pairs(maker, {**pair_flags, "lora": file})
 
