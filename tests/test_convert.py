@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sampling import cache_repository, edit_config, raise_interrupt, remove_weight, sample
+from sampling import BASE, cache_repository, edit_config, raise_interrupt, remove_weight, sample
 from single_file import save_single_file
 from small_loras import UNET_LAYERS
 from small_world import build_pipeline, build_unet
@@ -106,12 +106,12 @@ def test_folder_has_the_weights_dtypes_and_configs_of_the_pipeline(converter, wo
 
 
 def test_training_on_the_folder_equals_training_on_the_original(converter, script, flags, checkpoint, tmp_path):
-    original = flags["pretrained_model_name_or_path"]
+    original = flags[BASE]
     flags.update(max_train_steps=2)
     convert(converter, "single_file", checkpoint, tmp_path / "model", "--config", original)
 
     on_original = run(script, flags)
-    flags.update(pretrained_model_name_or_path=tmp_path / "model", output_dir=tmp_path / "on folder")
+    flags.update({BASE: tmp_path / "model", "output_dir": tmp_path / "on folder"})
     on_folder = run(script, flags)
 
     assert_same_tensors(on_folder / LORA, on_original / LORA)
