@@ -3,10 +3,11 @@
 The fixtures that these tests share are in `sampling_fixtures.py`.
 """
 
-import hashlib
 import io
 import json
+import shutil
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,9 @@ from safetensors.torch import load_file, save_file
 
 EVALUATION = ROOT / "evaluate_diffusion_mapo_sdxl.py"
 MAKER = ROOT / "make_pick_style_sdxl.py"
+# Flags of models.
+BASE = "pretrained_model_name_or_path"
+VAE = "pretrained_vae_model_name_or_path"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # Prompts of the evaluation. One has capitals and a comma, one is longer than the scorers read.
@@ -39,57 +43,46 @@ TOKEN = "hf_ThisIsNotARealTokenButItMustStaySecret"
 
 SCORERS = ["pickscore", "hps", "aesthetic", "clip", "siglip", "dinov2", "imagereward", "hps_no_antialias"]
 # float32 computes a cosine to 1e-7; some scores are a hundred times a cosine.
-TOLERANCE = {
-    "pickscore": 1e-5,
-    "hps": 3e-5,
-    "aesthetic": 1e-5,
-    "clip": 3e-5,
-    "siglip": 3e-5,
-    "dinov2": 3e-5,
-    "imagereward": 1e-5,
-    "hps_no_antialias": 3e-5,
-}
+TOLERANCE = {**dict.fromkeys(SCORERS, 3e-5), "pickscore": 1e-5, "aesthetic": 1e-5, "imagereward": 1e-5}
 
 
 # Running the scripts -------------------------------------------------------------------------------------------------
-
-
-def flags_to_score(inputs, scorers, output_dir):
+def flags_to_score(inputs, scorers, folder):
     """Flags of an evaluation that scores existing images with one scorer."""
     return {
         "images": [f"red={inputs / 'red'}", f"blue={inputs / 'blue'}"],
         "prompts": inputs / "prompts.txt",
         "scorers": ["clip"],
-        "output_dir": output_dir,
+        "output_dir": folder,
         **scorers,
     }
 
 
-def flags_to_generate(inputs, scorers, output_dir):
+def flags_to_generate(inputs, scorers, folder):
     """Flags of an evaluation that generates images with the base model."""
     return {
-        "pretrained_model_name_or_path": inputs / "pipeline",
+        BASE: inputs / "pipeline",
         "prompts": inputs / "prompts.txt",
         "images_per_prompt": 2,
         "num_inference_steps": 2,
         "resolution": 64,
         "batch_size": 4,
         "scorers": ["clip"],
-        "output_dir": output_dir,
+        "output_dir": folder,
         **scorers,
     }
 
 
-def flags_to_make_pairs(inputs, output_dir):
+def flags_to_make_pairs(inputs, folder):
     """Flags of the pair maker with a style prefix."""
     return {
-        "pretrained_model_name_or_path": inputs / "pipeline",
+        BASE: inputs / "pipeline",
         "prompts": inputs / "captions.txt",
         "style_prefix": STYLE_PREFIX,
         "num_inference_steps": 2,
         "resolution": 64,
         "batch_size": 3,
-        "output_dir": output_dir,
+        "output_dir": folder,
     }
 
 
@@ -120,18 +113,28 @@ def usage_error_of(script, words, capsys):
     return capsys.readouterr().err
 
 
-def digests_of(folder):
-    """{path: digest of the content} of all files below a folder."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digests
+def raise_interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
+def interrupt(script, flags, monkeypatch, owner, name, function=raise_interrupt):
+    """Run the script with a function that interrupts it instead of its own."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, function)
+        run(script, flags)
+
+
+def cache_repository(monkeypatch, cache, name, folder, ignored=None):
+    """Put a folder into the hub's cache as a repository. Returns the folder of its commit, which is 40 zeros."""
+    repo = cache / f"models--{name.replace('/', '--')}"
+    snapshot = shutil.copytree(folder, repo / "snapshots" / ("0" * 40), ignore=ignored)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return snapshot
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 def sample(pipeline, prompt, seed, **options):
     """One image by diffusers' own pipeline."""
     pipeline.set_progress_bar_config(disable=True)
@@ -153,19 +156,21 @@ def read_folder(folder):
     return [read_rgb(path) for path in sorted(folder.iterdir())]
 
 
-def image_bytes(folder):
-    """{path: content} of the images below a folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+def times_of(folder, pattern):
+    """{path: time of the last change} of the files below a folder."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
 
-def image_times(folder):
-    """{path: time of the last change} of the images below a folder."""
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+def constant_score(value):
+    """A method `score` for scorers, by which all images have this score."""
+
+    def score(self, images, prompts):
+        return torch.full((len(images),), value)
+
+    return score
 
 
 # Output of the evaluation --------------------------------------------------------------------------------------------
-
-
 def records_of(output_dir):
     return [json.loads(line) for line in (output_dir / "scores.jsonl").read_text().splitlines()]
 
@@ -179,8 +184,6 @@ def image_of(output_dir, model, prompt_number=0, image_number=0):
 
 
 # Output of the pair maker --------------------------------------------------------------------------------------------
-
-
 def shards_of(folder):
     return sorted((folder / "data").iterdir())
 
@@ -210,8 +213,6 @@ def pair_seed(number, image=0, seed=0):
 
 
 # Changed and damaged models ------------------------------------------------------------------------------------------
-
-
 def edit_weights(file, edit):
     """Let `edit` change the weights {name: weight} of a file in place."""
     if file.suffix != ".safetensors":
@@ -250,14 +251,10 @@ def set_to_nan(folder, ending):
 
 def remove_weight(folder):
     """Remove the first weight of a model; returns its name."""
-    removed = []
-
-    def edit(weights):
-        removed.append(min(weights))
-        del weights[removed[0]]
-
-    edit_weights(weights_file(folder), edit)
-    return removed[0]
+    file = weights_file(folder)
+    name = min(load_file(file))
+    edit_weights(file, lambda weights: weights.pop(name))
+    return name
 
 
 def remove_vocabulary(folder):
@@ -266,7 +263,8 @@ def remove_vocabulary(folder):
         (folder / name).unlink(missing_ok=True)
 
 
-def edit_config(file, **changes):
+def edit_config(folder, **changes):
+    file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, **changes}))
 

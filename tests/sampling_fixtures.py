@@ -67,6 +67,18 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def base(inputs, tmp_path):
+    """A copy of the base model that a test may damage."""
+    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
+
+
+@pytest.fixture
+def red(inputs, tmp_path):
+    """A folder of images that a test may damage."""
+    return shutil.copytree(inputs / "red", tmp_path / "red")
+
+
 @pytest.fixture(scope="session")
 def scorers(tmp_path_factory):
     """The scorers' flags {flag: path}, for small scorers of the published architectures."""
@@ -102,14 +114,13 @@ def pair_flags(inputs, tmp_path):
 
 
 @pytest.fixture
-def loaded_pipelines(maker, monkeypatch):
-    """The pipelines that the pair maker loads."""
-    load_pipeline = maker.load_pipeline
-    pipelines = []
+def candidate_flags(pair_flags, scorers):
+    """Flags of the pair maker for the better of two candidates."""
+    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip"}
+    return {**pair_flags, **changes, "clip_model": scorers["clip_model"]}
 
-    def load_and_record(*args):
-        pipelines.append(load_pipeline(*args))
-        return pipelines[-1]
 
-    monkeypatch.setattr(maker, "load_pipeline", load_and_record)
-    return pipelines
+@pytest.fixture
+def loaded_pipelines(maker, record_calls):
+    """The calls by which the pair maker loads pipelines."""
+    return record_calls(maker, "load_pipeline")

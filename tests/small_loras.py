@@ -6,20 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 
-UNET_LAYERS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "proj_in",
-    "proj_out",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-)
+TRANSFORMER_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+UNET_LAYERS = (*TRANSFORMER_LAYERS, "conv1", "conv2", "conv_shortcut", "time_emb_proj")
 TEXT_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LAYERS = (*UNET_LAYERS, *TEXT_ENCODER_LAYERS)
 KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -103,12 +91,12 @@ def renamed(weights, old, new):
     return {name.replace(old, new): weight for name, weight in weights.items()}
 
 
-def add_magnitudes(weights, up_ending, ending):
+def add_magnitudes(weights, up, ending):
     """Turn a LoRA into a DoRA."""
     magnitudes = {}
     for name, weight in weights.items():
-        if name.endswith(up_ending):
-            magnitudes[name.replace(up_ending, ending)] = torch.ones(len(weight), 1)
+        if name.endswith(up):
+            magnitudes[name.replace(up, ending)] = torch.ones(len(weight), 1)
     return {**weights, **magnitudes}
 
 
@@ -151,10 +139,11 @@ def save_refused(kind, pipeline, file):
         "nothing": {},
         "another text width": {name: widened(name, weight) for name, weight in peft.items()},
     }.get(kind, peft)
-    metadata = {
-        "dora by its metadata": {"unet.use_dora": True},
-        "rslora": {"unet.use_rslora": True},
-    }.get(kind, {})
+    metadata = {}
+    if kind == "dora by its metadata":
+        metadata = {"unet.use_dora": True}
+    elif kind == "rslora":
+        metadata = {"unet.use_rslora": True}
 
     file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.clone() for name, weight in weights.items()}

@@ -54,12 +54,18 @@ BLIP_WIDTH = 128
 BERT_WIDTH = 768
 MLP_WIDTH = 256  # of BLIP and BERT
 
+# Arguments of several configs and image processors.
+TRANSFORMER = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+VISION = {"image_size": SIDE, "patch_size": PATCH}
+SQUARE = {"height": SIDE, "width": SIDE}
+NORMALIZATION = {"image_mean": MEAN, "image_std": STD}
+
 # Keys and shapes of `sac+logos+ava1-l14-linearMSE.pth`.
 AESTHETIC_LAYERS = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
 
 
 def clip_config(tokenizer, projection_dim, hidden_act):
-    shared = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "projection_dim": projection_dim}
+    shared = {**TRANSFORMER, "projection_dim": projection_dim, "hidden_act": hidden_act}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -67,17 +73,9 @@ def clip_config(tokenizer, projection_dim, hidden_act):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=2,  # wrong, as in the published configs
         pad_token_id=tokenizer.pad_token_id,
-        hidden_act=hidden_act,
         **shared,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=IMAGE_WIDTH,
-        intermediate_size=4 * IMAGE_WIDTH,
-        image_size=SIDE,
-        patch_size=PATCH,
-        hidden_act=hidden_act,
-        **shared,
-    )
+    vision = CLIPVisionConfig(hidden_size=IMAGE_WIDTH, intermediate_size=4 * IMAGE_WIDTH, **VISION, **shared)
     return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=projection_dim)
 
 
@@ -98,12 +96,7 @@ def save_clip(folder, tokenizer, projection_dim=JOINT_WIDTH, weights=True):
     else:
         clip_config(tokenizer, projection_dim, "gelu").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=MEAN,
-        image_std=STD,
-    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, **NORMALIZATION)
     processor.save_pretrained(folder)
 
 
@@ -165,9 +158,9 @@ def build_siglip(folder):
     tokenizer.save_pretrained(folder)
 
     # Model.
-    shared = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size": 32, "intermediate_size": 64}
+    shared = {**TRANSFORMER, "hidden_size": 32, "intermediate_size": 64}
     text = SiglipTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **shared)
-    vision = SiglipVisionConfig(image_size=SIDE, patch_size=PATCH, **shared)
+    vision = SiglipVisionConfig(**VISION, **shared)
     model = shake(SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())))
     with torch.no_grad():
         model.logit_scale.fill_(1.5)
@@ -175,8 +168,7 @@ def build_siglip(folder):
     model.save_pretrained(folder)
 
     # Image processor.
-    size = {"height": SIDE, "width": SIDE}
-    SiglipImageProcessorPil(size=size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+    SiglipImageProcessorPil(size=SQUARE, **NORMALIZATION).save_pretrained(folder)
 
 
 def imagereward_weights(vocab_size):
@@ -241,26 +233,14 @@ def aesthetic_head():
     head = {}
     for i, (inputs, outputs) in AESTHETIC_LAYERS.items():
         head[f"layers.{i}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
-    for i, (_, outputs) in AESTHETIC_LAYERS.items():
         head[f"layers.{i}.bias"] = torch.randn(outputs)
     return head
 
 
 def build_dinov2(folder):
-    config = Dinov2Config(
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
+    config = Dinov2Config(hidden_size=32, **TRANSFORMER, **VISION)
     shake(Dinov2Model(config)).save_pretrained(folder)
-    processor = BitImageProcessorPil(
-        size={"shortest_edge": 40},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=MEAN,
-        image_std=STD,
-    )
+    processor = BitImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE, **NORMALIZATION)
     processor.save_pretrained(folder)
 
 
@@ -304,8 +284,6 @@ def build_scorers(folder):
 
 
 # Expected scores -----------------------------------------------------------------------------------------------------
-
-
 def to_pixels(image, mean=MEAN, std=STD):
     """Normalized pixels (1, 3, height, width)."""
     pixels = (np.asarray(image, dtype=np.float64) / 255 - mean) / std
@@ -538,20 +516,11 @@ def dinov2(flags, image, references):
 @torch.no_grad()
 def expected_score(scorer, flags, image, prompt, references=()):
     """The score of an image. `flags` are those of `build_scorers`, `references` the images for dinov2."""
-    match scorer:
-        case "pickscore":
-            return pickscore(flags, image, prompt)
-        case "clip":
-            return clip(flags, image, prompt)
-        case "hps":
-            return hps(flags, image, prompt, antialias=True)
-        case "hps_no_antialias":
-            return hps(flags, image, prompt, antialias=False)
-        case "aesthetic":
-            return aesthetic(flags, image)
-        case "imagereward":
-            return imagereward(flags, image, prompt)
-        case "siglip":
-            return siglip(flags, image, prompt)
-        case "dinov2":
-            return dinov2(flags, image, references)
+    if scorer == "aesthetic":
+        return aesthetic(flags, image)
+    if scorer == "dinov2":
+        return dinov2(flags, image, references)
+    if scorer in ("hps", "hps_no_antialias"):
+        return hps(flags, image, prompt, antialias=scorer == "hps")
+    formula = {"pickscore": pickscore, "clip": clip, "imagereward": imagereward, "siglip": siglip}[scorer]
+    return formula(flags, image, prompt)

@@ -5,19 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script, run
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sampling import BASE, cache_repository, edit_config, raise_interrupt, remove_weight, sample
 from single_file import save_single_file
-from small_world import build_pipeline, build_unet, build_vae
+from small_loras import UNET_LAYERS
+from small_world import build_pipeline, build_unet
 
 
 CONVERT = ROOT / "convert_sdxl.py"
@@ -26,15 +26,11 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
 WEIGHTS = [UNET, VAE, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"]
-CONFIGS = [
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "unet/config.json",
-    "vae/config.json",
-]
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
-RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
+# Names in single files begin with these.
+UNET_PREFIX = "model.diffusion_model."
+TEXT_PREFIX = "conditioner.embedders.0.transformer.text_model."
+TEXT_2_PREFIX = "conditioner.embedders.1.model."
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +56,14 @@ def load_pipeline(folder, **options):
     return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, **options)
 
 
-def assert_same_tensors(path, other):
+def assert_same_tensors(path, other_path):
     tensors = load_file(path)
-    others = load_file(other)
+    others = load_file(other_path)
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
-        assert tensor.dtype == others[name].dtype, name
-        assert torch.equal(tensor, others[name]), name
-
-
-def cache_repository(monkeypatch, cache, name, folder, ignored=None):
-    """Put a folder into the hub's cache as a repository."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=ignored)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        other = others[name]
+        assert tensor.dtype == other.dtype, name
+        assert torch.equal(tensor, other), name
 
 
 # Single files -------------------------------------------------------------------------------------------------------
@@ -100,38 +88,30 @@ def change_checkpoint(checkpoint, tmp_path):
     return change_checkpoint
 
 
-@pytest.fixture
-def without_vae(checkpoint, change_checkpoint):
-    """The single file without its VAE."""
-    with safe_open(checkpoint, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("first_stage_model.")]
-    return change_checkpoint(dict.fromkeys(names))
-
-
 def test_folder_has_the_weights_dtypes_and_configs_of_the_pipeline(converter, world, tmp_path):
     """Many files contain a VAE in float32 and everything else in float16."""
     pipeline = load_pipeline(world / "pipeline", dtype={"vae": torch.float32, "default": torch.float16})
     pipeline.save_pretrained(tmp_path / "original")
-    save_single_file(pipeline, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    folder = tmp_path / "model"
+    save_single_file(pipeline, path)
 
-    convert(
-        converter, "single_file", tmp_path / "model.safetensors", tmp_path / "model", "--config", world / "pipeline"
-    )
+    convert(converter, "single_file", path, folder, "--config", world / "pipeline")
 
     for file in WEIGHTS:
-        assert_same_tensors(tmp_path / "model" / file, tmp_path / "original" / file)
+        assert_same_tensors(folder / file, tmp_path / "original" / file)
     for file in CONFIGS:
         expected = json.loads((world / "pipeline" / file).read_text())
-        assert json.loads((tmp_path / "model" / file).read_text()) == expected
+        assert json.loads((folder / file).read_text()) == expected
 
 
 def test_training_on_the_folder_equals_training_on_the_original(converter, script, flags, checkpoint, tmp_path):
-    original = flags["pretrained_model_name_or_path"]
+    original = flags[BASE]
     flags.update(max_train_steps=2)
     convert(converter, "single_file", checkpoint, tmp_path / "model", "--config", original)
 
     on_original = run(script, flags)
-    flags.update(pretrained_model_name_or_path=tmp_path / "model", output_dir=tmp_path / "on folder")
+    flags.update({BASE: tmp_path / "model", "output_dir": tmp_path / "on folder"})
     on_folder = run(script, flags)
 
     assert_same_tensors(on_folder / LORA, on_original / LORA)
@@ -153,10 +133,8 @@ def test_training_on_the_folder_equals_training_on_the_original(converter, scrip
 def test_noise_schedule_is_what_the_file_says_unless_flags_override_it(
     converter, change_checkpoint, world, tmp_path, capsys, markers, metadata, words, prediction_type, zero_terminal_snr
 ):
-    path = change_checkpoint(
-        {name: torch.zeros(0) for name in markers},
-        metadata and {"modelspec.prediction_type": metadata},
-    )
+    markers = {name: torch.zeros(0) for name in markers}
+    path = change_checkpoint(markers, metadata and {"modelspec.prediction_type": metadata})
 
     convert(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline", *words.split())
 
@@ -168,22 +146,23 @@ def test_noise_schedule_is_what_the_file_says_unless_flags_override_it(
     assert capsys.readouterr().out == printed
 
 
-def test_zero_terminal_snr_requires_v_prediction(converter, change_checkpoint, world, tmp_path):
-    path = change_checkpoint({})
+def test_zero_terminal_snr_requires_v_prediction(converter, checkpoint, world, tmp_path):
     words = ["--config", world / "pipeline", "--zero_terminal_snr"]
 
-    sentence = conversion_error(converter, "single_file", path, tmp_path / "model", *words)
+    sentence = conversion_error(converter, "single_file", checkpoint, tmp_path / "model", *words)
 
     assert sentence == "--zero_terminal_snr requires --prediction_type v_prediction."
 
 
-def test_file_without_a_vae_needs_the_flag(converter, without_vae, world, tmp_path):
-    words = ("single_file", without_vae, tmp_path / "model", "--config", world / "pipeline")
+def test_file_without_a_vae_needs_the_flag(converter, checkpoint, change_checkpoint, world, tmp_path):
+    names = [name for name in load_file(checkpoint) if name.startswith("first_stage_model.")]
+    path = change_checkpoint(dict.fromkeys(names))
+    words = ("single_file", path, tmp_path / "model", "--config", world / "pipeline")
 
     error = conversion_error(converter, *words)
     convert(converter, *words, "--vae", world / "pipeline")
 
-    assert error.startswith(f"{without_vae} contains no VAE")
+    assert error.startswith(f"{path} contains no VAE")
     assert "--vae" in error
     assert_same_tensors(tmp_path / "model" / VAE, world / "pipeline" / VAE)
 
@@ -205,9 +184,8 @@ def test_given_vae_is_used_instead_of_the_one_in_the_file(converter, monkeypatch
 
 
 def test_vae_of_another_model_is_refused(converter, checkpoint, world, tmp_path):
-    vae = build_vae(force_upcast=False)
-    vae.register_to_config(scaling_factor=0.18215)
-    vae.save_pretrained(tmp_path / "other")
+    shutil.copytree(world / "pipeline" / "vae", tmp_path / "other")
+    edit_config(tmp_path / "other", scaling_factor=0.18215)
     words = ("single_file", checkpoint, tmp_path / "model", "--config", world / "pipeline", "--vae")
 
     of_another_model = conversion_error(converter, *words, tmp_path / "other")
@@ -217,50 +195,40 @@ def test_vae_of_another_model_is_refused(converter, checkpoint, world, tmp_path)
     assert nowhere.startswith(f"--vae {tmp_path / 'nowhere'} cannot be loaded")
 
 
-@pytest.mark.parametrize(
-    ("tensor", "reported_name"),
-    [
-        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "unet.down_blocks.0.resnets.0.conv1.weight"),
-        ("model.diffusion_model.label_emb.0.2.bias", "label_emb.0.2.bias"),
-        ("first_stage_model.decoder.conv_in.bias", "vae.decoder.conv_in.bias"),
-        (
-            "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
-            "text_encoder.embeddings.position_embedding.weight",
-        ),
-        ("conditioner.embedders.1.model.text_projection", "text_encoder_2.text_projection.weight"),
-    ],
-)
-def test_missing_tensor_is_named(converter, change_checkpoint, world, tmp_path, tensor, reported_name):
-    path = change_checkpoint({tensor: None})
-
-    error = conversion_error(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline")
-
-    assert error.startswith(f"{path} is not a complete SDXL base model")
-    assert reported_name in error
-    assert not (tmp_path / "model").exists()
+INCOMPLETE = "not a complete SDXL base model"
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("tensor", "changed", "kind", "reason"),
     [
-        ({"conditioner.embedders.1.model.ln_final.bias": None}, "it has no tensor conditioner.embedders.1"),
-        ({"model.diffusion_model.label_emb.0.0.bias": None}, "it has no tensor model.diffusion_model.label_emb"),
+        (f"{UNET_PREFIX}middle_block.0.in_layers.2.bias", None, INCOMPLETE, "unet.mid_block.resnets.0.conv1.bias"),
+        (f"{UNET_PREFIX}label_emb.0.2.bias", None, INCOMPLETE, "label_emb.0.2.bias"),
+        ("first_stage_model.decoder.conv_in.bias", None, INCOMPLETE, "vae.decoder.conv_in.bias"),
+        (f"{TEXT_PREFIX}final_layer_norm.bias", None, INCOMPLETE, "text_encoder.final_layer_norm.bias"),
+        (f"{TEXT_2_PREFIX}text_projection", None, INCOMPLETE, "text_encoder_2.text_projection.weight"),
+        # Other models: SDXL's refiner, SD 1.5, inpainting, Playground 2.5, CosXL.
+        (f"{TEXT_2_PREFIX}ln_final.bias", None, "not an SDXL", f"it has no tensor {TEXT_2_PREFIX}ln_final.bias"),
+        (f"{UNET_PREFIX}label_emb.0.0.bias", None, "not an SDXL", f"it has no tensor {UNET_PREFIX}label_emb"),
         (
-            {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)},
+            f"{UNET_PREFIX}input_blocks.0.0.weight",
+            torch.zeros(32, 9, 3, 3),
+            INCOMPLETE,
             "unet.conv_in.weight has the shape [32, 9, 3, 3], not [32, 4, 3, 3]",
         ),
-        ({"edm_mean": torch.zeros(4)}, "EDM"),
-        ({"edm_vpred.sigma_max": torch.zeros(1)}, "EDM"),
+        ("edm_mean", torch.zeros(4), "an EDM model", "EDM"),
+        ("edm_vpred.sigma_max", torch.zeros(1), "an EDM model", "EDM"),
     ],
-    ids=["refiner", "SD 1.5", "inpainting", "Playground 2.5", "CosXL"],
 )
-def test_model_of_another_kind_is_refused(converter, change_checkpoint, world, tmp_path, changes, reason):
-    path = change_checkpoint(changes)
+def test_incomplete_model_or_one_of_another_kind_is_refused(
+    converter, change_checkpoint, world, tmp_path, tensor, changed, kind, reason
+):
+    path = change_checkpoint({tensor: changed})
 
     error = conversion_error(converter, "single_file", path, tmp_path / "model", "--config", world / "pipeline")
 
-    assert error.startswith(f"{path} is ")
+    assert error.startswith(f"{path} is {kind}")
     assert reason in error
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("name", ["text.safetensors", "nowhere.safetensors"])
@@ -273,14 +241,17 @@ def test_file_of_another_kind_is_refused(converter, tmp_path, name):
 
 
 def test_configs_come_from_the_hub(converter, monkeypatch, checkpoint, world, tmp_path):
+    """The folder may exist if it is empty."""
     no_weights = shutil.ignore_patterns("*.safetensors")
     cache_repository(monkeypatch, tmp_path / "cache", converter.SDXL, world / "pipeline", no_weights)
+    folder = tmp_path / "model"
+    folder.mkdir()
 
-    convert(converter, "single_file", checkpoint, tmp_path / "model")
+    convert(converter, "single_file", checkpoint, folder)
 
     for file in WEIGHTS:
-        assert_same_tensors(tmp_path / "model" / file, world / "pipeline" / file)
-    for path in (tmp_path / "model").rglob("*.json"):
+        assert_same_tensors(folder / file, world / "pipeline" / file)
+    for path in folder.rglob("*.json"):
         assert str(tmp_path) not in path.read_text(), path
 
 
@@ -307,73 +278,41 @@ def test_config_without_configs_is_refused(converter, checkpoint, tmp_path):
     assert f"cannot be loaded from {tmp_path / 'empty'}" in error
 
 
-@pytest.fixture
-def downloaded(converter, monkeypatch):
-    """The patterns of the files that the script requests from the hub, which fails."""
-    patterns = []
+def test_only_needed_files_are_downloaded(converter, monkeypatch, checkpoint, tmp_path):
+    configs = {"model_index.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json", "unet/config.json"}
+    unet = {UNET, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"}
+    others = {"sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.onnx", VAE}
+    files = [*configs, *unet, *others]
+    downloaded = []
 
     def snapshot_download(name, allow_patterns):
-        patterns.extend(allow_patterns)
+        downloaded.append(set(filter_repo_objects(files, allow_patterns=allow_patterns)))
         raise OSError("not today")
 
     monkeypatch.setattr(converter, "snapshot_download", snapshot_download)
-    return patterns
-
-
-def test_only_needed_files_are_downloaded(converter, downloaded, checkpoint, tmp_path):
-    files = [
-        "model_index.json",
-        "sd_xl_base_1.0.safetensors",
-        "tokenizer/merges.txt",
-        "tokenizer_2/vocab.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-        "unet/model.onnx",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]
-
     conversion_error(converter, "single_file", checkpoint, tmp_path / "model")
-    configs = set(filter_repo_objects(files, allow_patterns=downloaded))
-    downloaded.clear()
     conversion_error(converter, "extract_lora", "some/base", "some/unet", tmp_path / "lora")
-    unet = set(filter_repo_objects(files, allow_patterns=downloaded))
 
-    assert configs == {"model_index.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json", "unet/config.json"}
-    assert unet == {UNET, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"}
+    assert downloaded == [configs, unet]
 
 
 # Output folders -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["folder", "file"])
-@pytest.mark.parametrize("command", ["single_file", "extract_lora"])
-def test_existing_output_is_refused_and_kept(converter, tmp_path, command, kind):
+def test_existing_output_is_refused_and_kept(converter, tmp_path, kind):
     path = tmp_path / "out" / "notes.txt"
     path.parent.mkdir()
     path.write_text("kept")
     folder = path.parent if kind == "folder" else path
-    inputs = ["model.safetensors"] if command == "single_file" else ["base", "unet"]
 
-    error = conversion_error(converter, command, *inputs, folder)
+    error = conversion_error(converter, "single_file", "model.safetensors", folder)
 
     assert error.startswith(f"{folder} exists already")
     assert path.read_text() == "kept"
 
 
-def test_empty_folder_is_filled(converter, checkpoint, world, tmp_path):
-    (tmp_path / "model").mkdir()
-
-    convert(converter, "single_file", checkpoint, tmp_path / "model", "--config", world / "pipeline")
-
-    assert_same_tensors(tmp_path / "model" / UNET, world / "pipeline" / UNET)
-
-
 def test_interrupted_write_leaves_nothing(converter, monkeypatch, checkpoint, world, tmp_path):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
     # The VAE and the text encoders are written before it.
-    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", interrupted)
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", raise_interrupt)
 
     with pytest.raises(KeyboardInterrupt):
         convert(converter, "single_file", checkpoint, tmp_path / "new" / "model", "--config", world / "pipeline")
@@ -397,8 +336,7 @@ def load_unet(folder):
 
 def is_adapted(name):
     """Whether a LoRA has a layer for a weight."""
-    layers = (*ATTENTION, *FEED_FORWARD, *RESNET)
-    return name.endswith(tuple(f".{layer}.weight" for layer in layers))
+    return name.endswith(tuple(f".{layer}.weight" for layer in UNET_LAYERS))
 
 
 def save_changed_unet(world, folder, dtype=torch.float32, only_adapted=False):
@@ -414,16 +352,7 @@ def save_changed_unet(world, folder, dtype=torch.float32, only_adapted=False):
 
 
 def generate(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipeline(
-        "a red circle",
-        height=64,
-        width=64,
-        num_inference_steps=2,
-        output_type="pt",
-        generator=generator,
-    ).images
+    return sample(pipeline, "a red circle", seed=0, output_type="pt")
 
 
 @pytest.fixture(params=["run", "bfloat16"])
@@ -460,8 +389,8 @@ def products_of(folder):
 
 
 @pytest.mark.parametrize("rank", [2, 288])
-def test_extracted_lora_is_the_best_of_its_rank(converter, world, tmp_path, trained_folder, rank):
-    """The error of a layer is that of its truncated SVD, and nearly 0 at the largest rank."""
+def test_extracted_lora_is_the_best_of_its_rank(converter, world, tmp_path, trained_folder, capsys, rank):
+    """The error of a layer is that of its truncated SVD. The share of all changes that is kept is printed."""
     convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", rank, tmp_path / "lora")
 
     changes = changes_of(world, trained_folder)
@@ -474,17 +403,10 @@ def test_extracted_lora_is_the_best_of_its_rank(converter, world, tmp_path, trai
         bound = 1e-5 * np.linalg.norm(change)
         assert error == pytest.approx(np.linalg.norm(left_out), rel=1e-3, abs=bound), name
 
-
-def test_share_of_the_squared_change_is_printed(converter, world, tmp_path, trained_folder, capsys):
-    """Relative to all changes, including those of norms and biases."""
-    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", 2, tmp_path / "lora")
-
-    changes = changes_of(world, trained_folder)
-    products = products_of(tmp_path / "lora")
     squared_change = sum((change**2).sum() for change in changes.values())
     squared_error = sum(((changes[name] - products.get(name, 0)) ** 2).sum() for name in changes)
     share = 1 - squared_error / squared_change
-    assert f"The LoRA of rank 2 keeps {share:.1%} of the squared change" in capsys.readouterr().out
+    assert f"The LoRA of rank {rank} keeps {share:.1%} of the squared change" in capsys.readouterr().out
 
 
 def test_full_rank_lora_generates_the_images_of_the_trained_unet(converter, world, tmp_path):
@@ -495,25 +417,14 @@ def test_full_rank_lora_generates_the_images_of_the_trained_unet(converter, worl
 
     base = generate(load_pipeline(world / "pipeline"))
     expected = generate(load_pipeline(world / "pipeline", unet=load_unet(trained_folder)))
-    pipeline = load_pipeline(world / "pipeline")
-    pipeline.load_lora_weights(tmp_path / "lora")
-    image = generate(pipeline)
-    assert (image - expected).abs().max() < 1e-4
-    assert (base - expected).abs().max() > 1e-2
-
-
-def test_kohya_file_generates_the_same_image(converter, world, tmp_path):
-    trained_folder = save_changed_unet(world, tmp_path / "trained")
-
-    convert(converter, "extract_lora", world / "pipeline", trained_folder, "--rank", 4, tmp_path / "lora")
-
-    images = [generate(load_pipeline(world / "pipeline"))]
+    images = {}
     for name in (LORA, KOHYA):
         pipeline = load_pipeline(world / "pipeline")
         pipeline.load_lora_weights(tmp_path / "lora", weight_name=name)
-        images.append(generate(pipeline))
-    assert torch.equal(images[1], images[2])
-    assert not torch.equal(images[0], images[1])
+        images[name] = generate(pipeline)
+    assert (images[LORA] - expected).abs().max() < 1e-4
+    assert (base - expected).abs().max() > 1e-2
+    assert torch.equal(images[KOHYA], images[LORA])
 
 
 def test_adapter_metadata_says_rank_and_alpha(converter, world, tmp_path):
@@ -552,19 +463,17 @@ def test_unet_of_another_kind_is_refused(converter, world, tmp_path, difference)
     if difference == "shapes":
         build_unet(cross_attention_dim=32, pooled_dim=64).save_pretrained(folder)
     else:
-        tensors = load_file(world / "pipeline" / UNET)
-        del tensors["conv_out.bias"]
-        folder.mkdir()
-        save_file(tensors, folder / Path(UNET).name)
+        shutil.copytree(world / "pipeline" / "unet", folder)
+        remove_weight(folder)
 
     error = conversion_error(converter, "extract_lora", world / "pipeline", folder, tmp_path / "lora")
 
     assert error.startswith(f"{folder} was not trained from {world / 'pipeline'}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unchanged_unet_is_refused(converter, world, tmp_path, dtype):
-    load_unet(world / "pipeline").to(dtype).save_pretrained(tmp_path / "unet")
+def test_unchanged_unet_is_refused(converter, world, tmp_path):
+    """Rounding it to bfloat16 is not a change."""
+    load_unet(world / "pipeline").to(torch.bfloat16).save_pretrained(tmp_path / "unet")
 
     error = conversion_error(converter, "extract_lora", world / "pipeline", tmp_path / "unet", tmp_path / "lora")
 
@@ -583,22 +492,18 @@ def test_folders_without_a_unet_are_refused(converter, world, tmp_path):
 
 # Arguments ----------------------------------------------------------------------------------------------------------
 def test_home_is_expanded_in_paths(converter, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/home/me")
 
-    words = "single_file ~/model.safetensors ~/model --vae ~/vae --config ~/sdxl"
-    single_file = converter.parse_args(words.split())
-    extract_lora = converter.parse_args("extract_lora ~/base ~/unet ~/lora".split())
+    single_file = converter.parse_args("single_file ~/file ~/folder --vae ~/vae --config ~/config".split())
+    extract_lora = converter.parse_args("extract_lora ~/base ~/unet ~/folder".split())
 
-    assert single_file.file == "/home/someone/model.safetensors"
-    assert single_file.folder == "/home/someone/model"
-    assert single_file.vae == "/home/someone/vae"
-    assert single_file.config == "/home/someone/sdxl"
-    assert extract_lora.base == "/home/someone/base"
-    assert extract_lora.unet == "/home/someone/unet"
-    assert extract_lora.folder == "/home/someone/lora"
+    for name in ("file", "folder", "vae", "config"):
+        assert getattr(single_file, name) == f"/home/me/{name}"
+    for name in ("base", "unet", "folder"):
+        assert getattr(extract_lora, name) == f"/home/me/{name}"
 
 
-@pytest.mark.parametrize("rank", ["0", "-4", "1.5", "many"])
+@pytest.mark.parametrize("rank", ["0", "1.5"])
 def test_rank_is_a_positive_number(converter, capsys, rank):
     with pytest.raises(SystemExit):
         convert(converter, "extract_lora", "base", "unet", f"--rank={rank}", "lora")

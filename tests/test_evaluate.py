@@ -1,5 +1,6 @@
 """Generation of the evaluation: images against diffusers, settings, resuming, and several processes."""
 
+import itertools
 import json
 import re
 import shutil
@@ -10,22 +11,23 @@ import pytest
 import torch
 from conftest import command_line, run
 from cpu_cluster import run_ranks
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from runs import files_in
 from sampling import (
+    BASE,
     EVALUATION,
     LORA_FILE,
     PROMPTS,
     SCORERS,
     TOLERANCE,
-    digests_of,
+    VAE,
     double,
     edit_weights,
     error_of,
     flags_to_generate,
-    image_bytes,
     image_of,
-    image_times,
+    interrupt,
     max_difference,
     parse,
     read_folder,
@@ -34,6 +36,7 @@ from sampling import (
     results_of,
     sample,
     save_lora_trained_on,
+    times_of,
     weights_file,
 )
 from small_loras import merge, random_lora, save_kohya
@@ -80,8 +83,6 @@ def sample_for(evaluation, pipeline, prompt_number=0, image_number=0, seed=0, **
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["base", *CANDIDATES])
 def test_images_match_diffusers(evaluation, inputs, generated, name):
     pipeline = load_base(inputs)
@@ -101,36 +102,33 @@ def test_images_match_diffusers(evaluation, inputs, generated, name):
             assert max_difference(image, image_of(generated, "base", *image_id)) > 1
 
 
-def test_a_lora_may_be_a_file_of_any_name_or_its_folder(evaluation, inputs, one_image, tmp_path):
-    """It changes the UNet and the text encoders."""
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("{file}", "lora"),
+        ("{folder}", "lora"),
+        ("{inputs}/trained+{file}", "unet and lora"),
+        ("{inputs}/other+{folder}", "unet and lora"),
+    ],
+    ids=["a file of any name", "its folder", "on a UNet", "on a pipeline"],
+)
+def test_a_lora_changes_the_unet_and_the_text_encoders(evaluation, inputs, one_image, tmp_path, source, kind):
     pipeline = load_base(inputs)
+    if "trained" in source:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(inputs / "trained", subfolder="unet")
+    elif "other" in source:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(inputs / "other")
     lora = random_lora(pipeline)
     file = tmp_path / "lora" / "mystyle.safetensors"
     save_kohya(lora, file)
+    source = source.format(inputs=inputs, file=file, folder=file.parent)
 
-    output_dir = run(evaluation, {**one_image, "candidates": [f"file={file}", f"folder={file.parent}"]})
+    output_dir = run(evaluation, {**one_image, "candidates": [f"x={source}"]})
 
     expected = sample_for(evaluation, merge(pipeline, lora))
-    assert max_difference(image_of(output_dir, "file"), expected) <= 1
-    assert max_difference(image_of(output_dir, "folder"), expected) <= 1
+    assert max_difference(image_of(output_dir, "x"), expected) <= 1
     assert max_difference(image_of(output_dir, "base"), expected) > 8
-
-
-@pytest.mark.parametrize("source", ["trained", "other"], ids=["UNet", "pipeline"])
-def test_a_unet_and_a_lora_are_one_candidate(evaluation, inputs, one_image, tmp_path, source):
-    pipeline = load_base(inputs)
-    if source == "other":
-        pipeline = StableDiffusionXLPipeline.from_pretrained(inputs / "other")
-    pipeline.unet = UNet2DConditionModel.from_pretrained(inputs / "other", subfolder="unet")
-    lora = random_lora(pipeline)
-    save_kohya(lora, tmp_path / "x.safetensors")
-    candidate = f"both={inputs / source}+{tmp_path / 'x.safetensors'}"
-
-    output_dir = run(evaluation, {**one_image, "candidates": [candidate]})
-
-    expected = sample_for(evaluation, merge(pipeline, lora))
-    assert max_difference(image_of(output_dir, "both"), expected) <= 1
-    assert results_of(output_dir)["settings"]["models"]["both"]["kind"] == "unet and lora"
+    assert results_of(output_dir)["settings"]["models"]["x"]["kind"] == kind
 
 
 @pytest.mark.parametrize(
@@ -162,7 +160,7 @@ def test_subjects_have_their_own_models_and_photos(evaluation, inputs, generatio
     shutil.copytree(inputs / "blue", tmp_path / "photos" / "cat")
     shutil.copytree(inputs / "lora", tmp_path / "dog")
     shutil.copytree(inputs / "lora", tmp_path / "cat")
-    edit_weights(tmp_path / "cat" / LORA_FILE, negate_lora)
+    edit_weights(tmp_path / "cat" / LORA_FILE, double)
     changes = {
         "prompts": tmp_path / "prompts.csv",
         "category_column": "subject",
@@ -192,32 +190,25 @@ def test_subjects_have_their_own_models_and_photos(evaluation, inputs, generatio
     assert categories == {"dog", "cat", "mean of categories"}
 
 
-def negate_lora(weights):
-    for name, weight in weights.items():
-        if "lora_B" in name:
-            weight *= -1
-
-
 # Settings of generation ----------------------------------------------------------------------------------------------
-
-
 def test_each_image_has_its_own_seed(evaluation):
-    seeds = set()
-    for seed in range(3):
-        for prompt_number in range(20):
-            for image_number in range(20):
-                seeds.add(evaluation.image_seed(seed, prompt_number, image_number))
+    ids = list(itertools.product(range(3), range(20), range(20)))
 
-    assert len(seeds) == 3 * 20 * 20
+    seeds = {evaluation.image_seed(*image_id) for image_id in ids}
+
+    assert len(seeds) == len(ids)
 
 
-def test_settings_reach_the_pipeline_and_are_recorded(evaluation, inputs, one_image):
+def test_settings_reach_the_pipeline_and_are_recorded(evaluation, inputs, one_image, tmp_path):
+    pipeline = load_base(inputs)
+    pipeline.save_pretrained(tmp_path / "base", variant="fp16")
+    sources = {BASE: tmp_path / "base", VAE: inputs / "other" / "vae", "variant": "fp16"}
     changes = {"scheduler": "DDIMScheduler", "guidance_scale": 1.5, "seed": 3, "num_inference_steps": 3}
 
-    output_dir = run(evaluation, {**one_image, **changes})
+    output_dir = run(evaluation, {**one_image, **sources, **changes})
 
-    pipeline = load_base(inputs)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.vae = AutoencoderKL.from_pretrained(inputs / "other" / "vae")
     image = sample_for(evaluation, pipeline, seed=3, guidance_scale=1.5, num_inference_steps=3)
     assert max_difference(image_of(output_dir, "base"), image) == 0
 
@@ -232,18 +223,6 @@ def test_settings_reach_the_pipeline_and_are_recorded(evaluation, inputs, one_im
     assert stored["prompts"] == {"prompt 0": PROMPTS[0]}
 
 
-def test_variant(evaluation, inputs, one_image, generated, tmp_path):
-    base = tmp_path / "pipeline"
-    load_base(inputs).save_pretrained(base, variant="fp16")
-    flags = {**one_image, "pretrained_model_name_or_path": base}
-
-    sentence = error_of(evaluation, flags)
-    output_dir = run(evaluation, {**flags, "variant": "fp16"})
-
-    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded")
-    assert max_difference(image_of(output_dir, "base"), image_of(generated, "base")) <= 1
-
-
 def test_half_precision(evaluation, inputs, one_image):
     flags = {**one_image, "candidates": [f"lora={inputs / 'lora'}"], "mixed_precision": "bf16"}
 
@@ -251,14 +230,6 @@ def test_half_precision(evaluation, inputs, one_image):
 
     settings = json.loads((output_dir / "images" / "lora" / "settings.json").read_text())
     assert settings["settings"]["dtype"] == "torch.bfloat16"
-
-
-def test_another_vae(evaluation, inputs, one_image, generated):
-    flags = {**one_image, "pretrained_vae_model_name_or_path": inputs / "other" / "vae"}
-
-    output_dir = run(evaluation, flags)
-
-    assert max_difference(image_of(output_dir, "base"), image_of(generated, "base")) > 8
 
 
 def test_compiled_blocks_give_the_same_images(evaluation, inputs, generation_flags, generated, compiled_graphs):
@@ -292,28 +263,19 @@ def test_warns_about_prompts_that_are_too_long(evaluation, generation_flags, cap
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
-
-
-def test_only_missing_images_are_generated(evaluation, inputs, generation_flags, generated, copied, monkeypatch):
-    generate_images = evaluation.generate_images
-    batches = []
-
-    def record_batch(args, pipeline, prompts, image_ids):
-        batches.append(image_ids)
-        return generate_images(args, pipeline, prompts, image_ids)
-
-    monkeypatch.setattr(evaluation, "generate_images", record_batch)
+def test_only_missing_images_are_generated(evaluation, inputs, generation_flags, generated, copied, record_calls):
+    batches = record_calls(evaluation, "generate_images")
     images = copied / "images"
-    times = image_times(images)
-    missing = Path("unet", "00001_0.png")
-    (images / missing).unlink()
+    times = times_of(images, "*.png")
+    missing = images / "unet" / "00001_0.png"
+    missing.unlink()
 
     run(evaluation, {**generation_flags, "candidates": flags_of_candidates(inputs)})
 
     # The batch is the one of the first run: in another one, the image might be rounded differently.
-    assert batches == [[(0, 0), (0, 1), (1, 0), (1, 1)]]
-    assert image_bytes(images) == image_bytes(generated / "images")
-    new_times = image_times(images)
+    assert [call.args[-1] for call in batches] == [[(0, 0), (0, 1), (1, 0), (1, 1)]]
+    assert files_in(images) == files_in(generated / "images")
+    new_times = times_of(images, "*.png")
     assert [path for path in times if new_times[path] != times[path]] == [missing]
     scores = (generated / "scores.jsonl").read_text()
     assert (copied / "scores.jsonl").read_text() == scores.replace(str(generated), str(copied))
@@ -333,15 +295,13 @@ def test_an_interrupted_run_resumes(evaluation, inputs, generation_flags, genera
             Path(path).write_bytes(Path(path).read_bytes()[:50])
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Image.Image, "save", save_or_interrupt)
-        run(evaluation, flags)
+    interrupt(evaluation, flags, monkeypatch, Image.Image, "save", save_or_interrupt)
     num_complete = len(list(output_dir.rglob("0*.png")))
     run(evaluation, flags)
 
     assert num_complete == 3
     for name in ("base", "lora"):
-        assert image_bytes(output_dir / "images" / name) == image_bytes(generated / "images" / name)
+        assert files_in(output_dir / "images" / name) == files_in(generated / "images" / name)
 
 
 def test_more_prompts_keep_existing_images(evaluation, generation_flags, tmp_path):
@@ -351,27 +311,19 @@ def test_more_prompts_keep_existing_images(evaluation, generation_flags, tmp_pat
     images = flags["output_dir"] / "images"
     prompts.write_text("\n".join(PROMPTS[:2]) + "\n")
     run(evaluation, {**flags, "max_prompts": 1})
-    times = image_times(images)
+    times = times_of(images, "*.png")
 
     run(evaluation, flags)
     prompts.write_text("\n".join(PROMPTS) + "\n")
     run(evaluation, flags)
 
-    all_times = image_times(images)
+    all_times = times_of(images, "*.png")
     assert len(all_times) == 6
     assert times.items() <= all_times.items()
 
     # Fewer prompts delete nothing.
     run(evaluation, {**flags, "max_prompts": 1})
-    assert image_times(images) == all_times
-
-
-def test_rejects_images_of_another_prompt(evaluation, generation_flags, copied, tmp_path):
-    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\na green star\n")
-
-    sentence = error_of(evaluation, {**generation_flags, "prompts": tmp_path / "prompts.txt"})
-
-    assert f"base was generated with another prompt 1 ({PROMPTS[1]}, now a green star). Delete the folder" in sentence
+    assert times_of(images, "*.png") == all_times
 
 
 @pytest.mark.parametrize(
@@ -380,10 +332,16 @@ def test_rejects_images_of_another_prompt(evaluation, generation_flags, copied, 
         ({"seed": 1}, "seed (0, now 1)"),
         ({"scheduler": "DDIMScheduler"}, "scheduler (EulerDiscreteScheduler, now DDIMScheduler)"),
         ({"mixed_precision": "bf16"}, "dtype (torch.float32, now torch.bfloat16)"),
+        ({"prompts": "changed.txt"}, f"prompt 1 ({PROMPTS[1]}, now a green star)"),
     ],
-    ids=["seed", "scheduler", "dtype"],
+    ids=["seed", "scheduler", "dtype", "prompt"],
 )
-def test_rejects_images_of_other_settings(evaluation, generation_flags, copied, change, difference):
+def test_rejects_images_of_other_settings(
+    evaluation, generation_flags, copied, tmp_path, monkeypatch, change, difference
+):
+    monkeypatch.chdir(tmp_path)
+    Path("changed.txt").write_text(f"{PROMPTS[0]}\na green star\n")
+
     sentence = error_of(evaluation, {**generation_flags, **change})
 
     folder = copied / "images" / "base"
@@ -408,52 +366,46 @@ def test_rejects_images_of_one_model_for_a_model_per_category(evaluation, inputs
     assert "x was generated with another model for prompt 0 (" in sentence
 
 
-@pytest.mark.parametrize("retrained", ["unet/unet", "lora"])
-def test_rejects_images_of_other_weights(evaluation, inputs, one_image, tmp_path, retrained):
+@pytest.mark.parametrize(
+    ("retrained", "difference"),
+    [
+        ("unet/unet", "x was generated with another model for prompt 0 ("),
+        ("lora", "x was generated with another model for prompt 0 ("),
+        ("vae", "base was generated with another vae ("),
+    ],
+    ids=["UNet", "LoRA", "VAE"],
+)
+def test_rejects_images_of_other_weights(evaluation, inputs, one_image, tmp_path, retrained, difference):
     unet = shutil.copytree(inputs / "trained", tmp_path / "unet")
     lora = shutil.copytree(inputs / "lora", tmp_path / "lora")
-    flags = {**one_image, "candidates": [f"x={unet}+{lora}"]}
+    vae = shutil.copytree(inputs / "pipeline" / "vae", tmp_path / "vae")
+    flags = {**one_image, "candidates": [f"x={unet}+{lora}"], VAE: vae}
     run(evaluation, flags)
     edit_weights(weights_file(tmp_path / retrained), double)
 
     sentence = error_of(evaluation, flags)
 
-    assert "x was generated with another model for prompt 0 (" in sentence
-
-
-def test_rejects_images_of_another_vae(evaluation, inputs, one_image, tmp_path):
-    vae = shutil.copytree(inputs / "pipeline" / "vae", tmp_path / "vae")
-    flags = {**one_image, "pretrained_vae_model_name_or_path": vae}
-    run(evaluation, flags)
-    shutil.copy(weights_file(inputs / "other" / "vae"), weights_file(vae))
-
-    sentence = error_of(evaluation, flags)
-
-    assert sentence.startswith(f"{flags['output_dir'] / 'images' / 'base'} was generated with another vae (")
+    assert sentence.startswith(f"{flags['output_dir'] / 'images'}/{difference}")
 
 
 def test_copies_of_models_and_other_libraries_keep_the_images(evaluation, inputs, one_image, tmp_path, monkeypatch):
     """Weights are recognized by their content, in any folder, and libraries only affect rounding."""
     lora = shutil.copytree(inputs / "lora", tmp_path / "snapshots" / "lora")
     vae = shutil.copytree(inputs / "pipeline" / "vae", tmp_path / "snapshots" / "vae")
-    base = shutil.copytree(inputs / "pipeline", tmp_path / "pipeline")
-    flags = {**one_image, "pretrained_model_name_or_path": base}
-    run(evaluation, {**flags, "candidates": [f"lora={lora}"], "pretrained_vae_model_name_or_path": vae})
-    images = flags["output_dir"] / "images"
-    times = image_times(images)
+    run(evaluation, {**one_image, "candidates": [f"lora={lora}"], VAE: vae})
+    images = one_image["output_dir"] / "images"
+    times = times_of(images, "*.png")
 
     lora = shutil.copytree(lora, tmp_path / "copied" / "lora", copy_function=shutil.copyfile)
     vae = shutil.copytree(vae, tmp_path / "copied" / "vae", copy_function=shutil.copyfile)
     monkeypatch.setattr("diffusers.configuration_utils.__version__", "99")
     monkeypatch.setattr(evaluation.diffusers, "__version__", "99")
-    run(evaluation, {**flags, "candidates": [f"lora={lora}"], "pretrained_vae_model_name_or_path": vae})
+    run(evaluation, {**one_image, "candidates": [f"lora={lora}"], VAE: vae})
 
-    assert image_times(images) == times
+    assert times_of(images, "*.png") == times
 
 
 # Several processes ---------------------------------------------------------------------------------------------------
-
-
 def test_two_processes_write_the_same_files(evaluation, inputs, scorers, tmp_path, monkeypatch):
     """Paths are relative, so that even the paths in the files are equal."""
     flags = {
@@ -472,23 +424,22 @@ def test_two_processes_write_the_same_files(evaluation, inputs, scorers, tmp_pat
     statuses, outputs = run_ranks([EVALUATION, *command_line(flags)])
 
     assert statuses == [0, 0], outputs
-    files = digests_of(tmp_path / "one")
-    files_of_two = digests_of(tmp_path / "two")
+    files = files_in(tmp_path / "one")
+    files_of_two = files_in(tmp_path / "two")
     assert files.keys() == files_of_two.keys()
     assert [name for name in files if files[name] != files_of_two[name]] == []
     # Images and settings of two models, scores.jsonl, results.md, results.json, a grid, and the scores.
     assert len(files) == 12 + 2 + 4 + len(SCORERS)
 
 
-def test_an_error_of_one_process_is_one_sentence(inputs, scoring_flags, tmp_path):
-    folder = shutil.copytree(inputs / "red", tmp_path / "red")
-    broken = folder / "00001_0.png"
+def test_an_error_of_one_process_is_one_sentence(scoring_flags, red):
+    broken = red / "00001_0.png"
     broken.write_bytes(b"not an image")
-    flags = {**scoring_flags, "images": [f"red={folder}"], "batch_size": 1}
+    flags = {**scoring_flags, "images": [f"red={red}"], "batch_size": 1}
 
     statuses, outputs = run_ranks([EVALUATION, *command_line(flags)])
 
     printed = "".join(outputs)
     assert 0 not in statuses
-    assert f"error: Image {broken} cannot be read" in printed
+    assert f"error: Image {broken} cannot be read, fix or delete it: " in printed
     assert not re.search(r'File ".*evaluate_diffusion', printed)

@@ -1,5 +1,6 @@
 """Results of the evaluation: means, win rates, comparisons, and the files that contain them."""
 
+import itertools
 import json
 import math
 
@@ -13,20 +14,17 @@ pytest_plugins = "sampling_fixtures"
 
 
 # Statistics ----------------------------------------------------------------------------------------------------------
-
-
 def test_mean_and_standard_error_over_prompts(evaluation):
+    """One prompt has no standard error."""
     # The prompts' means are 2, 4 and 9: mean 5, deviations -3, -1 and 4.
     scores = np.array([[1.0, 3.0], [4.0, 4.0], [8.0, 10.0]])
 
     mean, error = evaluation.mean_and_error(scores)
+    single = evaluation.mean_and_error(scores[:1])
 
     assert mean == 5
     assert error == pytest.approx(math.sqrt((9 + 1 + 16) / 2) / math.sqrt(3))
-
-
-def test_one_prompt_has_no_standard_error(evaluation):
-    assert evaluation.mean_and_error(np.array([[1.0, 3.0]])) == (2, None)
+    assert single == (2, None)
 
 
 def test_comparison_counts_images_and_averages_prompts(evaluation):
@@ -35,9 +33,7 @@ def test_comparison_counts_images_and_averages_prompts(evaluation):
 
     row = evaluation.compare(candidate, base)
 
-    assert row["wins"] == 4
-    assert row["ties"] == 2
-    assert row["losses"] == 2
+    assert (row["wins"], row["ties"], row["losses"]) == (4, 2, 2)
     assert row["win_rate"] == 5 / 8
     # The prompts' differences are 1, 0, -0.5 and 0.5.
     assert row["difference"] == 0.25
@@ -73,83 +69,46 @@ def test_interval_covers_the_true_win_rate_of_few_prompts(evaluation):
     assert covered == pytest.approx(0.859, abs=1e-3)
 
 
-@pytest.fixture
-def wins():
-    """400 wins and losses as scores of 1 and 0; a score of 0.5 is between them."""
-    return (np.random.default_rng(1).random((400, 1)) < 0.6) * 1.0
+def test_interval_of_many_images_is_normal_and_counts_images_that_agree_once(evaluation):
+    """Independent images of a prompt count like prompts."""
+    wins = (np.random.default_rng(1).random((400, 1)) < 0.6) * 1.0
 
-
-def test_interval_of_many_prompts_is_approximately_normal(evaluation, wins):
     rate, low, high = evaluation.win_rate(wins, np.full((400, 1), 0.5))
+    repeated = evaluation.win_rate(np.repeat(wins, 4, axis=1), np.full((400, 4), 0.5))
+    grouped = evaluation.win_rate(wins.reshape(100, 4), np.full((100, 4), 0.5))
 
     half_width = 1.96 * math.sqrt(rate * (1 - rate) / 400)
     assert [low, high] == pytest.approx([rate - half_width, rate + half_width], abs=0.002)
+    assert repeated == pytest.approx((rate, low, high))
+    assert grouped == pytest.approx((rate, low, high), abs=0.01)
 
 
-def test_images_of_a_prompt_that_agree_add_no_certainty(evaluation, wins):
-    expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
+def test_candidates_are_compared_with_each_other_and_by_category(evaluation):
+    # Scores of the base model and of the candidates a and b, for three prompts with one image each.
+    tables = {"clip": np.array([[[1.0], [2.0], [3.0]], [[2.0], [2.0], [9.0]], [[0.0], [4.0], [3.0]]])}
 
-    repeated = evaluation.win_rate(np.repeat(wins, 4, axis=1), np.full((400, 4), 0.5))
-
-    assert repeated == pytest.approx(expected)
-
-
-def test_independent_images_of_a_prompt_count_like_prompts(evaluation, wins):
-    expected = evaluation.win_rate(wins, np.full((400, 1), 0.5))
-
-    grouped = evaluation.win_rate(wins.reshape(100, 4), np.full((100, 4), 0.5))
-
-    assert grouped == pytest.approx(expected, abs=0.01)
-
-
-# Scores of the base model and of the candidates a and b, for three prompts with one image each.
-TABLES = {"clip": np.array([[[1.0], [2.0], [3.0]], [[2.0], [2.0], [9.0]], [[0.0], [4.0], [3.0]]])}
-
-
-def test_candidates_are_compared_with_each_other(evaluation):
-    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
+    summary = evaluation.summarize(["clip"], ["base", "a", "b"], tables, ["dog", "dog", "cat"])
+    without_categories = evaluation.summarize(["clip"], ["base", "a", "b"], tables, [None, None, None])
 
     (pair,) = summary["pairs"]
     expected = {"model": "b", "against": "a", "wins": 1, "ties": 0, "losses": 2}
     assert expected.items() <= pair.items()
-
-
-def test_categories_have_means_of_their_own(evaluation):
-    summary = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, ["dog", "dog", "cat"])
-    without_categories = evaluation.summarize(["clip"], ["base", "a", "b"], TABLES, [None, None, None])
-
-    means = {(row["category"], row["model"]): row["clip"] for row in summary["categories"]}
-    assert means["dog", "a"] == 2
-    assert means["cat", "a"] == 9
-    assert means["mean of categories", "a"] == 5.5
+    means = {row["category"]: row["clip"] for row in summary["categories"] if row["model"] == "a"}
+    assert means == {"dog": 2, "cat": 9, "mean of categories": 5.5}
     assert without_categories["categories"] == []
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
+def test_files_have_a_record_per_image_and_a_row_per_scorer_and_model(scored):
+    images = list(itertools.product(["red", "blue"], [0, 1, 2], [0]))
+    rows = list(itertools.product(SCORERS, ["red", "blue"]))
 
-
-def test_scores_have_one_record_per_image(scored):
     records = records_of(scored)
-
-    assert [(record["model"], record["prompt_index"], record["image"]) for record in records] == [
-        ("red", 0, 0),
-        ("red", 1, 0),
-        ("red", 2, 0),
-        ("blue", 0, 0),
-        ("blue", 1, 0),
-        ("blue", 2, 0),
-    ]
-
-
-def test_results_have_one_row_per_scorer_and_model(scored):
-    expected = []
-    for scorer in SCORERS:
-        expected += [(scorer, "red"), (scorer, "blue")]
-
     results = results_of(scored)
 
+    assert [(record["model"], record["prompt_index"], record["image"]) for record in records] == images
     assert results.keys() == {"results", "pairs", "categories", "settings"}
-    assert [(row["scorer"], row["model"]) for row in results["results"]] == expected
+    assert [(row["scorer"], row["model"]) for row in results["results"]] == rows
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -158,17 +117,17 @@ def test_results_summarize_the_scores(scored, scorer):
     red = np.array([record[scorer] for record in records if record["model"] == "red"])
     blue = np.array([record[scorer] for record in records if record["model"] == "blue"])
 
-    row_of_red, row_of_blue = [row for row in results_of(scored)["results"] if row["scorer"] == scorer]
+    row_of_red, row = [row for row in results_of(scored)["results"] if row["scorer"] == scorer]
 
     assert row_of_red["mean"] == pytest.approx(red.mean())
-    assert row_of_blue["mean"] == pytest.approx(blue.mean())
+    assert row["mean"] == pytest.approx(blue.mean())
     difference = blue - red
-    assert row_of_blue["difference"] == pytest.approx(difference.mean())
-    assert row_of_blue["difference_error"] == pytest.approx(difference.std(ddof=1) / math.sqrt(3))
-    assert row_of_blue["wins"] == (difference > 0).sum()
-    assert row_of_blue["losses"] == (difference < 0).sum()
-    assert row_of_blue["win_rate"] == pytest.approx(np.mean(blue > red))
-    assert 0 <= row_of_blue["win_rate_low"] <= row_of_blue["win_rate"] <= row_of_blue["win_rate_high"] <= 1
+    assert row["difference"] == pytest.approx(difference.mean())
+    assert row["difference_error"] == pytest.approx(difference.std(ddof=1) / math.sqrt(3))
+    assert row["wins"] == (difference > 0).sum()
+    assert row["losses"] == (difference < 0).sum()
+    assert row["win_rate"] == pytest.approx(np.mean(blue > red))
+    assert 0 <= row["win_rate_low"] <= row["win_rate"] <= row["win_rate_high"] <= 1
 
 
 def test_settings_name_models_and_scorers(scored, inputs, scorers):
@@ -180,8 +139,9 @@ def test_settings_name_models_and_scorers(scored, inputs, scorers):
     assert settings["num_distinct_prompts"] == 3
 
 
-def test_markdown_begins_with_a_table_of_models_and_scorers(scored, scorers):
-    means = [f"{row['mean']:.3f}" for row in results_of(scored)["results"] if row["model"] == "blue"]
+def test_markdown_has_a_table_of_models_and_scorers_and_the_settings(scored, scorers):
+    results = results_of(scored)
+    means = [f"{row['mean']:.3f}" for row in results["results"] if row["model"] == "blue"]
 
     text = (scored / "results.md").read_text()
 
@@ -190,12 +150,7 @@ def test_markdown_begins_with_a_table_of_models_and_scorers(scored, scorers):
     assert "%" not in red
     assert blue == f"| blue | {' | '.join(means)} |"
     assert f"- clip: {scorers['clip_model']}" in text
-
-
-def test_markdown_contains_the_settings(scored):
-    text = (scored / "results.md").read_text()
-
-    assert json.loads(text.split("```json")[1].strip("`\n")) == results_of(scored)["settings"]
+    assert json.loads(text.split("```json")[1].strip("`\n")) == results["settings"]
 
 
 def test_grid_shows_largest_wins_and_largest_losses(evaluation, tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -12,21 +13,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import command_line, run
 from cpu_cluster import run_ranks
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from runs import files_in
 from sampling import (
+    BASE,
     CAPTIONS,
     MAKER,
     TOKEN,
-    digests_of,
+    VAE,
+    constant_score,
     double,
     edit_config,
     edit_weights,
     error_of,
     images_of,
+    interrupt,
     max_difference,
     parse,
     remove_vocabulary,
@@ -45,26 +49,14 @@ pytest_plugins = "sampling_fixtures"
 
 
 # Captions ------------------------------------------------------------------------------------------------------------
-
-
 def read_captions(maker, *words):
-    flags = ["--pretrained_model_name_or_path", "x", "--style_prefix", "y"]
-    return maker.read_captions(maker.parse_args([*flags, *map(str, words)]))
+    return maker.read_captions(maker.parse_args([*REQUIRED, *STYLE, *map(str, words)]))
 
 
 @pytest.mark.parametrize("flag", ["--prompt_column", "--caption_column"])
-def test_captions_are_a_column_of_a_table(maker, tmp_path, flag):
-    pq.write_table(pa.table({"text": CAPTIONS, "number": range(len(CAPTIONS))}), tmp_path / "x.parquet")
-
-    assert read_captions(maker, "--prompts", tmp_path / "x.parquet", flag, "text") == CAPTIONS
-
-
-def test_max_prompts_takes_the_first_captions(maker, inputs):
-    assert read_captions(maker, "--prompts", inputs / "captions.txt", "--max_prompts", 2) == CAPTIONS[:2]
-
-
-def test_captions_of_earlier_pairs_can_be_used_again(maker, pairs):
-    assert read_captions(maker, "--prompts", pairs, "--prompt_column", "caption") == CAPTIONS
+def test_captions_are_a_column_of_a_table(maker, pairs, flag):
+    """Here, of earlier pairs."""
+    assert read_captions(maker, "--prompts", pairs, flag, "caption") == CAPTIONS
 
 
 def test_captions_are_read_without_the_images_beside_them(maker, tmp_path):
@@ -105,19 +97,17 @@ def test_warns_about_prompts_that_are_too_long_with_their_prefix(maker, pair_fla
         ("no/such", None, "cannot be loaded: "),
     ],
 )
-def test_rejects_wrong_captions(maker, pair_flags, tmp_path, monkeypatch, name, text, message):
-    monkeypatch.chdir(tmp_path)
+def test_rejects_wrong_captions(maker, pair_flags, tmp_path, name, text, message):
+    file = tmp_path / name
     if text is not None:
-        Path(name).write_text(text)
+        file.write_text(text)
 
-    sentence = error_of(maker, {**pair_flags, "prompts": name})
+    sentence = error_of(maker, {**pair_flags, "prompts": file})
 
-    assert sentence.startswith(f"--prompts {name} {message}")
+    assert sentence.startswith(f"--prompts {file} {message}")
 
 
 # Folders of images ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder_flags(tmp_path):
     """Flags for two folders of images, of which only `a` and `b` are in both."""
@@ -186,53 +176,41 @@ def test_rejects_tables_without_a_caption_for_each_file(maker, folder_flags, tmp
     assert message in sentence
 
 
-def test_photos_may_have_any_format(maker, tmp_path, caplog):
-    """Raw pixels of two would be black or white: 16 bits of grey, and a transparent image."""
-    for suffix in ("bmp", "jpg", "tiff", "webp"):
-        Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / f"a.{suffix}")
-    Image.fromarray(np.full((64, 64), 100 * 256, dtype=np.uint16)).save(tmp_path / "b.png")
-    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "c.png")
-    for name in ("photo.heic", "notes.md", ".hidden"):
-        (tmp_path / name).write_text("not a photo")
-    expected = [(200, 30, 30)] * 4 + [(100, 100, 100), (255, 255, 255)]
-
-    photos = maker.read_photos(maker.find_given_images("chosen_images", tmp_path), 64)
-
-    centres = np.array([photo.getpixel((32, 32)) for photo in photos])
-    assert len(centres) == len(expected)
-    assert np.abs(centres - np.array(expected)).max() < 8
-    assert "left out 2 files that Pillow cannot open: notes.md, photo.heic." in caplog.text
+@pytest.fixture
+def photo_flags(pair_flags, tmp_path):
+    """Flags of the pair maker with one photo."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "a.png")
+    return {**pair_flags, "style_prefix": None, "chosen_images": tmp_path / "photos", "max_prompts": 1}
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "another format"])
-def test_rejects_folders_without_photos(maker, pair_flags, loaded_pipelines, tmp_path, kind):
-    folder = tmp_path / "photos"
-    if kind != "missing":
-        folder.mkdir()
-    if kind == "another format":
+@pytest.mark.parametrize("kind", ["missing", "another format"])
+def test_rejects_folders_without_photos(maker, photo_flags, loaded_pipelines, kind):
+    folder = photo_flags["chosen_images"]
+    (folder / "a.png").unlink()
+    if kind == "missing":
+        folder.rmdir()
+    else:
         (folder / "a.heic").write_bytes(b"not an image")
 
-    sentence = error_of(maker, {**pair_flags, "style_prefix": None, "chosen_images": folder})
+    sentence = error_of(maker, photo_flags)
 
     assert sentence == f"--chosen_images {folder} is not a folder with images that Pillow can open."
     assert not loaded_pipelines
 
 
-def test_rejects_a_broken_photo(maker, pair_flags, loaded_pipelines, tmp_path):
-    photo = tmp_path / "photos" / "a.png"
-    photo.parent.mkdir()
-    Image.new("RGB", (64, 64)).save(photo)
+def test_rejects_a_broken_photo(maker, photo_flags, loaded_pipelines):
+    photo = photo_flags["chosen_images"] / "a.png"
     photo.write_bytes(photo.read_bytes()[:60])
 
-    sentence = error_of(maker, {**pair_flags, "style_prefix": None, "chosen_images": photo.parent})
+    sentence = error_of(maker, photo_flags)
 
     assert sentence.startswith(f"--chosen_images: {photo} cannot be read: ")
     assert not loaded_pipelines
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
-
-
+REQUIRED = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
 STYLE = ["--style_prefix", "x"]
 PHOTOS = ["--chosen_images", "x"]
 ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candidates, --chosen_images"
@@ -272,9 +250,7 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
     ],
 )
 def test_rejects_wrong_arguments(maker, capsys, words, message):
-    flags = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
-
-    printed = usage_error_of(maker, [*flags, *words], capsys)
+    printed = usage_error_of(maker, [*REQUIRED, *words], capsys)
 
     assert message in printed
     assert TOKEN not in printed
@@ -282,9 +258,8 @@ def test_rejects_wrong_arguments(maker, capsys, words, message):
 
 def test_scorers_require_the_evaluation_script(maker, capsys, monkeypatch):
     monkeypatch.setattr(maker.importlib.util, "find_spec", lambda name: None)
-    words = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt", "--num_candidates", "4", "--scorer", "clip"]
 
-    printed = usage_error_of(maker, words, capsys)
+    printed = usage_error_of(maker, [*REQUIRED, "--num_candidates", "4", "--scorer", "clip"], capsys)
 
     assert "--scorer needs evaluate_diffusion_mapo_sdxl.py beside" in printed
 
@@ -303,12 +278,8 @@ def test_every_flag_occurs_in_a_test(maker, capsys):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
-)
-@pytest.mark.parametrize("source", ["/no/such/folder", "no/such", "empty"])
+@pytest.mark.parametrize("flag", [BASE, VAE, "unet", "lora"])
+@pytest.mark.parametrize("source", ["no/such", "empty"])
 def test_rejects_missing_models(maker, pair_flags, loaded_pipelines, tmp_path, monkeypatch, flag, source):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
@@ -320,19 +291,11 @@ def test_rejects_missing_models(maker, pair_flags, loaded_pipelines, tmp_path, m
     assert not loaded_pipelines
 
 
-def test_rejects_a_missing_scorer(maker, pair_flags, loaded_pipelines, tmp_path):
-    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": tmp_path / "missing"}
-
-    sentence = error_of(maker, {**pair_flags, **changes})
+def test_rejects_a_missing_scorer(maker, candidate_flags, loaded_pipelines, tmp_path):
+    sentence = error_of(maker, {**candidate_flags, "clip_model": tmp_path / "missing"})
 
     assert sentence.startswith(f"--clip_model {tmp_path / 'missing'}: ")
     assert not loaded_pipelines
-
-
-@pytest.fixture
-def base(inputs, tmp_path):
-    """A copy of the base model that a test may damage."""
-    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
 
 
 def error_without_pairs(maker, flags):
@@ -343,36 +306,52 @@ def error_without_pairs(maker, flags):
     return sentence
 
 
-def test_rejects_a_base_model_that_is_not_sdxl(maker, pair_flags, base, loaded_pipelines):
-    edit_config(base / "unet" / "config.json", addition_embed_type=None)
+@pytest.mark.parametrize(
+    ("flag", "folder", "damage", "reason"),
+    [
+        (BASE, "unet", partial(edit_config, addition_embed_type=None), ": its UNet is not conditioned on image sizes"),
+        (BASE, "unet", partial(edit_config, in_channels=9), ": its UNet has extra input channels"),
+        (
+            "unet",
+            "unet",
+            partial(edit_config, cross_attention_dim=768),
+            ": its cross_attention_dim is 768, not 96 as in the base model.",
+        ),
+        (BASE, "tokenizer_2", remove_vocabulary, " cannot be loaded: its tokenizer_2 has "),
+    ],
+    ids=["SD 1.5", "inpainting", "another text width", "no vocabulary"],
+)
+def test_rejects_models_before_they_are_loaded(
+    maker, pair_flags, base, loaded_pipelines, flag, folder, damage, reason
+):
+    source = base if flag == BASE else base / folder
+    damage(base / folder)
 
-    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+    sentence = error_without_pairs(maker, {**pair_flags, flag: source})
 
-    assert sentence.startswith(f"--pretrained_model_name_or_path {base}: its UNet")
+    assert sentence.startswith(f"--{flag} {source}{reason}")
     assert not loaded_pipelines
 
 
-def test_rejects_a_base_model_without_a_vocabulary(maker, pair_flags, base):
-    remove_vocabulary(base / "tokenizer_2")
+@pytest.mark.parametrize(
+    ("flag", "folder"),
+    [(BASE, "unet"), (BASE, "vae"), (BASE, "text_encoder"), (BASE, "text_encoder_2"), ("unet", "unet")],
+)
+def test_rejects_models_that_lack_weights(maker, pair_flags, base, flag, folder):
+    """The libraries would initialize them at random."""
+    source = base if flag == BASE else base / folder
+    name = folder if flag == BASE else "it"
+    weight = remove_weight(base / folder)
 
-    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+    sentence = error_without_pairs(maker, {**pair_flags, flag: source})
 
-    assert sentence.startswith(f"--pretrained_model_name_or_path {base} cannot be loaded: its tokenizer_2 has ")
-
-
-def test_rejects_a_base_model_that_lacks_weights(maker, pair_flags, base):
-    weight = remove_weight(base / "text_encoder")
-
-    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
-
-    reason = f"text_encoder lacks 1 weights, e.g. {weight}"
-    assert sentence == f"--pretrained_model_name_or_path {base} cannot be loaded: {reason}"
+    assert sentence == f"--{flag} {source} cannot be loaded: {name} lacks 1 weights, e.g. {weight}"
 
 
 def test_rejects_a_base_model_that_generates_nan(maker, pair_flags, base):
     set_to_nan(base / "vae", "decoder.conv_out.bias")
 
-    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
+    sentence = error_without_pairs(maker, {**pair_flags, BASE: base})
 
     assert "NaN" in sentence
     assert "--mixed_precision bf16" in sentence
@@ -385,45 +364,14 @@ def test_rejects_a_scheduler_that_cannot_sample(maker, pair_flags):
 
 
 def test_rejects_a_vae_with_other_latents(maker, pair_flags, base):
-    vae = base / "vae"
-    edit_config(vae / "config.json", latents_mean=[0.1] * 4, latents_std=[1.0] * 4)
+    edit_config(base / "vae", latents_mean=[0.1] * 4, latents_std=[1.0] * 4)
 
-    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_vae_model_name_or_path": vae})
+    sentence = error_without_pairs(maker, {**pair_flags, VAE: base / "vae"})
 
-    assert sentence.startswith("--pretrained_vae_model_name_or_path: the VAE's config has latents_mean")
-
-
-def test_rejects_an_inpainting_model(maker, inputs, pair_flags, loaded_pipelines, tmp_path):
-    base = shutil.copytree(inputs / "pipeline", tmp_path / "inpainting")
-    edit_config(base / "unet" / "config.json", in_channels=9)
-
-    sentence = error_without_pairs(maker, {**pair_flags, "pretrained_model_name_or_path": base})
-
-    assert "its UNet has extra input channels" in sentence
-    assert not loaded_pipelines
+    assert sentence.startswith(f"--{VAE}: the VAE's config has latents_mean")
 
 
-def test_rejects_a_unet_of_another_text_width(maker, inputs, pair_flags, loaded_pipelines, tmp_path):
-    unet = tmp_path / "wide"
-    config = UNet2DConditionModel.load_config(inputs / "unet")
-    UNet2DConditionModel.from_config({**config, "cross_attention_dim": 768}).save_pretrained(unet)
-
-    sentence = error_without_pairs(maker, {**pair_flags, "unet": unet})
-
-    assert sentence == f"--unet {unet}: its cross_attention_dim is 768, not 96 as in the base model."
-    assert not loaded_pipelines
-
-
-def test_rejects_a_unet_that_lacks_weights(maker, inputs, pair_flags, tmp_path):
-    unet = shutil.copytree(inputs / "unet", tmp_path / "unet")
-    weight = remove_weight(unet)
-
-    sentence = error_without_pairs(maker, {**pair_flags, "unet": unet})
-
-    assert sentence == f"--unet {unet} cannot be loaded: it lacks 1 weights, e.g. {weight}"
-
-
-@pytest.mark.parametrize("kind", ["broken file", "half a layer", "another text width"])
+@pytest.mark.parametrize("kind", ["broken file", "half a layer"])
 def test_rejects_a_lora_that_does_not_fit(maker, inputs, pair_flags, tmp_path, kind):
     """All kinds are in test_shared_functions.py."""
     file = tmp_path / "x.safetensors"
@@ -450,19 +398,16 @@ def test_warns_about_a_lora_of_another_unet(maker, inputs, pair_flags, tmp_path,
     assert (warning in caplog.text) == (unet is None)
 
 
-def test_rejects_scores_that_are_not_finite(maker, scorers, pair_flags, monkeypatch):
+def test_rejects_scores_that_are_not_finite(maker, candidate_flags, monkeypatch):
     evaluation = importlib.import_module("evaluate_diffusion_mapo_sdxl")
-    monkeypatch.setattr(evaluation.CLIP, "score", lambda self, images, captions: torch.full((len(images),), math.nan))
-    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": scorers["clip_model"]}
+    monkeypatch.setattr(evaluation.CLIP, "score", constant_score(math.nan))
 
-    sentence = error_without_pairs(maker, {**pair_flags, **changes})
+    sentence = error_without_pairs(maker, candidate_flags)
 
     assert sentence == f"--scorer scored an image of {CAPTIONS[0]!r} as nan."
 
 
 # Output folders ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
@@ -481,29 +426,24 @@ def test_rejects_pairs_of_other_settings(
 ):
     monkeypatch.chdir(inputs)
     output_dir = shutil.copytree(pairs, tmp_path / "out")
-    before = digests_of(output_dir)
+    before = files_in(output_dir)
 
     sentence = error_of(maker, {**pair_flags, **change})
 
     assert sentence.startswith(f"--output_dir {output_dir} contains ")
     assert f"made with {difference}" in sentence
-    assert digests_of(output_dir) == before
+    assert files_in(output_dir) == before
     assert not loaded_pipelines
 
 
 @pytest.mark.parametrize(
     ("flag", "folder"),
-    [
-        ("pretrained_model_name_or_path", "text_encoder"),
-        ("pretrained_vae_model_name_or_path", "vae"),
-        ("unet", "unet"),
-        ("lora", "lora"),
-    ],
+    [(BASE, "text_encoder"), (VAE, "vae"), ("unet", "unet"), ("lora", "lora")],
 )
 def test_rejects_pairs_of_other_weights_in_the_same_folder(maker, inputs, base, pair_flags, flag, folder):
     """Sizes and configs do not change when training continues; times do."""
     shutil.copytree(inputs / "lora", base / "lora")
-    source = base if flag == "pretrained_model_name_or_path" else base / folder
+    source = base if flag == BASE else base / folder
     flags = {**pair_flags, flag: source, "max_prompts": 1}
     run(maker, flags)
     os.utime(weights_file(base / folder), ns=(0, 0))
@@ -513,26 +453,22 @@ def test_rejects_pairs_of_other_weights_in_the_same_folder(maker, inputs, base, 
     assert f"made with --{flag} a local path, version " in sentence
 
 
-def test_rejects_pairs_of_other_photos(maker, pair_flags, tmp_path):
-    photo = tmp_path / "photos" / "a.png"
-    photo.parent.mkdir()
-    Image.new("RGB", (64, 64), "red").save(photo)
-    flags = {**pair_flags, "style_prefix": None, "chosen_images": photo.parent, "max_prompts": 1}
-    run(maker, flags)
-    Image.new("RGB", (64, 64), "blue").save(photo)
+def test_rejects_pairs_of_other_photos(maker, photo_flags):
+    run(maker, photo_flags)
+    Image.new("RGB", (64, 64), "blue").save(photo_flags["chosen_images"] / "a.png")
 
-    sentence = error_of(maker, flags)
+    sentence = error_of(maker, photo_flags)
 
     assert "made with --chosen_images 1 photos, version " in sentence
 
 
-def test_rejects_pairs_of_a_scorer_with_other_weights(maker, scorers, pair_flags, tmp_path):
+def test_rejects_pairs_of_a_scorer_with_other_weights(maker, scorers, candidate_flags, tmp_path):
     model = shutil.copytree(scorers["clip_model"], tmp_path / "clip")
-    changes = {"style_prefix": None, "num_candidates": 2, "scorer": "clip", "clip_model": model, "max_prompts": 1}
-    run(maker, {**pair_flags, **changes})
+    flags = {**candidate_flags, "clip_model": model, "max_prompts": 1}
+    run(maker, flags)
     edit_weights(model / "model.safetensors", double)
 
-    sentence = error_of(maker, {**pair_flags, **changes})
+    sentence = error_of(maker, flags)
 
     assert "made with --clip_model a local path, version " in sentence
 
@@ -551,23 +487,18 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
     assert not loaded_pipelines
 
 
-@pytest.mark.parametrize("output_dir", ["file", "file/out"])
-def test_rejects_an_output_folder_that_cannot_be_made(maker, pair_flags, loaded_pipelines, tmp_path, output_dir):
-    (tmp_path / "file").write_text("kept")
+def test_rejects_an_output_folder_that_cannot_be_made(maker, pair_flags, loaded_pipelines, tmp_path):
+    output_dir = tmp_path / "file" / "out"
+    output_dir.parent.write_text("kept")
 
-    sentence = error_of(maker, {**pair_flags, "output_dir": tmp_path / output_dir})
+    sentence = error_of(maker, {**pair_flags, "output_dir": output_dir})
 
-    assert sentence.startswith(f"--output_dir: {tmp_path / output_dir}")
+    assert sentence.startswith(f"--output_dir: {output_dir}")
     assert not loaded_pipelines
 
 
 def test_rejects_a_damaged_pair(maker, pair_flags, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(maker, "assemble", interrupt)
-        run(maker, pair_flags)
+    interrupt(maker, pair_flags, monkeypatch, maker, "assemble")
     pair = pair_flags["output_dir"] / "pairs_made" / "000002.parquet"
     pair.write_bytes(b"")
 

@@ -7,7 +7,6 @@ Equal functions are tested once, in the evaluation.
 import inspect
 import os
 import re
-import shutil
 import struct
 from importlib.metadata import metadata
 
@@ -16,51 +15,30 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     StableDiffusionXLPipeline,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.specifiers import SpecifierSet
 from PIL import Image, PngImagePlugin, features
-from sampling import EVALUATION, MAKER, max_difference, remove_vocabulary, remove_weight, sample, usage_error_of
+from sampling import EVALUATION, MAKER, max_difference, sample, usage_error_of
 from small_loras import REFUSED, merge, random_lora, save_kohya, save_peft, save_refused
 
 
 pytest_plugins = "sampling_fixtures"
 
-EQUAL_FUNCTIONS = [
-    "add_branch",
-    "add_lora",
-    "apply_alphas",
-    "bounded",
-    "decode_image",
-    "describe",
-    "find_alpha",
-    "find_file",
-    "find_images",
-    "find_lora_file",
-    "load_complete",
-    "load_component",
-    "load_sdxl",
-    "load_tokenizers",
-    "read_lora",
-    "read_lora_config",
-    "stream_prompts",
-    "try_scheduler",
-    "warn_about_long_prompts",
-    "write_text",
-]
+EQUAL_FUNCTIONS = """
+add_branch add_lora apply_alphas bounded decode_image describe find_alpha find_file find_images find_lora_file
+load_complete load_component load_sdxl load_tokenizers read_lora read_lora_config stream_prompts try_scheduler
+warn_about_long_prompts write_text
+"""
 
 
-@pytest.mark.parametrize("name", EQUAL_FUNCTIONS)
+@pytest.mark.parametrize("name", EQUAL_FUNCTIONS.split())
 def test_both_scripts_have_the_same_function(evaluation, maker, name):
     assert inspect.getsource(getattr(evaluation, name)) == inspect.getsource(getattr(maker, name))
 
 
 # Both scripts --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", [EVALUATION, MAKER], ids=["evaluation", "maker"])
 def test_header_asks_for_a_python_that_its_packages_support(path):
     header = path.read_text().split("# ///")[1]
@@ -113,8 +91,6 @@ def test_home_is_expanded_in_named_paths(evaluation, monkeypatch):
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix", ["png", "tiff", "ppm"])
 def test_16_bit_grey_is_scaled(evaluation, tmp_path, suffix):
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
@@ -131,9 +107,10 @@ def test_16_bit_grey_is_scaled(evaluation, tmp_path, suffix):
 def test_transparent_images_are_composited_over_white(evaluation, tmp_path, mode):
     image = Image.new("RGBA", (8, 8), (90, 90, 90, 0))
     image.paste((0, 0, 0, 255), (2, 2, 6, 6))
-    image.convert(mode).save(tmp_path / "x.png")
+    file = tmp_path / "x.png"
+    image.convert(mode).save(file)
 
-    pixels = np.asarray(evaluation.decode_image(tmp_path / "x.png"))
+    pixels = np.asarray(evaluation.decode_image(file))
 
     expected = np.full((8, 8, 3), 255)
     expected[2:6, 2:6] = 0
@@ -157,9 +134,10 @@ def test_images_are_turned_upright(evaluation, tmp_path, suffix):
         pytest.skip("Pillow supports AVIF since version 11.3")
     image = Image.new("RGB", (64, 32), "white")
     image.paste("black", (0, 0, 32, 32))
-    image.save(tmp_path / f"x.{suffix}", exif=exif_data(ROTATED))
+    file = tmp_path / f"x.{suffix}"
+    image.save(file, exif=exif_data(ROTATED))
 
-    upright = np.asarray(evaluation.decode_image(tmp_path / f"x.{suffix}").convert("L"), dtype=int)
+    upright = np.asarray(evaluation.decode_image(file).convert("L"), dtype=int)
 
     # The left half is now the upper one.
     assert upright.shape == (64, 32)
@@ -178,9 +156,10 @@ def test_images_are_turned_upright(evaluation, tmp_path, suffix):
     ids=["garbage", "text for a number", "negative width"],
 )
 def test_broken_exif_data_is_ignored(evaluation, tmp_path, suffix, exif, size):
-    Image.new("RGB", (64, 32), "red").save(tmp_path / f"x.{suffix}", exif=exif)
+    file = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (64, 32), "red").save(file, exif=exif)
 
-    image = evaluation.decode_image(tmp_path / f"x.{suffix}")
+    image = evaluation.decode_image(file)
 
     assert image.size == size
 
@@ -196,16 +175,15 @@ def test_large_metadata_is_accepted(evaluation, tmp_path, kind):
         info.add_text("workflow", "x" * 3 * 2**20, zip=True)
     else:
         info.add_itxt("workflow", "x" * 3 * 2**20, zip=True)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png", pnginfo=info, icc_profile=profile)
+    file = tmp_path / "x.png"
+    Image.new("RGB", (8, 8), "red").save(file, pnginfo=info, icc_profile=profile)
 
-    image = evaluation.decode_image(tmp_path / "x.png")
+    image = evaluation.decode_image(file)
 
     assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -213,7 +191,6 @@ def test_large_metadata_is_accepted(evaluation, tmp_path, kind):
         ("bom.txt", "\ufeffa red circle\na blue square\n"),
         ("brackets[1].txt", "a red circle\na blue square\n"),
         ("table.csv", "id,prompt\n1,a red circle\n2,a blue square\n"),
-        ("TABLE.CSV", "id,prompt\n1,a red circle\n2,a blue square\n"),
         ("table.tsv", "id\tprompt\n1\ta red circle\n2\ta blue square\n"),
         ("TABLE.TSV", "id\tprompt\n1\ta red circle\n2\ta blue square\n"),
         ("list.json", '["a red circle", "a blue square"]'),
@@ -231,34 +208,6 @@ def test_prompts_are_read_from_files(evaluation, tmp_path, name, text):
 
 
 # Models --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def base(inputs, tmp_path):
-    """A copy of the base model that a test may damage."""
-    return shutil.copytree(inputs / "pipeline", tmp_path / "base")
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-def test_rejects_a_pipeline_without_a_vocabulary(evaluation, base, name):
-    """transformers would build a tokenizer of two tokens, with which all prompts of a length are equal."""
-    remove_vocabulary(base / name)
-
-    with pytest.raises(ValueError, match=f"its {name} has "):
-        evaluation.load_sdxl(str(base))
-
-
-@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_rejects_a_pipeline_that_lacks_weights(evaluation, base, name):
-    """The libraries would initialize them at random."""
-    weight = remove_weight(base / name)
-
-    with pytest.raises(ValueError) as error:
-        evaluation.load_sdxl(str(base))
-
-    assert str(error.value) == f"{name} lacks 1 weights, e.g. {weight}"
-
-
 def test_an_unreachable_hub_is_an_error_unless_offline(evaluation, monkeypatch):
     def hf_hub_download(repo, name):
         raise LocalEntryNotFoundError("the network is down")
@@ -272,23 +221,6 @@ def test_an_unreachable_hub_is_an_error_unless_offline(evaluation, monkeypatch):
 
     assert file is None
     assert re.match("unet/config.json of me/mine cannot be downloaded: .*the network", str(error.value))
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "num_steps"),
-    [
-        (EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1), 1001),
-        (DDIMScheduler(), 1001),
-        (FlowMatchEulerDiscreteScheduler(), 2),
-    ],
-    ids=["too many steps for Euler", "too many steps for DDIM", "flow matching"],
-)
-def test_rejects_a_scheduler_that_cannot_sample(evaluation, scheduler, num_steps):
-    with pytest.raises(evaluation.EvaluationError) as error:
-        evaluation.try_scheduler(scheduler, num_steps)
-
-    name = type(scheduler).__name__
-    assert str(error.value).startswith(f"--num_inference_steps {num_steps} with {name} does not work: ")
 
 
 def test_rejects_a_scheduler_without_its_package(evaluation, monkeypatch):
@@ -305,13 +237,12 @@ def test_rejects_a_scheduler_without_its_package(evaluation, monkeypatch):
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("save", [save_kohya, save_peft])
 def test_each_layer_of_a_lora_has_its_own_rank_and_alpha(evaluation, inputs, tmp_path, save):
     """In the UNet and in the text encoders."""
-    pipeline = evaluation.load_sdxl(str(inputs / "pipeline"))
-    expected_pipeline = StableDiffusionXLPipeline.from_pretrained(inputs / "pipeline")
+    base = str(inputs / "pipeline")
+    pipeline = evaluation.load_sdxl(base)
+    expected_pipeline = StableDiffusionXLPipeline.from_pretrained(base)
     lora = random_lora(expected_pipeline)
     file = tmp_path / "x.safetensors"
     save(lora, file)
@@ -325,15 +256,16 @@ def test_each_layer_of_a_lora_has_its_own_rank_and_alpha(evaluation, inputs, tmp
 def test_small_changes_of_text_encoders_survive_bfloat16(evaluation, inputs, tmp_path):
     """Added to bfloat16 weights, 85 % of this one would be rounded away."""
     base = str(inputs / "pipeline")
+    file = tmp_path / "x.safetensors"
     exact = evaluation.load_sdxl(base)
     lora = random_lora(exact, parts=("text_encoder", "text_encoder_2"))
     for layer, (down, up, alpha) in lora.items():
         lora[layer] = (down, up * 1e-4, alpha)
-    save_kohya(lora, tmp_path / "x.safetensors")
+    save_kohya(lora, file)
     half_base = evaluation.load_sdxl(base, dtype=torch.bfloat16)
     half = evaluation.load_sdxl(base, dtype=torch.bfloat16)
 
-    evaluation.add_lora(half, evaluation.read_lora(tmp_path / "x.safetensors", half.unet.config))
+    evaluation.add_lora(half, evaluation.read_lora(file, half.unet.config))
 
     assert half.text_encoder.dtype == torch.bfloat16
     change = encode(half) - encode(half_base)
@@ -350,12 +282,13 @@ def encode(pipeline):
 
 def test_captions_beside_images_are_not_taken_for_images(evaluation, tmp_path):
     """Pillow takes a text that starts with BM for a broken BMP file."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    image = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(image)
     (tmp_path / "a.txt").write_text("BMX rider jumping over a ramp in the city, seen from below at dusk")
 
     images, others = evaluation.find_images(tmp_path)
 
-    assert images == [tmp_path / "a.png"]
+    assert images == [image]
     assert others == ["a.txt"]
 
 
@@ -367,8 +300,8 @@ def test_rejects_a_variant_that_the_unet_lacks(evaluation, inputs):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_rejects_a_lora_that_cannot_be_applied_exactly(evaluation, inputs, tmp_path, kind):
     file = tmp_path / "x.safetensors"
-    save_refused(kind, StableDiffusionXLPipeline.from_pretrained(inputs / "pipeline"), file)
     pipeline = evaluation.load_sdxl(str(inputs / "pipeline"))
+    save_refused(kind, pipeline, file)
 
     with pytest.raises(ValueError) as error:
         evaluation.add_lora(pipeline, evaluation.read_lora(file, pipeline.unet.config))
