@@ -319,6 +319,12 @@ def test_rejects_candidates_without_weights(evaluation, inputs, generation_flags
     assert message.startswith(f"{missing.format(missing=tmp_path)} is not a folder or a reachable hub id with ")
 
 
+def test_a_lora_file_that_does_not_exist_is_called_a_file(evaluation, generation_flags):
+    message = error_of_candidate(evaluation, generation_flags, "/no/such.safetensors")
+
+    assert message == ": there is no such file."
+
+
 @pytest.mark.parametrize("folder", ["lora", "unet", "other"])
 def test_rejects_a_candidate_with_a_broken_file(evaluation, inputs, generation_flags, tmp_path, folder):
     model = shutil.copytree(inputs / folder, tmp_path / "model")

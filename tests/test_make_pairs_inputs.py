@@ -291,6 +291,12 @@ def test_rejects_missing_models(maker, pair_flags, loaded_pipelines, tmp_path, m
     assert not loaded_pipelines
 
 
+def test_a_lora_file_that_does_not_exist_is_called_a_file(maker, pair_flags):
+    sentence = error_of(maker, {**pair_flags, "lora": "/no/such.safetensors"})
+
+    assert sentence == "--lora /no/such.safetensors: there is no such file."
+
+
 def test_rejects_a_missing_scorer(maker, candidate_flags, loaded_pipelines, tmp_path):
     sentence = error_of(maker, {**candidate_flags, "clip_model": tmp_path / "missing"})
 
@@ -485,6 +491,19 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
     assert sentence == f"--output_dir {pair_flags['output_dir']} {reason}"
     assert path.read_text() == "mine"
     assert not loaded_pipelines
+
+
+def test_half_made_pairs_survive_a_card_that_the_user_has_written(maker, pair_flags, monkeypatch):
+    """A card marks a finished dataset, whose pairs are deleted once they are in its shards."""
+    interrupt(maker, pair_flags, monkeypatch, maker, "assemble")
+    pairs_made = sorted(pair_flags["output_dir"].glob("pairs_made/*.parquet"))
+    (pair_flags["output_dir"] / "README.md").write_text("My notes")
+
+    sentence = error_of(maker, pair_flags)
+
+    assert " contains README.md, which this script did not write." in sentence
+    assert len(pairs_made) == 7
+    assert all(path.exists() for path in pairs_made)
 
 
 def test_rejects_an_output_folder_that_cannot_be_made(maker, pair_flags, loaded_pipelines, tmp_path):
