@@ -65,7 +65,7 @@ def test_no_rank_waits_for_uploads_and_trackers(flags, tmp_path):
     flags.update(train_batch_size=2, max_train_steps=1, push_to_hub=True)
     faults = [
         Fault("repository", (1,), cluster.created),
-        Fault("upload", (1,), partial(cluster.noting_process_group_only, tmp_path / "upload")),
+        Fault("upload", (1,), partial(cluster.noting_process_group, tmp_path / "upload")),
         Fault("tracker end", (1,), partial(cluster.noting_process_group, tmp_path / "tracker end")),
     ]
 

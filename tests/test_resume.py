@@ -1,6 +1,5 @@
 """Resuming changes nothing: on any split of a step's pairs, with changed flags, and after a kill."""
 
-import math
 import re
 import signal
 from pathlib import Path
@@ -348,18 +347,6 @@ def test_finished_run_can_be_trained_longer(script, flags, tmp_path):
     assert checkpoints(out) == [5, 10]
     assert_same(longer, out)
     assert differ(weights_after_5_steps, trained(out))
-
-
-def test_schedule_of_longer_training_is_that_of_all_steps(script, flags, tmp_path):
-    """The second half of a cosine over 6 steps."""
-    flags.update(lr_scheduler="cosine", lr_warmup_steps=1)
-    first = run(script, {**flags, "max_train_steps": 3})
-
-    flags.update(max_train_steps=6)
-    longer = resume(script, flags, first / "checkpoint-3", tmp_path / "longer")
-
-    expected = {step: 1e-3 * (1 + math.cos(math.pi * (step - 2) / 5)) / 2 for step in (4, 5, 6)}
-    assert scalars(longer)["lr"] == pytest.approx(expected)
 
 
 def test_finished_run_is_only_validated_again(script, flags, tmp_path):
