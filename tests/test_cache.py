@@ -144,7 +144,7 @@ def fill(script, flags, monkeypatch, tmp_path):
     return fill
 
 
-def test_only_flags_that_change_latents_use_another_cache(fill):
+def test_only_what_changes_latents_needs_another_cache(fill, tmp_path):
     assert fill() == 1
     assert fill(beta_mapo=2, seed=3, label_noise_prob=0.5, train_batch_size=1, run_validation=True) == 0
     for changes in (
@@ -160,9 +160,6 @@ def test_only_flags_that_change_latents_use_another_cache(fill):
         torch.backends.cudnn.allow_tf32 = False
     # One for the held-out pairs, and one for the others.
     assert fill(num_validation_pairs=2) == 2
-
-
-def test_other_pairs_use_another_cache(tmp_path, fill):
     for seed in (1, 2):
         draw_pairs(tmp_path / "other", num_pairs=6, num_shards=1, seed=seed)
         assert fill(dataset_name=tmp_path / "other") == 1
