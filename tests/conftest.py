@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from functools import partial, partialmethod, wraps
 from pathlib import Path
-from typing import NamedTuple
 
 
 # Before torch and the Hugging Face libraries are imported.
@@ -105,12 +105,7 @@ def flags(world, tmp_path):
     }
 
 
-class Call(NamedTuple):
-    """A call of a recorded function."""
-
-    args: tuple
-    kwargs: dict
-    result: object
+Call = namedtuple("Call", ["args", "kwargs", "result"])
 
 
 @pytest.fixture
@@ -163,13 +158,17 @@ def uninterrupted(script, world, tmp_path_factory):
     return run_once
 
 
+Graph = namedtuple("Graph", ["for_training", "has_open_shapes"])
+
+
 @pytest.fixture
 def compiled_graphs(monkeypatch):
     """The graphs of compiled blocks. The compiler only traces them; reaching the recompile limit is an error."""
     graphs = []
 
     def trace(graph, inputs):
-        graphs.append(graph)
+        has_open_shapes = any(isinstance(value, torch.SymInt) for value in inputs)
+        graphs.append(Graph(torch.is_grad_enabled(), has_open_shapes))
         return graph.forward
 
     compile_blocks = UNet2DConditionModel.compile_repeated_blocks
@@ -177,6 +176,7 @@ def compiled_graphs(monkeypatch):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield graphs
+    torch._logging.set_logs()
     torch._dynamo.reset()
 
 
@@ -215,11 +215,7 @@ def run(script, flags):
 
 
 def launch(flags, processes=1, env=None, timeout=900, wrapper=()):
-    """
-    Run the script with its real launcher (accelerate, or torchrun for several processes).
-
-    Returns the CompletedProcess, with text output. The timeout only guards against hangs.
-    """
+    """Run the script with its real launcher. Returns the CompletedProcess; the timeout only guards against hangs."""
     if processes == 1:
         launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
     else:

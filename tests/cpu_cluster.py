@@ -1,9 +1,9 @@
 """
 CPU processes instead of GPUs, with faults injected where a test asks for them.
 
-`cpu_cluster.py train_...py --flags` runs a script as one process of a GPU launch config: DDP, DeepSpeed and FSDP work
-over gloo as they do over NCCL. `run_ranks` forks the processes from one that has already imported the libraries, which
-saves most of a short run's time.
+`cpu_cluster.py FAULTS train_...py --flags` (see `with_faults`) runs a script as one process of a GPU launch config:
+DDP, DeepSpeed and FSDP work over gloo as they do over NCCL. `run_ranks` forks the processes from one that has already
+imported the libraries, which saves most of a short run's time.
 """
 
 import contextlib
@@ -91,6 +91,7 @@ PLACES = {
     "prepare": (datasets.arrow_writer.ArrowWriter, "finalize"),
     "file": (safetensors.torch, "save_file"),
     "listing": (Path, "glob"),
+    "existence": (Path, "exists"),
     "reading": (Path, "read_text"),
     "repository": (huggingface_hub, "create_repo"),
     "upload": (huggingface_hub, "upload_folder"),
@@ -227,14 +228,19 @@ def noting_process_group(file, call):
     return call()
 
 
-def noting_process_group_only(file, call):
-    """Like `noting_process_group`, but the call does not happen."""
-    noting_process_group(file, lambda: None)
-
-
 def created(call):
     """Pretend that a repository was created."""
     return huggingface_hub.RepoUrl("https://huggingface.co/someone/mapo")
+
+
+def wait_until(condition, seconds):
+    """Whether a condition is met within this time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def noting_lock(folder, call):
@@ -246,11 +252,21 @@ def noting_lock(folder, call):
 
 def waiting_for_the_ranks(folder, lock, size, call):
     """Wait until all ranks have asked for the lock that this rank owns."""
-    deadline = time.monotonic() + PATIENCE
-    while len(list(folder.glob(f"* *{lock}"))) < size:
-        if time.monotonic() > deadline:
-            raise TimeoutError("another rank does not wait at the lock")
-        time.sleep(0.01)
+    assert wait_until(lambda: len(list(folder.glob(f"* *{lock}"))) == size, PATIENCE)
+    return call()
+
+
+def noting_path(folder, call):
+    """Append to a file of this rank the path that is written."""
+    with (folder / f"paths-{os.environ['RANK']}").open("a") as lines:
+        print(call.args[1], file=lines)
+    return call()
+
+
+def waiting_for_a_cache(folder, call):
+    """Ask for a file in a cache of latents after another rank has written one."""
+    if "mapo_latents" in str(call.args[0]):
+        wait_until(lambda: any(folder.glob("mapo_latents/*/*")), 5)
     return call()
 
 
@@ -313,13 +329,9 @@ SHARDED = {
 
 # Forked processes ---------------------------------------------------------------------------------------------------
 def free_port():
-    """
-    A port that nobody listens on.
-
-    It is below the range of ephemeral ports, because the launcher binds it seconds later, and a connection of another
-    test must not have taken it by then.
-    """
+    """A port that nobody listens on."""
     while True:
+        # Not an ephemeral one, which a connection of another test could take until the launcher binds it.
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as server, contextlib.suppress(OSError):
             server.bind(("", port))
@@ -349,17 +361,7 @@ def work(environment, words, faults, log):
 
 
 def run_ranks(words, faults=None, size=2, env=None):
-    """
-    Run a script on `size` ranks, and wait for their ends.
-
-    Args:
-        words: the path of the script, and its flags.
-        faults: lists of faults by rank.
-        env: more environment variables.
-
-    Returns:
-        The ranks' exit statuses, and what they printed.
-    """
+    """Run a script, given with its flags, on `size` ranks. Returns their exit statuses, and what they printed."""
     folder = Path(tempfile.mkdtemp())
     logs = [folder / f"rank-{rank}.log" for rank in range(size)]
     port = free_port()
@@ -369,10 +371,8 @@ def run_ranks(words, faults=None, size=2, env=None):
     for rank, log in enumerate(logs):
         environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
         if size > 1:
-            environment["RANK"] = str(rank)
-            environment["LOCAL_RANK"] = str(rank)
-        faults_of_rank = (faults or {}).get(rank, [])
-        process = FORKS.Process(target=work, args=(environment, words, faults_of_rank, log))
+            environment.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        process = FORKS.Process(target=work, args=(environment, words, (faults or {}).get(rank, []), log))
         process.start()
         ranks.append(process)
 
@@ -394,9 +394,7 @@ def run_ranks(words, faults=None, size=2, env=None):
 # Launched processes -------------------------------------------------------------------------------------------------
 def with_faults(faults):
     """The words that run a script through this file. `faults` are lists of faults by rank."""
-    if not faults:
-        return [__file__]
-    return [__file__, "--faults", pickle.dumps(faults).hex()]
+    return [__file__, pickle.dumps(faults or {}).hex()]
 
 
 def gloo_backend(self, *args, **kwargs):
@@ -411,13 +409,10 @@ def gloo_backend(self, *args, **kwargs):
 def main():
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = gloo_backend
-    sys.argv = sys.argv[1:]
-    if sys.argv[0] == "--faults":
-        faults = pickle.loads(bytes.fromhex(sys.argv[1]))
-        rank = int(os.environ.get("RANK", 0))
-        for fault in faults.get(rank, []):
-            install(fault)
-        sys.argv = sys.argv[2:]
+    faults = pickle.loads(bytes.fromhex(sys.argv[1]))
+    for fault in faults.get(int(os.environ.get("RANK", 0)), []):
+        install(fault)
+    sys.argv = sys.argv[2:]
     run_script(sys.argv)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import math
 import re
 import tempfile
 from pathlib import Path
@@ -15,55 +14,33 @@ REQUIRED = ["--pretrained_model_name_or_path", "model", "--dataset_name", "pairs
 
 # Flags of the diffusers SDXL trainers, with their defaults.
 DIFFUSERS_DEFAULTS = {
-    "pretrained_vae_model_name_or_path": None,
-    "revision": None,
-    "variant": None,
-    "cache_dir": None,
-    "dataset_split_name": None,
-    "max_train_samples": None,
     "dataloader_num_workers": 0,
-    "seed": None,
     "resolution": 1024,
-    "random_crop": False,
-    "no_hflip": False,
     "vae_encode_batch_size": 1,
     "lr_power": 1.0,
     "train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 1,
-    "max_train_steps": None,
-    "gradient_checkpointing": False,
-    "mixed_precision": None,
-    "allow_tf32": False,
-    "rank": None,
-    "scale_lr": False,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 500,
     "lr_num_cycles": 1,
-    "use_8bit_adam": False,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 1e-2,
     "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
     "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
     "logging_dir": "logs",
     "report_to": "tensorboard",
-    "push_to_hub": False,
-    "hub_token": None,
-    "hub_model_id": None,
-    "run_validation": False,
     "validation_steps": 200,
 }
 # Flags with a default of this script.
 OWN_DEFAULTS = {
     "learning_rate": 1e-5,
     "loss_type": "mapo",
+    "beta_mapo": 8.0,
     "snr_value": 0.5,
     "remove_ties": True,
-    "streaming": False,
     "label_noise_prob": 0.0,
     "max_bad_rows": 0.01,
     "logging_steps": 10,
@@ -72,10 +49,7 @@ OWN_DEFAULTS = {
     "image_1_column": "jpg_1",
     "label_0_column": "label_0",
     "label_1_column": "label_1",
-    "chosen_column": None,
-    "rejected_column": None,
 }
-
 COUNTS = """
     rank lora_rank shuffle_shards max_train_samples resolution vae_encode_batch_size train_batch_size num_train_epochs
     max_train_steps gradient_accumulation_steps lr_num_cycles max_bad_steps checkpointing_steps
@@ -88,16 +62,20 @@ NUMBERS = [
     (["label_noise_prob", "max_bad_rows"], ["-0.1", "1.1", "nan", "inf", "1%"], ["0", "1"]),
     (["adam_beta1", "adam_beta2"], ["-0.1", "1", "1.1", "nan", "inf"], ["0", "0.9999"]),
     (["adam_weight_decay", "guidance_scale"], ["-1e-9", "nan", "inf", "x"], ["0"]),
-    (["learning_rate", "lr_power", "adam_epsilon", "snr_value"], ["0", "-1e-9", "nan", "inf", "x"], ["1e-30"]),
-    (["text_encoder_lr"], ["0", "-1e-9", "nan", "inf", "x"], ["1e-30"]),
+    (
+        ["learning_rate", "text_encoder_lr", "lr_power", "adam_epsilon", "snr_value"],
+        ["0", "-1e-9", "nan", "inf", "x"],
+        ["1e-30"],
+    ),
     (["lora_alpha"], ["0", "-1e-9", "nan", "inf", "x"], []),
     (["max_grad_norm"], ["-1e-9", "nan", "-inf", "x"], ["0", "inf"]),
     (["beta_mapo"], ["0", "-1", "nan", "-inf", "x"], ["1e-3", "inf"]),
 ]
 
-# Command lines that contradict themselves, and the flags that the error must name.
-CONTRADICTIONS = [
+# Command lines that cannot work, and what the error must name.
+WRONG_USES = [
     ("--resolution 65", ["--resolution"]),
+    ("--pretrained_model_name_or_path a.safetensors", ["python convert_sdxl.py single_file a.safetensors FOLDER"]),
     ("--cache_latents --random_crop", ["--cache_latents", "--random_crop"]),
     ("--full_bf16", ["--full_bf16", "--use_8bit_adam", "--mixed_precision"]),
     ("--full_bf16 --use_8bit_adam --mixed_precision bf16 --rank 4", ["--full_bf16", "--rank"]),
@@ -119,13 +97,6 @@ CONTRADICTIONS = [
     ("--logging_dir=/logs", ["--logging_dir"]),
     ("--logging_dir=.", ["--logging_dir"]),
     ("--logging_dir=../logs", ["--logging_dir"]),
-]
-COMBINATIONS = [
-    "--streaming --num_train_epochs 2 --num_validation_pairs 4 --max_train_samples 8",
-    "--chosen_column a --rejected_column b",
-    "--full_bf16 --use_8bit_adam --mixed_precision bf16",
-    "--report_to tensorboard --hub_token secret",
-    "--lr_scheduler polynomial --max_train_steps 500 --lr_warmup_steps 500",
 ]
 
 # What the README says to write instead of flags of other scripts.
@@ -191,35 +162,24 @@ def parse_error(script, capsys, words):
 
 
 @pytest.fixture
-def parser(script, monkeypatch):
+def parser(script, record_calls):
     """The parser that `parse_args` builds."""
-    parsers = []
-    parse_known_args = argparse.ArgumentParser.parse_known_args
-
-    def parse_and_record(self, *words):
-        parsers.append(self)
-        return parse_known_args(self, *words)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_record)
+    calls = record_calls(argparse.ArgumentParser, "parse_known_args")
     parse(script)
-    return parsers[0]
+    return calls[0].args[0]
 
 
 @pytest.fixture
 def all_flags(parser):
     """All flags of the script, with the two dashes."""
-    names = set()
-    for action in parser._actions:
-        names.update(action.option_strings)
-    return names
+    return set(parser._option_string_actions)
 
 
 # Valid command lines ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("defaults", [DIFFUSERS_DEFAULTS, OWN_DEFAULTS], ids=["diffusers", "own"])
-def test_defaults(script, defaults):
+def test_defaults(script):
     args = vars(parse(script))
 
-    for name, value in defaults.items():
+    for name, value in {**DIFFUSERS_DEFAULTS, **OWN_DEFAULTS}.items():
         assert args[name] == value, name
         assert type(args[name]) is type(value), name
 
@@ -244,34 +204,15 @@ def test_help_is_grouped_and_shows_defaults(script, parser, capsys):
             assert re.search(pattern, help_text), action.dest
 
 
-def test_switches_can_be_turned_off(script):
-    assert parse(script).remove_ties is True
-    assert parse(script, "--remove_ties --no-remove_ties").remove_ties is False
-
-
-@pytest.mark.parametrize(
-    ("words", "beta"),
-    [
-        ("--loss_type mapo", 8.0),
-        ("--loss_type mapo_v1", 0.1),
-        ("--beta_mapo 64", 64.0),
-        ("--beta_mapo inf", math.inf),
-        ("--beta_mapo 0.005 --loss_type mapo_v1", 0.005),
-    ],
-)
-def test_default_beta_depends_on_the_loss(script, words, beta):
-    assert parse(script, words).beta_mapo == beta
+def test_default_beta_depends_on_the_loss(script):
+    assert parse(script, "--loss_type mapo_v1").beta_mapo == 0.1
+    assert parse(script, "--beta_mapo 0.005 --loss_type mapo_v1").beta_mapo == 0.005
 
 
 @pytest.mark.parametrize(
     ("more", "rank"),
-    [
-        ("", None),
-        ("--lora_rank=8", 8),
-        ("--dataset_name=yuvalkirstain/pickapic_v2 --dataset_split_name=train", None),
-        ("--rank=8 --report_to=wandb --run_validation --validation_steps=50 --push_to_hub", 8),
-    ],
-    ids=["full", "lora", "pick-a-pic", "diffusers DPO"],
+    [("", None), ("--lora_rank=8 --report_to=wandb --run_validation --validation_steps=50 --push_to_hub", 8)],
+    ids=["authors", "diffusers DPO"],
 )
 def test_commands_of_other_scripts_work_unchanged(script, more, rank):
     args = script.parse_args(f"{AUTHORS_COMMAND} {more}".split())
@@ -292,7 +233,6 @@ def test_commands_of_other_scripts_work_unchanged(script, more, rank):
 
 def test_harmless_flags_of_other_scripts_change_nothing(script):
     assert parse(script, IGNORED) == parse(script)
-    assert parse(script, "--local_rank=3") == parse(script)
 
 
 def test_home_is_expanded_in_paths(script, monkeypatch):
@@ -321,35 +261,20 @@ def test_full_fine_tuning_works_without_optional_packages_and_on_windows(flags, 
 
 
 # Wrong command lines ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("missing", ["--pretrained_model_name_or_path", "--dataset_name"])
-def test_required_flags(script, capsys, missing):
-    words = list(REQUIRED)
-    position = words.index(missing)
-    del words[position : position + 2]
-
+def test_required_flags(script, capsys):
     with pytest.raises(SystemExit):
-        script.parse_args(words)
+        script.parse_args([])
 
-    assert missing in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("required: --pretrained_model_name_or_path, --dataset_name")
 
 
-@pytest.mark.parametrize(("words", "named"), CONTRADICTIONS)
-def test_contradictions_are_refused(script, capsys, words, named):
+@pytest.mark.parametrize(("words", "named"), WRONG_USES)
+def test_contradictions_and_wrong_values_are_refused(script, capsys, words, named):
     error = parse_error(script, capsys, words)
 
-    for flag in named:
-        assert flag in error
-
-
-@pytest.mark.parametrize("words", COMBINATIONS)
-def test_combinations_that_work_are_accepted(script, words):
-    parse(script, words)
-
-
-def test_single_file_is_refused_with_the_command_that_converts_it(script, capsys):
-    error = parse_error(script, capsys, "--pretrained_model_name_or_path some/model.safetensors")
-
-    assert "python convert_sdxl.py single_file some/model.safetensors FOLDER" in error
+    for part in named:
+        assert part in error
 
 
 def test_loader_workers_are_refused_if_the_temporary_folder_has_a_long_path(script, capsys, monkeypatch):
@@ -364,9 +289,9 @@ def test_loader_workers_are_refused_if_the_temporary_folder_has_a_long_path(scri
 
 def test_table_of_numbers_is_complete(script, parser):
     numeric = set()
-    for action in parser._actions:
+    for flag, action in parser._option_string_actions.items():
         if action.type not in (None, script.PATH):
-            numeric.update(action.option_strings)
+            numeric.add(flag)
     tested = set()
     for names, _, _ in NUMBERS:
         tested.update(f"--{name}" for name in names)
@@ -385,20 +310,10 @@ def test_numbers_out_of_range_are_refused(script, capsys, names, wrong, ends):
             assert getattr(parse(script, f"--{name} {value}"), name) == float(value)
 
 
-@pytest.mark.parametrize("words", ["--no_such_flag=1", "--resume latest", "stray"])
-def test_unknown_words_are_refused(script, capsys, words):
+@pytest.mark.parametrize("words", ["--no_such_flag=1 --sft_training --another", "--resume latest", "stray"])
+def test_unknown_words_are_refused_and_named_at_once(script, capsys, words):
     """Abbreviations are unknown as well: a flag that is added later would change what they mean."""
-    error = parse_error(script, capsys, words)
-
-    assert error.startswith("unrecognized arguments: ")
-    assert re.split("[ =]", words)[0] in error
-
-
-def test_all_unknown_flags_are_named_at_once(script, capsys):
-    error = parse_error(script, capsys, "--no_such_flag --sft_training --another 3 --validation_prompt=x")
-
-    for name in ("--no_such_flag", "--sft_training", "--another", "--validation_prompt"):
-        assert name in error
+    assert parse_error(script, capsys, words) == f"unrecognized arguments: {words}"
 
 
 def test_readme_says_what_to_write_instead_of_flags_of_other_scripts(script, capsys, all_flags):
@@ -418,12 +333,7 @@ def test_readme_says_what_to_write_instead_of_flags_of_other_scripts(script, cap
 
 @pytest.mark.parametrize(
     ("words", "package"),
-    [
-        ("--use_8bit_adam", "bitsandbytes"),
-        ("--rank 4", "peft"),
-        ("--report_to wandb", "wandb"),
-        ("--report_to tensorboard", "tensorboard"),
-    ],
+    [("--use_8bit_adam", "bitsandbytes"), ("--rank 4", "peft"), ("--report_to wandb", "wandb")],
 )
 def test_missing_package_is_named_with_its_flag(script, capsys, monkeypatch, words, package):
     parse(script, words)

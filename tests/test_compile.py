@@ -151,13 +151,6 @@ def test_compiled_and_eager_runs_resume_each_other(script, flags, tmp_path, rank
 
 
 # In a run -----------------------------------------------------------------------------------------------------------
-class Graph(NamedTuple):
-    """A graph that was compiled in a run."""
-
-    for_training: bool
-    has_open_shapes: bool
-
-
 @pytest.fixture
 def compiled_flags(flags, world, tmp_path):
     """Flags of a compiled run, on a UNet with blocks of two widths, like SDXL's."""
@@ -175,40 +168,22 @@ def compiled_flags(flags, world, tmp_path):
     return {**flags, "pretrained_model_name_or_path": model, "compile": True}
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that a run compiles. The compiler only traces them."""
-    graphs = []
-
-    def trace(graph, inputs):
-        has_open_shapes = any(isinstance(value, torch.SymInt) for value in inputs)
-        graphs.append(Graph(torch.is_grad_enabled(), has_open_shapes))
-        return graph.forward
-
-    torch._dynamo.reset()
-    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
-    compile_nothing = functools.partialmethod(compile_blocks, backend=trace)
-    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", compile_nothing)
-    # Below the number of graphs, so that it is an error unless the script raises it. This lasts for one test.
-    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
-        yield graphs
-    torch._logging.set_logs()
-
-
-def test_compiled_blocks_are_used_in_training_and_validation(script, compiled_flags, graphs):
+def test_compiled_blocks_are_used_in_training_and_validation(script, compiled_flags, compiled_graphs, monkeypatch):
     """Blocks are compiled once for each shape, and no shape is left open."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)  # too low, unless the script raises it
     compiled_flags.update(max_train_steps=3, validation_steps=3, num_validation_pairs=5)
     compiled_flags.update(run_validation=True, num_inference_steps=2)
 
     run(script, compiled_flags)
 
     # Two widths, each for both batch sizes of held-out pairs, for sampling and for training.
-    assert len(graphs) == 8
-    assert len([graph for graph in graphs if graph.for_training]) == 2
-    assert not any(graph.has_open_shapes for graph in graphs)
+    assert len(compiled_graphs) == 8
+    assert len([graph for graph in compiled_graphs if graph.for_training]) == 2
+    assert not any(graph.has_open_shapes for graph in compiled_graphs)
 
 
-def test_graph_breaks_are_logged(script, compiled_flags, graphs, monkeypatch, capfd):
+@pytest.mark.usefixtures("compiled_graphs")
+def test_graph_breaks_are_logged(script, compiled_flags, monkeypatch, capfd):
     forward = Attention.forward
 
     def forward_with_a_break(self, *args, **kwargs):

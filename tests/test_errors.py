@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import command_line, run
 from runs import train_error
+from small_pairs import MAP_AND_STREAM
 
 
 COLUMNS = {"caption": ["a", "b"], "jpg_0": [b"", b""], "jpg_1": [b"", b""], "label_0": [0, 1], "label_1": [1, 0]}
@@ -38,19 +39,25 @@ def write_table(folder, columns):
     return folder
 
 
-def copy_configs(folder, copy, changes):
-    """Copy a model's folder without its weights, and change fields of its configs."""
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file, changed_fields in changes.items():
-        config = json.loads((copy / file).read_text())
-        config.update(changed_fields)
-        kept = {name: value for name, value in config.items() if value is not MISSING}
-        (copy / file).write_text(json.dumps(kept))
-    return copy
+def copy_configs(folder, copy):
+    """Copy a model's folder without its weights."""
+    return shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def change_config(path, fields):
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not MISSING}))
+
+
+@pytest.fixture
+def other_model(flags, world, tmp_path, no_weights):
+    """Folder of the configs of the base model that the flags name."""
+    flags["pretrained_model_name_or_path"] = copy_configs(world / "pipeline", tmp_path / "other")
+    return tmp_path / "other"
 
 
 # Pairs --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
+@MAP_AND_STREAM
 @pytest.mark.parametrize(
     ("flag", "wrong_type", "reason"),
     [
@@ -75,23 +82,16 @@ def test_missing_column_or_column_of_the_wrong_type(script, flags, no_weights, s
     assert reason in mistyped
 
 
-@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
-@pytest.mark.parametrize(
-    ("flag", "values", "reason"),
-    [
-        ("image_0_column", [{"bytes": b"a"}, {"bytes": b"b"}], "image"),
-        ("label_0_column", [[1], [0]], "must contain numbers"),
-    ],
-)
-def test_nested_values(script, flags, no_weights, tmp_path, streaming, flag, values, reason):
-    folder = write_table(tmp_path / "pairs", {**COLUMNS, "nested": values})
+@MAP_AND_STREAM
+def test_nested_labels(script, flags, no_weights, tmp_path, streaming):
+    folder = write_table(tmp_path / "pairs", {**COLUMNS, "label_0": [[1], [0]]})
 
-    error = train_error(script, {**flags, "dataset_name": folder, "streaming": streaming, flag: "nested"})
+    error = train_error(script, {**flags, "dataset_name": folder, "streaming": streaming})
 
-    assert reason in error
+    assert "must contain numbers" in error
 
 
-@pytest.mark.parametrize("streaming", [None, True], ids=["map", "stream"])
+@MAP_AND_STREAM
 @pytest.mark.parametrize("kind", ["ties", "no rows", "no files"])
 def test_dataset_without_pairs(script, flags, no_weights, tmp_path, streaming, kind):
     folder = tmp_path / "pairs"
@@ -121,8 +121,8 @@ def test_dataset_without_pairs(script, flags, no_weights, tmp_path, streaming, k
         ({"mixed_precision": "fp16"}, ["--mixed_precision fp16"]),
         ({"push_to_hub": True, "hub_token": "hf_secret"}, ["--push_to_hub", "offline"]),
         ({"push_to_hub": True, "hub_model_id": "one/two/three"}, ["--push_to_hub", "one/two/three"]),
-        ({"resume_from_checkpoint": "checkpoint-9"}, ["--resume_from_checkpoint", "checkpoint-9"]),
-        ({"resume_from_checkpoint": "logs"}, ["--resume_from_checkpoint", "logs"]),
+        ({"resume_from_checkpoint": "checkpoint-9"}, ["--resume_from_checkpoint checkpoint-9", "not a complete"]),
+        ({"resume_from_checkpoint": "/tmp"}, ["--resume_from_checkpoint /tmp: /tmp is not a complete checkpoint"]),
     ],
     ids=str,
 )
@@ -143,7 +143,7 @@ def test_apple_gpus_are_refused(script, flags, no_weights, monkeypatch):
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("flag", "below"), [("output_dir", ""), ("output_dir", "below"), ("cache_dir", "below")])
+@pytest.mark.parametrize(("flag", "below"), [("output_dir", ""), ("cache_dir", "below")])
 def test_rejects_unwritable_folders(script, flags, no_weights, tmp_path, flag, below):
     (tmp_path / "file").write_text("kept")
 
@@ -155,10 +155,9 @@ def test_rejects_unwritable_folders(script, flags, no_weights, tmp_path, flag, b
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("checkpoint", ["latest", "checkpoint-1"])
-def test_checkpoint_with_other_settings(script, flags, request, checkpoint):
-    run(script, {**flags, "max_train_steps": 1, "checkpointing_steps": 1})
-    request.getfixturevalue("no_weights")
+def test_checkpoint_with_other_settings(script, flags, loaded):
+    flags.update(max_train_steps=1, resume_from_checkpoint="latest")
+    run(script, flags)
 
     for name, value, saved in [
         ("rank", 8, 4),
@@ -171,9 +170,10 @@ def test_checkpoint_with_other_settings(script, flags, request, checkpoint):
         ("train_text_encoder", True, False),
         ("mixed_precision", "bf16", "no"),
     ]:
-        error = train_error(script, {**flags, name: value, "resume_from_checkpoint": checkpoint})
+        error = train_error(script, {**flags, name: value})
         assert error.startswith("--resume_from_checkpoint")
         assert f"{name} is {value}, but {saved} in " in error
+    assert len(loaded) == 1  # no more weights were loaded
 
 
 # Models -------------------------------------------------------------------------------------------------------------
@@ -198,60 +198,47 @@ def test_missing_model(script, flags, no_weights, tmp_path, monkeypatch, flag, m
         (UNET, {"cross_attention_dim": 2048}, "text encoders"),
         (SCHEDULER, {"_class_name": "EDMEulerScheduler", "beta_start": MISSING, "sigma_data": 0.5}, "EDM"),
         (SCHEDULER, {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "EDM"),
-        (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_start": MISSING}, "flow"),
         (SCHEDULER, {"use_flow_sigmas": True}, "flow"),
         (SCHEDULER, {"prediction_type": "sample"}, "neither epsilon nor v_prediction"),
     ],
-    ids=[
-        "no sizes",
-        "inpainting",
-        "learned variance",
-        "other latents",
-        "other text encoders",
-        "EDM",
-        "continuous",
-        "flow matching",
-        "flow sigmas",
-        "sample prediction",
-    ],
+    ids=str,
 )
-def test_base_model_of_another_kind(script, flags, world, no_weights, tmp_path, file, fields, reason):
-    folder = copy_configs(world / "pipeline", tmp_path / "other", {file: fields})
+def test_base_model_of_another_kind(script, flags, other_model, file, fields, reason):
+    change_config(other_model / file, fields)
 
-    error = train_error(script, {**flags, "pretrained_model_name_or_path": folder})
+    error = train_error(script, flags)
 
     start, _, explanation = error.partition(": ")
-    assert start == f"--pretrained_model_name_or_path {folder} is not an SDXL base model"
+    assert start == f"--pretrained_model_name_or_path {other_model} is not an SDXL base model"
     assert reason in explanation
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2", "tokenizer"])
-def test_base_model_without_a_component(script, flags, world, no_weights, tmp_path, component):
+def test_base_model_without_a_component(script, flags, other_model, component):
     """Like SD 3, SDXL's refiner, SD 1.5, and an incomplete download."""
-    folder = copy_configs(world / "pipeline", tmp_path / "other", {})
-    shutil.rmtree(folder / component)
+    shutil.rmtree(other_model / component)
 
-    error = train_error(script, {**flags, "pretrained_model_name_or_path": folder})
+    error = train_error(script, flags)
 
-    assert error.startswith(f"--pretrained_model_name_or_path {folder}")
+    assert error.startswith(f"--pretrained_model_name_or_path {other_model}")
     assert component in error or "config.json" in error
 
 
-def test_tokenizer_without_its_vocabulary(script, flags, world, no_weights, tmp_path):
+def test_tokenizer_without_its_vocabulary(script, flags, other_model):
     """transformers would turn all captions into the same tokens."""
-    folder = copy_configs(world / "pipeline", tmp_path / "other", {})
-    for path in (folder / "tokenizer_2").iterdir():
+    for path in (other_model / "tokenizer_2").iterdir():
         if path.name not in ("tokenizer_config.json", "special_tokens_map.json"):
             path.unlink()
 
-    error = train_error(script, {**flags, "pretrained_model_name_or_path": folder})
+    error = train_error(script, flags)
 
-    assert error.startswith(f"--pretrained_model_name_or_path {folder}: tokenizer_2 has ")
+    assert error.startswith(f"--pretrained_model_name_or_path {other_model}: tokenizer_2 has ")
 
 
 @pytest.mark.parametrize("fields", [{"scaling_factor": 0.18215}, {"latent_channels": 16}], ids=str)
 def test_vae_with_other_latents(script, flags, world, no_weights, tmp_path, fields):
-    folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae", {"config.json": fields})
+    folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae")
+    change_config(folder / "config.json", fields)
 
     error = train_error(script, {**flags, "pretrained_vae_model_name_or_path": folder})
 
@@ -261,15 +248,16 @@ def test_vae_with_other_latents(script, flags, world, no_weights, tmp_path, fiel
 
 
 def test_vae_may_leave_defaults_out_of_its_config(script, flags, world, tmp_path):
-    folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae", {"config.json": {"latent_channels": MISSING}})
-    flags.update(pretrained_vae_model_name_or_path=folder)
+    folder = copy_configs(world / "pipeline" / "vae", tmp_path / "vae")
+    change_config(folder / "config.json", {"latent_channels": MISSING})
+    flags["pretrained_vae_model_name_or_path"] = folder
 
     (channels, _, _), _ = script.load_configs(script.parse_args(command_line(flags)), None)
 
     assert channels == 4
 
 
-@pytest.mark.parametrize("component", ["vae", "unet", "text_encoder_2"])
+@pytest.mark.parametrize("component", ["vae", "unet"])
 def test_truncated_weights(script, flags, world, tmp_path, component):
     folder = shutil.copytree(world / "pipeline", tmp_path / "model")
     (weights,) = (folder / component).glob("*.safetensors")
@@ -302,15 +290,8 @@ def test_warns_if_warmup_is_longer_than_training(warnings):
 
     for part in ("--lr_warmup_steps 200", "50 steps", "25%"):
         assert part in warning
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "steps", "warmup"),
-    [("cosine", 200, 200), ("constant", 50, 500)],
-    ids=["as long", "without a warmup"],
-)
-def test_does_not_warn_if_warmup_ends_in_time(warnings, scheduler, steps, warmup):
-    assert warnings(lr_scheduler=scheduler, max_train_steps=steps, lr_warmup_steps=warmup) == []
+    assert warnings(lr_scheduler="cosine", max_train_steps=200, lr_warmup_steps=200) == []
+    assert warnings(lr_scheduler="constant", max_train_steps=50, lr_warmup_steps=500) == []
 
 
 def test_warns_if_beta_is_meant_for_the_other_loss(warnings):

@@ -1,6 +1,7 @@
 """LoRA: its layers and alpha, the files that other programs load, continued training, and text encoders."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from cpu_cluster import Fault, install
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from runs import (
     LORA_WEIGHTS,
+    assert_close,
     assert_equal,
     grid_images,
     largest_difference,
@@ -79,28 +81,37 @@ def test_choices_select_these_layers_of_sdxl(script, sdxl_layers, choice, layers
     [(["attention"], ATTENTION), (["attention", "conv_in", "conv1"], (*ATTENTION, "conv_in", "conv1"))],
     ids=["attention", "attention and names"],
 )
-def test_files_contain_the_layers_and_alpha(script, flags, choices, layers):
+def test_both_files_contain_the_layers_and_alpha_and_give_the_same_image(script, flags, choices, layers):
     """Pipelines apply alpha / rank from the file's metadata. The Kohya file contains alpha for each layer."""
-    out = run(script, {**flags, "lora_layers": choices, "lora_alpha": 8, "max_train_steps": 1})
+    base = flags["pretrained_model_name_or_path"]
 
-    unet = UNet2DConditionModel.from_pretrained(flags["pretrained_model_name_or_path"], subfolder="unet")
+    out = run(script, {**flags, "lora_layers": choices, "lora_alpha": 8})
+
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     modules = [f"unet.{name}" for name, _ in unet.named_modules()]
     expected = select_layers(modules, layers)
     assert {name.split(".lora_")[0] for name in load_file(out / LORA_WEIGHTS)} == expected
 
     metadata = read_metadata(out / LORA_WEIGHTS)
     assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 8
-    assert str(flags["pretrained_model_name_or_path"]) not in str(metadata)
+    assert str(base) not in str(metadata)
 
-    alphas = {}
-    for name, value in load_file(out / KOHYA).items():
-        if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = value.item()
-    assert alphas == {f"lora_{name.replace('.', '_')}": 8 for name in expected}
+    kohya = load_file(out / KOHYA)
+    alphas = {name: value.item() for name, value in kohya.items() if name.endswith(".alpha")}
+    assert alphas == {f"lora_{name.replace('.', '_')}.alpha": 8 for name in expected}
+
+    images = []
+    for file in (LORA_WEIGHTS, KOHYA, None):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+        if file is not None:
+            pipeline.load_lora_weights(out, weight_name=file)
+        images.append(generate(pipeline))
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
 
 
-def comfyui_unet_names():
-    """The names under which ComfyUI looks for the layers of SDXL's UNet."""
+def comfyui_names():
+    """The names under which ComfyUI looks for the layers of SDXL's UNet and text encoders."""
     names = []
 
     # Depth and number of the transformers in each block.
@@ -136,11 +147,8 @@ def comfyui_unet_names():
             # There is a shortcut where the number of channels changes, as it does with every skip connection.
             if block.startswith("up") or (n == 0 and block in ("down_blocks_1", "down_blocks_2")):
                 names.append(f"{block}_resnets_{n}_conv_shortcut")
-    return [f"lora_unet_{name}" for name in names]
+    names = [f"lora_unet_{name}" for name in names]
 
-
-def comfyui_text_encoder_names():
-    names = []
     for encoder, num_layers in (("te1", 11), ("te2", 32)):  # the last layer of the first encoder is not used
         for i in range(num_layers):
             for name in ("q", "k", "v", "out"):
@@ -164,25 +172,12 @@ def test_comfyui_finds_every_layer_of_a_kohya_file(script, sdxl_layers, tmp_path
 
     script.write_kohya_lora(tmp_path)
 
-    names = [*comfyui_unet_names(), *comfyui_text_encoder_names()]
+    names = comfyui_names()
     assert len(set(names)) == 784 + 4 * (11 + 32)
     expected = set()
     for name in names:
         expected.update([f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"])
     assert set(load_file(tmp_path / KOHYA)) == expected
-
-
-def test_both_files_give_the_same_image(script, flags):
-    out = run(script, {**flags, "lora_alpha": 8})
-
-    def generate_with(file):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(flags["pretrained_model_name_or_path"])
-        if file is not None:
-            pipeline.load_lora_weights(out, weight_name=file)
-        return generate(pipeline)
-
-    assert torch.equal(generate_with(LORA_WEIGHTS), generate_with(KOHYA))
-    assert not torch.equal(generate_with(LORA_WEIGHTS), generate_with(None))
 
 
 def test_kohya_file_can_be_turned_off(script, flags):
@@ -209,26 +204,17 @@ def test_unknown_layer_is_refused(script, flags):
 
 
 # Continued training -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("file", ["", KOHYA], ids=["folder", "Kohya file"])
-def test_training_continues_from_a_lora(script, flags, tmp_path, file):
+def test_training_continues_from_a_lora_in_a_folder_or_file(script, flags, tmp_path):
     """With a learning rate that changes nothing, the weights stay the same."""
     flags.update(TEXT, lora_alpha=8)
     first = run(script, flags)
+    other_folder = tmp_path / "style"
+    other_folder.mkdir()
+    shutil.copy(first / KOHYA, other_folder / "mystyle.safetensors")
 
-    second = run(script, {**flags, **FROZEN, "init_lora": first / file, "output_dir": tmp_path / "second"})
-
-    assert_equal(trained(second), trained(first))
-
-
-def test_lora_to_continue_may_be_the_only_file_of_a_folder(script, flags, tmp_path):
-    first = run(script, {**flags, "max_train_steps": 1})
-    (tmp_path / "style").mkdir()
-    (tmp_path / "style" / "mystyle.safetensors").write_bytes((first / KOHYA).read_bytes())
-
-    flags.update(FROZEN, text_encoder_lr=None, init_lora=tmp_path / "style", output_dir=tmp_path / "second")
-    second = run(script, flags)
-
-    assert_equal(trained(second), trained(first))
+    for lora in (first, first / KOHYA, other_folder):
+        flags.update(FROZEN, init_lora=lora, output_dir=tmp_path / f"from {lora.name}")
+        assert_equal(trained(run(script, flags)), trained(first))
 
 
 def test_training_continues_from_a_unet(script, flags, tmp_path):
@@ -254,46 +240,31 @@ def test_lora_that_does_not_match_the_flags_is_refused(script, flags, tmp_path, 
     assert expected in error
 
 
-@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector"])
-def test_dora_is_refused(script, flags, tmp_path, key):
-    """diffusers would ignore the magnitudes."""
-    out = run(script, {**flags, "max_train_steps": 1})
-    weights = load_file(out / KOHYA)
-    name = next(name for name in weights if name.endswith(".lora_down.weight"))
-    weights[name.replace("lora_down.weight", key)] = torch.ones(4)
-    file = tmp_path / "dora.safetensors"
-    save_file(weights, file)
+def test_lora_that_cannot_be_continued_is_refused(script, flags, tmp_path):
+    """diffusers would ignore the magnitudes of a DoRA."""
+    weights = trained(run(script, {**flags, "max_train_steps": 1}))
+    dora = tmp_path / "dora.safetensors"
+    compiled = tmp_path / "compiled.safetensors"
+    save_file({name.replace("unet.", "unet._orig_mod."): weight for name, weight in weights.items()}, compiled)
+    flags["output_dir"] = tmp_path / "second"
 
-    error = train_error(script, {**flags, "init_lora": file, "output_dir": tmp_path / "second"})
-
-    assert f"--init_lora {file} cannot be loaded" in error
-    assert "DoRA" in error
-
-
-def test_lora_without_a_layer_of_the_unet_is_refused(script, flags, tmp_path):
-    out = run(script, {**flags, "max_train_steps": 1})
-    weights = load_file(out / script.LORA_FILE)
-    file = tmp_path / "compiled.safetensors"
-    save_file({name.replace("unet.", "unet._orig_mod."): weight for name, weight in weights.items()}, file)
-
-    error = train_error(script, {**flags, "init_lora": file, "output_dir": tmp_path / "second"})
-
-    assert error == f"--init_lora {file}: no layer matches the UNet."
+    for key in ("lora_magnitude_vector", "dora_scale"):
+        save_file({**weights, f"unet.conv_in.{key}": torch.ones(4)}, dora)
+        error = train_error(script, {**flags, "init_lora": dora})
+        assert error == f"--init_lora {dora} cannot be loaded: DoRA is not supported"
+    error = train_error(script, {**flags, "init_lora": compiled})
+    assert error == f"--init_lora {compiled}: no layer matches the UNet."
 
 
-def test_unet_of_another_kind_is_refused_before_weights_are_loaded(script, flags, tmp_path):
+def test_missing_unet_or_one_of_another_kind_is_refused(script, flags, tmp_path):
     unet = build_unet(cross_attention_dim=32, pooled_dim=64)
     unet.save_config(tmp_path / "other" / "unet")
 
-    error = train_error(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "other"})
+    missing = train_error(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})
+    other = train_error(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "other"})
 
-    assert f"--pretrained_unet_name_or_path {tmp_path / 'other'} is not an SDXL UNet" in error
-
-
-def test_missing_unet_is_refused(script, flags, tmp_path):
-    error = train_error(script, {**flags, "pretrained_unet_name_or_path": tmp_path / "none"})
-
-    assert f"--pretrained_unet_name_or_path {tmp_path / 'none'} cannot be loaded" in error
+    assert f"--pretrained_unet_name_or_path {tmp_path / 'none'} cannot be loaded" in missing
+    assert f"--pretrained_unet_name_or_path {tmp_path / 'other'} is not an SDXL UNet" in other
 
 
 @pytest.mark.parametrize(
@@ -355,17 +326,13 @@ def test_evaluation_applies_the_lora_of_text_encoders(script, flags, loaded):
 
 
 def test_text_encoders_are_trained_alike_on_two_processes(script, flags, tmp_path):
-    """The gradients of the text encoders are summed like those of the UNet. Adam would amplify rounding errors."""
+    """Their gradients are summed like those of the UNet. Adam must not divide by rounding errors of these sums."""
     flags.update(TEXT, max_train_steps=2, adam_epsilon=1e-5)
 
     one = run(script, flags)
     two = run_ranks_successfully({**flags, "train_batch_size": 2, "output_dir": tmp_path / "two"})
 
-    weights = trained(two)
-    expected = trained(one)
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        assert (weight - expected[name]).abs().max() < 1e-5, name
+    assert_close(two, one)
 
 
 def test_two_processes_continue_a_lora_of_all_layers_of_the_text_encoders(script, flags, tmp_path):
