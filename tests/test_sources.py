@@ -242,10 +242,7 @@ def three_splits(tmp_path):
 
 
 @MAP_AND_STREAM
-@pytest.mark.parametrize(
-    ("split", "numbers"),
-    [(None, [0, 1]), ("test", [4, 5]), ("test+train", [4, 5, 0, 1])],
-)
+@pytest.mark.parametrize(("split", "numbers"), [(None, [0, 1]), ("test", [4, 5]), ("test+train", [4, 5, 0, 1])])
 def test_splits_are_selected_and_joined(script, three_splits, streaming, split, numbers):
     found = summaries(script, three_splits, streaming=streaming, dataset_split_name=split)
 

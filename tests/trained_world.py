@@ -298,10 +298,7 @@ def sample(
         prompts = [prefix + caption(*subject) for subject in subjects[start : start + 48]]
         generators = [torch.Generator().manual_seed(10_000 + start + i) for i in range(len(prompts))]
         generated += pipeline(
-            prompts,
-            num_inference_steps=20,
-            guidance_scale=guidance_scale,
-            generator=generators,
+            prompts, num_inference_steps=20, guidance_scale=guidance_scale, generator=generators
         ).images
     return list(zip(subjects, generated, strict=True))
 
