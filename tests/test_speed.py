@@ -18,20 +18,8 @@ from runs import run_ranks_successfully
 # Functions that read a tensor's value on the host, and functions in which processes wait for each other. DDP's own
 # reduction is in C++.
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
-COLLECTIVES = (
-    "all_reduce",
-    "reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "gather",
-    "broadcast",
-    "barrier",
-    "all_gather_object",
-    "gather_object",
-    "broadcast_object_list",
-    "scatter",
-    "reduce_scatter_tensor",
-)
+TENSOR_COLLECTIVES = ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor", "gather", "broadcast", "scatter")
+OTHER_COLLECTIVES = ("barrier", "all_gather_object", "gather_object", "broadcast_object_list", "reduce_scatter_tensor")
 
 
 def record_events(file, patch, call):
@@ -54,7 +42,7 @@ def record_events(file, patch, call):
 
     for name in READS:
         record(torch.Tensor, name)
-    for name in COLLECTIVES:
+    for name in (*TENSOR_COLLECTIVES, *OTHER_COLLECTIVES):
         record(torch.distributed, name)
     record(accelerate.Accelerator, "log")
     return call()
@@ -139,24 +127,25 @@ def test_objective_does_not_wait_for_the_gpu(script, flags, tmp_path, monkeypatc
 
 # Operators of a step ------------------------------------------------------------------------------------------------
 @pytest.fixture
-def host(script, monkeypatch):
-    """The benchmark of the host's work, with the script as a module."""
+def benchmarks(monkeypatch):
+    """Makes the benchmarks importable."""
     monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+
+
+@pytest.fixture
+def host(script, benchmarks, monkeypatch):
+    """The benchmark of the host's work, with the script as a module."""
     import host
 
     monkeypatch.setattr(host, "script", script)
     return host
 
 
-@pytest.fixture(scope="session")
-def narrow_sdxl(tmp_path_factory):
+@pytest.fixture
+def narrow_sdxl(host, tmp_path):
     """A folder with SDXL's topology at tiny width."""
-    sys.path.append(str(ROOT / "tests" / "benchmarks"))
-    from host import build_world
-
-    folder = tmp_path_factory.mktemp("narrow")
-    build_world(folder)
-    return folder
+    host.build_world(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("case", ["lora, checkpointing", "full", matrix("lora"), matrix("full, checkpointing")])
@@ -183,8 +172,7 @@ def test_step_does_not_iterate_over_the_model(host, narrow_sdxl, monkeypatch):
 
 
 @pytest.mark.matrix
-def test_benchmark_for_a_gpu_runs_at_toy_size_and_continues(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+def test_benchmark_for_a_gpu_runs_at_toy_size_and_continues(benchmarks, tmp_path, monkeypatch, capsys):
     import gpu
 
     commands = []
