@@ -114,6 +114,7 @@ JPEG = encode(Image.fromarray(random_pixels(24, 24, 3)), "JPEG")
     [
         ({"jpg_0": None}, "has no image"),
         ({"jpg_0": b"<html>404</html>"}, "cannot be read"),
+        ({"jpg_0": {"bytes": None, "path": "/no/file.png"}}, "cannot be read .*/no/file.png"),
         ({"jpg_0": PNG[:-600]}, "cannot be read"),
         ({"jpg_1": JPEG[: len(JPEG) // 2]}, "cannot be read"),
         ({"jpg_0": encode(Image.new("1", (20_000, 10_000)))}, "cannot be read .*Bomb"),
@@ -122,7 +123,7 @@ JPEG = encode(Image.fromarray(random_pixels(24, 24, 3)), "JPEG")
         ({"caption": None}, "has 'None' instead of text in column caption"),
         ({"label_1": math.nan, "label_0": 1.0}, "has no label_1"),
     ],
-    ids=["no image", "text", "truncated PNG", "truncated JPEG", "bomb", "extreme ratio", "no caption", "NaN label"],
+    ids=["no image", "text", "no file", "cut PNG", "cut JPEG", "bomb", "narrow", "no caption", "no label"],
 )
 def test_reason_why_a_row_cannot_be_used(script, changes, expected):
     assert re.search(expected, unusable_reason(script, make_row(0, **changes)))

@@ -109,8 +109,9 @@ def test_run_stopped_in_its_last_step_saves_its_weights_when_it_resumes(script, 
 )
 def test_signal_to_one_rank_stops_all(flags, uninterrupted, rank, place, call, number, step):
     flags.update(train_batch_size=2, max_train_steps=5, checkpointing_steps=3, validation_steps=2, **VALIDATION)
+    fault = Fault(place, (call,), partial(signalled, number))
 
-    statuses, outputs = run_ranks(flags, {rank: [Fault(place, (call,), partial(signalled, number))]})
+    statuses, outputs = run_ranks(flags, {rank: [fault]})
     stopped_at = checkpoints(flags["output_dir"])
     out = run_ranks_successfully({**flags, "resume_from_checkpoint": "latest"})
 
@@ -297,8 +298,9 @@ def test_launched_run_ends_without_hanging_or_crashing(flags, end, repetitions):
 def test_unexpected_error_ends_a_run_with_loader_workers(flags):
     """The workers ignore the signal with which Python ends its children, so it would wait for them forever."""
     flags.update(dataloader_num_workers=2)
+    fault = Fault("step", (2,), partial(raising, OUT_OF_MEMORY))
 
-    statuses, outputs = run_ranks(flags, {0: [Fault("step", (2,), partial(raising, OUT_OF_MEMORY))]}, size=1)
+    statuses, outputs = run_ranks(flags, {0: [fault]}, size=1)
 
     assert statuses == [1], outputs
     assert "RuntimeError: out of memory" in outputs[0]
@@ -322,8 +324,9 @@ def test_unexpected_error_ends_a_run_with_loader_workers(flags):
 def test_killed_ranks_resume_from_the_newest_complete_checkpoint(flags, uninterrupted, place, call, victims):
     flags.update(train_batch_size=2, max_train_steps=8, checkpointing_steps=2, validation_steps=3, **VALIDATION)
     flags.update(checkpoints_total_limit=1)
+    faults = {rank: [Fault(place, (call,), cluster.killed)] for rank in victims}
 
-    statuses, outputs = run_ranks(flags, {rank: [Fault(place, (call,), cluster.killed)] for rank in victims})
+    statuses, outputs = run_ranks(flags, faults)
     kept = checkpoints(flags["output_dir"])
     out = run_ranks_successfully({**flags, "resume_from_checkpoint": "latest"})
 

@@ -18,8 +18,20 @@ from runs import run_ranks_successfully
 # Functions that read a tensor's value on the host, and functions in which processes wait for each other. DDP's own
 # reduction is in C++.
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
-TENSOR_COLLECTIVES = ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor", "gather", "broadcast", "scatter")
-OTHER_COLLECTIVES = ("barrier", "all_gather_object", "gather_object", "broadcast_object_list", "reduce_scatter_tensor")
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "gather",
+    "broadcast",
+    "barrier",
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter",
+    "reduce_scatter_tensor",
+)
 
 
 def record_events(file, patch, call):
@@ -42,7 +54,7 @@ def record_events(file, patch, call):
 
     for name in READS:
         record(torch.Tensor, name)
-    for name in (*TENSOR_COLLECTIVES, *OTHER_COLLECTIVES):
+    for name in COLLECTIVES:
         record(torch.distributed, name)
     record(accelerate.Accelerator, "log")
     return call()
