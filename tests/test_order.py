@@ -105,7 +105,7 @@ def test_streamed_and_prepared_runs_are_equal(script, flags, tmp_path, batches):
     folders = {groups: write_groups(tmp_path / groups, sizes, TIES) for groups, sizes in GROUPS.items()}
 
     runs = {}
-    for groups, streaming, workers in itertools.product(GROUPS, (None, True), (0, 2)):
+    for groups, streaming, workers in (*itertools.product(GROUPS, (None, True), (0, 2)), ("one", True, 1)):
         batches.clear()
         flags.update(dataset_name=folders[groups], streaming=streaming, dataloader_num_workers=workers)
         out = run(script, {**flags, "output_dir": tmp_path / f"{groups}-{streaming}-{workers}"})
@@ -113,7 +113,7 @@ def test_streamed_and_prepared_runs_are_equal(script, flags, tmp_path, batches):
 
     expected, expected_captions = runs["one", None, 0]
     assert len(curves(expected)["loss"]) == 8
-    for other in (("one", None, 2), ("one", True, 0), ("uneven", None, 0), ("uneven", None, 2)):
+    for other in (("one", None, 2), ("one", True, 0), ("one", True, 1), ("uneven", None, 0), ("uneven", None, 2)):
         out, captions = runs[other]
         assert captions == expected_captions, other
         assert_same(out, expected)
