@@ -16,7 +16,6 @@ import pytest
 import small_pairs
 from conftest import run
 from fsspec.implementations.local import LocalFileOpener
-from PIL import Image
 from runs import assert_same, read_state, train_error
 from small_pairs import (
     GROUPS,
@@ -30,6 +29,7 @@ from small_pairs import (
     load_pairs,
     make_args,
     make_row,
+    random_image,
     random_pixels,
     summaries,
     summary,
@@ -40,7 +40,6 @@ from small_pairs import (
     write_images,
     write_parquet,
 )
-from small_world import png
 
 
 # Layouts ------------------------------------------------------------------------------------------------------------
@@ -409,7 +408,7 @@ def test_size_of_the_row_groups_in_memory_is_logged(script, flags, tmp_path, cap
     """Without columns that are not read."""
     rows = []
     for number in range(6):
-        image = png(Image.frombytes("RGB", (96, 96), os.urandom(3 * 96 * 96)))
+        image = random_image(96, 96)
         rows.append(make_row(number, jpg_0=image, jpg_1=image, other=os.urandom(2**20)))
     write_parquet(tmp_path / "data" / "train.parquet", [rows[:3], rows[3:]])
     mebibytes = sum(len(row["jpg_0"]) + len(row["jpg_1"]) for row in rows) / 2**20
