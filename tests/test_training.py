@@ -338,7 +338,8 @@ def launch_jobs(folder, jobs):
     """Train jobs {name: flags} on two processes. Returns the hashes of each job's weights on both of them."""
     folder.mkdir()
     (folder / "jobs.py").write_text(JOBS)
-    (folder / "jobs.json").write_text(json.dumps({name: command_line(flags) for name, flags in jobs.items()}))
+    words = {name: command_line(flags) for name, flags in jobs.items()}
+    (folder / "jobs.json").write_text(json.dumps(words))
     result = fork({}, 2, wrapper=[folder / "jobs.py"])
     assert result.returncode == 0, result.stderr
     return {name: [(folder / f"{name}-{rank}").read_text() for rank in range(2)] for name in jobs}

@@ -9,7 +9,16 @@ import yaml
 from accelerate.state import PartialState
 from conftest import matrix, run, scalars
 from PIL import Image
-from runs import TOKEN, VALIDATION, assert_equal, curves, files_with, read_state, resume, trained
+from runs import (
+    TOKEN,
+    VALIDATION,
+    assert_equal,
+    curves,
+    files_with,
+    read_state,
+    resume,
+    trained,
+)
 from small_pairs import write_groups
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
