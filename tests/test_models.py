@@ -11,6 +11,7 @@ from conftest import matrix, run, scalars
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from runs import assert_continues, assert_equal, assert_same, resume, train_error, trained
+from small_pairs import make_row, random_image, write_parquet
 from small_world import build_pipeline
 
 
@@ -187,6 +188,26 @@ def test_allow_tf32_is_for_matrix_products_and_convolutions(script, flags, tf32_
     train_error(script, {**flags, "allow_tf32": allowed, "caption_column": "nothing"})
 
     assert [backend.allow_tf32 for backend in tf32_backends] == 2 * [bool(allowed)]
+
+
+def test_unet_gets_the_size_and_crop_of_each_pair_for_both_images(script, flags, tmp_path, record_calls):
+    """They are compared with Pillow's in test_pairs.py."""
+    rows = []
+    for number in range(4):
+        image = random_image(72 + 8 * number, 64)
+        rows.append(make_row(number, jpg_0=image, jpg_1=image))
+    write_parquet(tmp_path / "pairs" / "train.parquet", [rows])
+    flags.update(dataset_name=tmp_path / "pairs", cache_dir=tmp_path / "cache", random_crop=True)
+    losses = record_calls(script, "preference_loss")
+    forwards = record_calls(UNet2DConditionModel, "forward")
+
+    run(script, {**flags, "max_train_steps": 1})
+
+    (forward,) = forwards
+    _, batch = losses[0].args
+    expected = batch["add_time_ids"].tolist()
+    assert sorted(width for _, width, *_ in expected) == [72, 80, 88, 96]
+    assert forward.kwargs["added_cond_kwargs"]["time_ids"].tolist() == 2 * expected
 
 
 # 8-bit Adam and bfloat16 weights ------------------------------------------------------------------------------------

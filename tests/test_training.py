@@ -31,10 +31,10 @@ configs:
 
 @pytest.fixture(scope="module")
 def other_world(tmp_path_factory):
-    """v-prediction, a VAE without force_upcast and with other weights, and pairs with ties, larger than 64 pixels."""
+    """What the small world lacks: v-prediction, a VAE without force_upcast and with other weights, pairs with ties."""
     folder = tmp_path_factory.mktemp("other")
     build_pipeline(folder / "pipeline", seed=7, prediction_type="v_prediction", force_upcast=False)
-    draw_pairs(folder / "pairs", ties=20, size=80)
+    draw_pairs(folder / "pairs", ties=20)
     (folder / "pairs" / "README.md").write_text(DATASET_CARD)
     return folder
 
@@ -216,7 +216,7 @@ def test_accumulation_and_scaled_learning_rate_equal_the_loop_written_by_hand(sc
 
 
 def test_other_pairs_and_another_vae_equal_the_loop_written_by_hand(script, flags, other_world, tmp_path):
-    """With ties, label noise, and random crops of images that are larger than the resolution."""
+    """With ties, label noise and random crops."""
     flags.update(OPTIMIZER, dataset_name=other_world / "pairs", label_noise_prob=0.5, random_crop=True)
     flags.update({"dataset_config_name": "all_shards", "no-remove_ties": True})
     flags["pretrained_vae_model_name_or_path"] = other_world / "pipeline" / "vae"
