@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import matrix, run, scalars
@@ -244,6 +245,31 @@ def test_stochastic_rounding_goes_to_a_neighbor_and_keeps_the_mean(script):
     representable = values.bfloat16().float() == values
     assert representable.sum() >= 2
     assert (rounded[:, representable] == exact[representable]).all()
+
+
+def weight_changes(optimizer_class, dtype):
+    """Changes of weights of about 1e-2 in 300 steps with noisy gradients, at the paper's learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    start = (1e-2 * torch.randn(64, 1024, generator=generator)).bfloat16()
+    direction = torch.randn(64, 1024, generator=generator)
+    parameter = torch.nn.Parameter(start.to(dtype, copy=True))
+    optimizer = optimizer_class([parameter], lr=1e-7, weight_decay=0)
+    for _ in range(300):
+        parameter.grad = (direction + torch.randn(64, 1024, generator=generator)).to(dtype)
+        optimizer.step()
+    return (parameter.detach().float() - start.float()).double()
+
+
+def test_small_updates_of_bfloat16_weights_need_stochastic_rounding(script):
+    plain = bitsandbytes.optim.AdamW8bit
+    stochastic = type("Stochastic", (script.StochasticRounding, plain), {})
+    expected = weight_changes(plain, torch.float32)
+
+    def share_of_expected(changes):
+        return (changes * expected).sum().item() / (expected * expected).sum().item()
+
+    assert share_of_expected(weight_changes(plain, torch.bfloat16)) < 0.05
+    assert share_of_expected(weight_changes(stochastic, torch.bfloat16)) == pytest.approx(1, abs=0.1)
 
 
 @pytest.fixture
