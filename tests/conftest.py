@@ -87,14 +87,13 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def flags(world, tmp_path):
-    """Flags of a short run: LoRA on the small world, every step logged, all output in `tmp_path / "out"`."""
+def short_run(world, output_dir):
+    """Flags of a short run: LoRA on the small world, every step logged."""
     return {
         "pretrained_model_name_or_path": world / "pipeline",
         "dataset_name": world / "pairs",
         "cache_dir": world / "cache",
-        "output_dir": tmp_path / "out",
+        "output_dir": output_dir,
         "resolution": 64,
         "rank": 4,
         "learning_rate": 1e-3,
@@ -103,6 +102,12 @@ def flags(world, tmp_path):
         "logging_steps": 1,
         "seed": 0,
     }
+
+
+@pytest.fixture
+def flags(world, tmp_path):
+    """Flags of a short run that writes to `tmp_path / "out"`."""
+    return short_run(world, tmp_path / "out")
 
 
 Call = namedtuple("Call", ["args", "kwargs", "result"])

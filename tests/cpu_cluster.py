@@ -82,6 +82,7 @@ PLACES = {
     "tracker end": (TensorBoardTracker, "finish"),
     "source": (pq.ParquetFile, "read_row_group"),
     "held out": (pq.ParquetFile, "read_row_group"),
+    "labels": (pq.ParquetFile, "read"),
     "lora": (StableDiffusionXLPipeline, "save_lora_weights"),
     "weights": (Accelerator, "get_state_dict"),
     "clip": (Accelerator, "clip_grad_norm_"),

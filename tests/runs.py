@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 STATE = "mapo_state.json"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# Must not be in any file of a run.
+TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
 # Exit status of a run that a signal has stopped.
 STOPPED = 75
 # Validation that generates three images and holds out eight pairs.
@@ -99,6 +101,10 @@ def files_in(folder):
     """Contents of all files: {path: bytes}."""
     folder = Path(folder)
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def files_with(text, folder):
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
 def grid_images(path):

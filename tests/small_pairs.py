@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -91,14 +92,12 @@ def write_groups(folder, sizes, tied=(), bad=(), broken=b""):
     for file, sizes_of_file in enumerate(sizes):
         groups = []
         for size in sizes_of_file:
-            group = []
-            for _ in range(size):
-                row = make_row(number)
+            group = [make_row(number + place) for place in range(size)]
+            for row in group:
                 if number in tied:
                     row.update(label_0=1, label_1=1)
                 if number in bad:
                     row["jpg_1"] = broken
-                group.append(row)
                 number += 1
             groups.append(group)
         write_parquet(folder / f"train-{file}.parquet", groups, schema)
@@ -111,11 +110,16 @@ def save_bytes(folder, rows):
 
 
 def save_image_feature(folder, rows):
-    table = datasets.Dataset.from_list(rows)
-    for name in IMAGES:
-        table = table.cast_column(name, datasets.Image())
     folder.mkdir()
-    table.to_parquet(folder / "train.parquet")
+    with_image_feature(rows).to_parquet(folder / "train.parquet")
+
+
+def with_image_feature(rows):
+    """A dataset whose columns of images, which are bytes or paths, have the feature Image."""
+    dataset = datasets.Dataset.from_list(rows)
+    for name in IMAGES:
+        dataset = dataset.cast_column(name, datasets.Image())
+    return dataset
 
 
 def write_images(folder, rows):
@@ -133,21 +137,12 @@ def write_images(folder, rows):
 def save_absolute_paths(folder, rows):
     """The Image feature with only paths, which `to_parquet` would replace with the bytes."""
     folder.mkdir()
-    features = datasets.Features(
-        {
-            "caption": datasets.Value("string"),
-            "jpg_0": datasets.Image(),
-            "jpg_1": datasets.Image(),
-            "label_0": datasets.Value("int64"),
-            "label_1": datasets.Value("int64"),
-        }
-    )
     images = folder.parent / "images"
     rows = write_images(images, rows)
     for row in rows:
         for name in IMAGES:
-            row[name] = {"bytes": None, "path": str(images / row[name])}
-    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, folder / "train.parquet")
+            row[name] = str(images / row[name])
+    pq.write_table(with_image_feature(rows).data.table, folder / "train.parquet")
 
 
 def with_file_name_columns(rows):
@@ -165,11 +160,12 @@ def save_imagefolder_with_parquet(folder, rows):
     pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
 
 
-def save_zipped_imagefolder(folder, rows):
-    save_imagefolder(folder.parent / "unzipped", rows)
+def save_zipped(save, folder, rows):
+    save(folder.parent / "unzipped", rows)
     shutil.make_archive(folder / "train", "zip", folder.parent / "unzipped")
 
 
+save_zipped_imagefolder = partial(save_zipped, save_imagefolder)
 WEBDATASET_COLUMNS = {
     "caption_column": "caption.txt",
     "image_0_column": "jpg_0.png",
@@ -213,11 +209,7 @@ def save_ordered_files(folder, rows):
     (folder / "metadata.csv").write_text("\n".join(lines))
 
 
-def save_zipped_ordered_files(folder, rows):
-    save_ordered_files(folder.parent / "unzipped", rows)
-    shutil.make_archive(folder / "train", "zip", folder.parent / "unzipped")
-
-
+save_zipped_ordered_files = partial(save_zipped, save_ordered_files)
 ORDERED = {"chosen_column": "chosen", "rejected_column": "rejected"}
 
 
@@ -234,9 +226,14 @@ def make_args(script, folder=None, **flags):
     return script.parse_args(command_line({**defaults, **flags}))
 
 
+def load_both_pairs(script, folder, **flags):
+    """The PairDatasets of the training pairs and of the held-out pairs in a folder."""
+    return script.load_pairs(make_args(script, folder, **flags), (4, 1, 1), 1000)
+
+
 def load_pairs(script, folder, **flags):
     """The PairDataset of the training pairs in a folder."""
-    pairs, _ = script.load_pairs(make_args(script, folder, **flags), (4, 1, 1), 1000)
+    pairs, _ = load_both_pairs(script, folder, **flags)
     return pairs
 
 

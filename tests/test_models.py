@@ -1,21 +1,19 @@
-"""Models and optimizers: dtypes, how weights are loaded, SDXL's size conditioning, 8-bit Adam, bfloat16 and fp16."""
+"""Models and optimizers: dtypes, how weights are loaded, 8-bit Adam, bfloat16 and fp16."""
 
-import io
 import json
 import math
 import re
 import shutil
 
 import bitsandbytes
-import numpy as np
 import pytest
 import torch
 from conftest import matrix, run, scalars
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageOps
 from runs import assert_continues, assert_equal, assert_same, resume, train_error, trained
-from small_world import build_pipeline, png, write_pairs
+from small_pairs import make_row, random_image, write_parquet
+from small_world import build_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +114,13 @@ def fp16_files(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("vae", [None, "fp16 files", "plain files"])
+@pytest.mark.parametrize("vae", ["fp16 files", "plain files"])
 def test_variant_is_loaded_and_trained_in_float32(script, flags, world, fp16_files, loaded, vae):
     """Another VAE is loaded in that variant as well, if it exists."""
     flags.update(pretrained_model_name_or_path=fp16_files, variant="fp16", revision="main", rank=None)
-    if vae == "fp16 files":
-        flags["pretrained_vae_model_name_or_path"] = fp16_files / "vae"
-    elif vae == "plain files":
-        flags["pretrained_vae_model_name_or_path"] = world / "pipeline" / "vae"
+    vae_folder = fp16_files if vae == "fp16 files" else world / "pipeline"
 
-    out = run(script, {**flags, "max_train_steps": 1})
+    out = run(script, {**flags, "pretrained_vae_model_name_or_path": vae_folder / "vae", "max_train_steps": 1})
 
     for name, weight in trained(out).items():
         assert weight.dtype == torch.float32, name
@@ -193,91 +188,27 @@ def test_allow_tf32_is_for_matrix_products_and_convolutions(script, flags, tf32_
 
     train_error(script, {**flags, "allow_tf32": allowed, "caption_column": "nothing"})
 
-    for backend in tf32_backends:
-        assert backend.allow_tf32 == bool(allowed)
+    assert [backend.allow_tf32 for backend in tf32_backends] == 2 * [bool(allowed)]
 
 
-# Conditioning -------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def sized_pairs(tmp_path):
-    """A folder with eight pairs of noise images, which all have different sizes, and its rows."""
-    rng = np.random.default_rng(0)
-    sides = (64, 72, 96, 130)
-    sizes = rng.permutation([(width, height) for width in sides for height in sides]).tolist()
-    images = []
-    for width, height in sizes:
-        images.append(png(Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8))))
+def test_unet_gets_the_size_and_crop_of_each_pair_for_both_images(script, flags, tmp_path, record_calls):
+    """They are compared with Pillow's in test_pairs.py."""
     rows = []
-    for number in range(8):
-        rows.append(
-            {
-                "caption": "noise",
-                "jpg_0": images[2 * number],
-                "jpg_1": images[2 * number + 1],
-                "label_0": number % 2,
-                "label_1": 1 - number % 2,
-            }
-        )
-    write_pairs(rows, tmp_path / "sized", 1, len(rows))
-    return tmp_path / "sized", rows
+    for number in range(4):
+        image = random_image(72 + 8 * number, 64)
+        rows.append(make_row(number, jpg_0=image, jpg_1=image))
+    write_parquet(tmp_path / "pairs" / "train.parquet", [rows])
+    flags.update(dataset_name=tmp_path / "pairs", cache_dir=tmp_path / "cache", random_crop=True)
+    losses = record_calls(script, "preference_loss")
+    forwards = record_calls(UNet2DConditionModel, "forward")
 
+    run(script, {**flags, "max_train_steps": 1})
 
-@pytest.fixture
-def unet_inputs(script, monkeypatch):
-    """The batches of a run, each with the time_ids that the UNet gets."""
-    inputs = []
-    forward = UNet2DConditionModel.forward
-    preference_loss = script.preference_loss
-
-    def record_batch(run, batch):
-        inputs.append([batch])
-        return preference_loss(run, batch)
-
-    def record_conditions(unet, *args, added_cond_kwargs, **kwargs):
-        inputs[-1].append(added_cond_kwargs["time_ids"])
-        return forward(unet, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", record_conditions)
-    monkeypatch.setattr(script, "preference_loss", record_batch)
-    return inputs
-
-
-def is_flipped_crop(image, top, left, pixels):
-    """Whether these pixels are the crop of the flipped image, and not that of the image."""
-    crops = []
-    for orientation in (image, ImageOps.mirror(image)):
-        crop = orientation.crop((left, top, left + 64, top + 64))
-        crops.append(np.array_equal(np.array(crop), pixels.permute(1, 2, 0)))
-    return crops.index(True) == 1
-
-
-@pytest.mark.parametrize("random_crop", [True, None], ids=["random", "center"])
-def test_unet_gets_size_and_crop_of_the_chosen_image(script, flags, sized_pairs, unet_inputs, random_crop):
-    """For both images of a pair: (height, width), the position of the crop after the flip, and the target size."""
-    folder, rows = sized_pairs
-
-    run(script, {**flags, "dataset_name": folder, "random_crop": random_crop})
-
-    flips = set()
-    crops = set()
-    assert len(unet_inputs) == 4
-    for batch, time_ids in unet_inputs:
-        chosen_ids, rejected_ids = time_ids.chunk(2)
-        assert torch.equal(chosen_ids, rejected_ids)
-        for ids, pixels, name in zip(chosen_ids.int().tolist(), batch["pixel_values"], batch["row"]):
-            number = int(re.fullmatch(r"row (\d+)", name).group(1))
-            image = Image.open(io.BytesIO(rows[number]["jpg_0" if rows[number]["label_0"] else "jpg_1"]))
-            height, width, top, left, target_height, target_width = ids
-            assert (width, height) == image.size
-            assert (target_height, target_width) == (64, 64)
-            scale = 64 / min(image.size)
-            resized = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
-            flips.add(is_flipped_crop(resized, top, left, pixels))
-            crops.add((number, top, left))
-
-    assert flips == {False, True}
-    # Each pair is visited twice. Only random crops differ between the two visits.
-    assert (len(crops) > 8) == bool(random_crop)
+    (forward,) = forwards
+    _, batch = losses[0].args
+    expected = batch["add_time_ids"].tolist()
+    assert sorted(width for _, width, *_ in expected) == [72, 80, 88, 96]
+    assert forward.kwargs["added_cond_kwargs"]["time_ids"].tolist() == 2 * expected
 
 
 # 8-bit Adam and bfloat16 weights ------------------------------------------------------------------------------------
@@ -355,9 +286,9 @@ def full_bf16_flags(flags):
     }
 
 
-def test_bfloat16_weights_train_about_like_float32_weights(script, full_bf16_flags, tmp_path):
-    bfloat16 = run(script, full_bf16_flags)
-    float32 = run(script, {**full_bf16_flags, "full_bf16": None, "output_dir": tmp_path / "float32"})
+def test_bfloat16_weights_train_about_like_float32_weights(script, full_bf16_flags, uninterrupted):
+    bfloat16 = uninterrupted(full_bf16_flags)
+    float32 = uninterrupted({**full_bf16_flags, "full_bf16": None})
 
     losses = list(scalars(bfloat16)["loss"].values())
     expected = list(scalars(float32)["loss"].values())
@@ -368,16 +299,16 @@ def test_bfloat16_weights_train_about_like_float32_weights(script, full_bf16_fla
     assert UNet2DConditionModel.from_pretrained(bfloat16 / "unet").dtype == torch.float32
 
 
-def test_bfloat16_weights_resume_exactly(script, full_bf16_flags, tmp_path):
+def test_bfloat16_weights_resume_exactly(script, full_bf16_flags, uninterrupted, tmp_path):
     """They are rounded with the same random bits."""
-    uninterrupted = run(script, full_bf16_flags)
-    checkpoint = uninterrupted / "checkpoint-5"
+    expected = uninterrupted(full_bf16_flags)
+    checkpoint = expected / "checkpoint-5"
 
     resumed = resume(script, full_bf16_flags, checkpoint, tmp_path / "resumed")
-    full_bf16_flags.update(full_bf16=None, resume_from_checkpoint=checkpoint, output_dir=tmp_path / "refused")
+    full_bf16_flags.update(full_bf16=None, resume_from_checkpoint=checkpoint)
     error = train_error(script, full_bf16_flags)
 
-    assert_continues(uninterrupted, resumed, 5)
+    assert_continues(expected, resumed, 5)
     assert re.search("full_bf16 is False, but True in .*checkpoint-5", error)
 
 

@@ -10,20 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run, scalars
+from conftest import run, scalars, short_run
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
-from runs import LORA_WEIGHTS, VALIDATION, assert_equal, grid_images, largest_difference, trained
+from runs import LORA_WEIGHTS, TOKEN, VALIDATION, assert_equal, files_with, grid_images, largest_difference, trained
 from safetensors import safe_open
 from small_world import build_pipeline
 
 
-TOKEN = "hf_ThisIsNoRealTokenButItMustStaySecret"
 PROMPTS = ["a red circle", "an orange star, drawn by hand", "a green square"]
-
-
-def files_with(text, folder):
-    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
 def published_files_with(text, out):
@@ -41,25 +36,17 @@ def read_model_card(out):
 @pytest.fixture(scope="module", params=[4, None], ids=["LoRA", "UNet"])
 def finished_flags(request, script, world, tmp_path_factory):
     """Flags of a finished run, of a LoRA or of the full UNet with the default prompts."""
-    rank = request.param
     flags = {
-        "pretrained_model_name_or_path": world / "pipeline",
-        "dataset_name": world / "pairs",
-        "cache_dir": world / "cache",
-        "output_dir": tmp_path_factory.mktemp("out"),
-        "resolution": 64,
-        "rank": rank,
-        "learning_rate": 1e-3 if rank is None else 0.02,
-        "seed": 0,
-        "max_train_steps": 4,
-        "logging_steps": 1,
+        **short_run(world, tmp_path_factory.mktemp("out")),
+        "rank": request.param,
+        "learning_rate": 0.02 if request.param else 1e-3,
         "num_validation_pairs": 4,
         "loss_type": "mapo_v1",
         "beta_mapo": 0.25,
         "hub_token": TOKEN,
         "run_validation": True,
         "validation_steps": 2,
-        "validation_prompts": None if rank is None else PROMPTS,
+        "validation_prompts": PROMPTS if request.param else None,
         "num_inference_steps": 3,
         "guidance_scale": 4.0,
     }
@@ -72,15 +59,9 @@ def generate(pipeline, prompts):
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for number, prompt in enumerate(prompts):
-        image = pipeline(
-            prompt,
-            height=64,
-            width=64,
-            num_inference_steps=3,
-            guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(number),
-        ).images[0]
-        images.append(np.asarray(image, dtype=int))
+        generator = torch.Generator().manual_seed(number)
+        output = pipeline(prompt, num_inference_steps=3, guidance_scale=4.0, generator=generator)
+        images.append(np.asarray(output.images[0], dtype=int))
     return images
 
 
@@ -108,11 +89,17 @@ def test_grid_shows_images_of_plain_pipelines(script, finished_flags):
 
 
 # Model card ---------------------------------------------------------------------------------------------------------
-def test_model_card_describes_the_run(script, finished_flags):
+def test_model_card_describes_the_run_and_how_to_load_the_weights(script, finished_flags):
     out = finished_flags["output_dir"]
     metadata, text, details = read_model_card(out)
 
     assert {"mapo", "text-to-image"} <= set(metadata["tags"])
+    if finished_flags["rank"] is None:
+        assert "unet" in metadata["tags"]
+        assert "unet = UNet2DConditionModel.from_pretrained(" in text
+    else:
+        assert "lora" in metadata["tags"]
+        assert "load_lora_weights(" in text
     assert "objective `mapo_v1` at beta 0.25" in text
     assert "of `pipeline`" in text
     assert "pairs of `pairs`" in text
@@ -126,17 +113,6 @@ def test_model_card_describes_the_run(script, finished_flags):
         assert details["metrics"][key] == pytest.approx(scalars(out)[key][4], rel=1e-6)
     image = re.search(r"!\[.*\]\((.*)\)", text)[1]
     assert (out / image).is_file()
-
-
-def test_model_card_shows_how_to_load_the_weights(finished_flags):
-    metadata, text, _ = read_model_card(finished_flags["output_dir"])
-
-    if finished_flags["rank"] is None:
-        assert "unet" in metadata["tags"]
-        assert "unet = UNet2DConditionModel.from_pretrained(" in text
-    else:
-        assert "lora" in metadata["tags"]
-        assert "load_lora_weights(" in text
 
 
 def test_no_local_path_and_no_token_is_published(finished_flags):
@@ -160,20 +136,11 @@ def hub_model(world, tmp_path, flags):
     return folder
 
 
-@pytest.mark.usefixtures("hub_model")
-def test_model_card_names_a_base_model_on_the_hub_and_not_its_cache(script, flags, tmp_path):
-    out = run(script, {**flags, "rank": None, "max_train_steps": 1})
-
-    metadata, text, _ = read_model_card(out)
-    assert metadata["base_model"] == "some/sdxl"
-    assert "of `some/sdxl`" in text
-    assert 'from_pretrained("some/sdxl")' in text
-    assert published_files_with(str(tmp_path), out) == []
-
-
-@pytest.mark.parametrize("revision", [None, "main"])
-def test_base_model_stays_at_the_commit_of_the_first_start(script, flags, hub_model, tmp_path, revision):
-    flags.update(checkpointing_steps=2, revision=revision)
+@pytest.mark.parametrize(("rank", "revision"), [(4, None), (None, "main")], ids=["LoRA", "UNet"])
+def test_base_model_on_the_hub_is_named_and_stays_at_the_commit_of_the_first_start(
+    script, flags, hub_model, tmp_path, rank, revision
+):
+    flags.update(rank=rank, checkpointing_steps=2, revision=revision)
     uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
     run(script, {**flags, "max_train_steps": 2})
 
@@ -183,8 +150,13 @@ def test_base_model_stays_at_the_commit_of_the_first_start(script, flags, hub_mo
     out = run(script, {**flags, "resume_from_checkpoint": "latest"})
 
     assert_equal(trained(out), trained(uninterrupted))
-    _, _, details = read_model_card(out)
+    metadata, text, details = read_model_card(out)
     assert details["commits"]["model"] == 40 * "a"
+    assert metadata["base_model"] == "some/sdxl"
+    assert "of `some/sdxl`" in text
+    assert 'from_pretrained("some/sdxl")' in text
+    assert "fine-tuned for 4 steps" in text
+    assert published_files_with(str(tmp_path), out) == []
 
 
 def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flags, tmp_path):
@@ -207,14 +179,6 @@ def test_foreign_readme_is_kept(script, flags, caplog):
 
     assert (out / "README.md").read_text() == "# My project\n"
     assert "README.md is not a model card of this script" in caplog.text
-
-
-def test_own_model_card_is_replaced(script, flags):
-    run(script, {**flags, "max_train_steps": 1})
-
-    out = run(script, {**flags, "max_train_steps": 2, "resume_from_checkpoint": "latest"})
-
-    assert "fine-tuned for 2 steps" in (out / "README.md").read_text()
 
 
 # Upload -------------------------------------------------------------------------------------------------------------

@@ -135,9 +135,9 @@ def test_second_signal_after_ctrl_c_kills_a_process_at_once(flags, number):
 
 # With launchers -----------------------------------------------------------------------------------------------------
 LAUNCHERS = {
-    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "python": [],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "python": [sys.executable],
 }
 RANKS = {"accelerate": 1, "torchrun": 2, "python": 1}
 
@@ -148,14 +148,9 @@ class LaunchedRun:
     def __init__(self, folder, launcher, flags, faults):
         self.size = RANKS[launcher]
         self.log_file = folder / "log"
-        words = [*LAUNCHERS[launcher], *cluster.with_faults(faults), SCRIPT, *command_line(flags)]
+        command = [*LAUNCHERS[launcher], *cluster.with_faults(faults), SCRIPT, *command_line(flags)]
         with self.log_file.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         self.launcher = psutil.Process(self.process.pid)
         self.children = []
 
@@ -180,10 +175,8 @@ class LaunchedRun:
     def find_ranks(self):
         """The ranks, in their order. Workers of data loaders are children of a rank."""
         self.children = self.launcher.children(recursive=True)
-        candidates = []
-        for process in [self.launcher, *self.children]:
-            if "cpu_cluster.py" in " ".join(process.cmdline()[:3]):
-                candidates.append(process)
+        processes = [self.launcher, *self.children]
+        candidates = [process for process in processes if "cpu_cluster.py" in " ".join(process.cmdline()[:3])]
         found = [process for process in candidates if process.parent() not in candidates]
         assert len(found) == self.size, self.log()
         return sorted(found, key=lambda process: int(process.environ().get("RANK", 0)))
@@ -252,14 +245,12 @@ def test_signal_to_a_launched_run_saves_a_checkpoint(script, flags, uninterrupte
 def test_second_ctrl_c_kills_a_launched_run_at_once(flags, tmp_path, launcher):
     """Each rank waits for the first one in step 3, and for the second one in the checkpoint that it then saves."""
     flags.update(dataloader_num_workers=1, train_batch_size=2, max_train_steps=5)
-    steps = []
-    saves = []
+    steps = [tmp_path / f"step-{rank}" for rank in range(RANKS[launcher])]
+    saves = [tmp_path / f"save-{rank}" for rank in range(RANKS[launcher])]
     faults = {}
-    for rank in range(RANKS[launcher]):
-        steps.append(tmp_path / f"step-{rank}")
-        saves.append(tmp_path / f"save-{rank}")
-        first = Fault("step", (3,), partial(cluster.waiting_for_a_signal, steps[rank]))
-        second = Fault("checkpoint", (1,), partial(cluster.waiting_for_the_end, saves[rank]))
+    for rank, (step, save) in enumerate(zip(steps, saves)):
+        first = Fault("step", (3,), partial(cluster.waiting_for_a_signal, step))
+        second = Fault("checkpoint", (1,), partial(cluster.waiting_for_the_end, save))
         faults[rank] = [first, second]
 
     with LaunchedRun(tmp_path, launcher, flags, faults) as launched:

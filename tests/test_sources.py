@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import re
@@ -14,34 +13,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small_pairs
 from conftest import run
 from fsspec.implementations.local import LocalFileOpener
-from PIL import Image
-from runs import assert_same, train_error
+from runs import assert_same, read_state, train_error
 from small_pairs import (
     GROUPS,
     IMAGES,
     LABELS,
     MAP_AND_STREAM,
-    ORDERED,
     TIES,
     USABLE,
-    WEBDATASET_COLUMNS,
     expected_pair,
+    load_both_pairs,
     load_pairs,
     make_args,
     make_row,
+    random_image,
     random_pixels,
-    save_absolute_paths,
-    save_bytes,
-    save_image_feature,
-    save_imagefolder,
-    save_imagefolder_with_parquet,
-    save_ordered_bytes,
-    save_ordered_files,
-    save_webdataset,
-    save_zipped_imagefolder,
-    save_zipped_ordered_files,
     summaries,
     summary,
     unusable_reason,
@@ -51,27 +40,26 @@ from small_pairs import (
     write_images,
     write_parquet,
 )
-from small_world import png
 
 
 # Layouts ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("save", "flags"),
     [
-        (save_bytes, {}),
-        (save_image_feature, {}),
-        (save_absolute_paths, {}),
-        (save_ordered_bytes, ORDERED),
-        (save_bytes, {"streaming": True}),
-        (save_image_feature, {"streaming": True}),
-        (save_absolute_paths, {"streaming": True}),
-        (save_ordered_bytes, {**ORDERED, "streaming": True}),
-        (save_imagefolder, {}),
-        (save_imagefolder_with_parquet, {}),
-        (save_zipped_imagefolder, {}),
-        (save_ordered_files, ORDERED),
-        (save_zipped_ordered_files, ORDERED),
-        (save_webdataset, WEBDATASET_COLUMNS),
+        (small_pairs.save_bytes, {}),
+        (small_pairs.save_image_feature, {}),
+        (small_pairs.save_absolute_paths, {}),
+        (small_pairs.save_ordered_bytes, small_pairs.ORDERED),
+        (small_pairs.save_bytes, {"streaming": True}),
+        (small_pairs.save_image_feature, {"streaming": True}),
+        (small_pairs.save_absolute_paths, {"streaming": True}),
+        (small_pairs.save_ordered_bytes, {**small_pairs.ORDERED, "streaming": True}),
+        (small_pairs.save_imagefolder, {}),
+        (small_pairs.save_imagefolder_with_parquet, {}),
+        (small_pairs.save_zipped_imagefolder, {}),
+        (small_pairs.save_ordered_files, small_pairs.ORDERED),
+        (small_pairs.save_zipped_ordered_files, small_pairs.ORDERED),
+        (small_pairs.save_webdataset, small_pairs.WEBDATASET_COLUMNS),
     ],
 )
 def test_all_layouts_give_the_same_pairs(script, tmp_path, save, flags):
@@ -82,31 +70,19 @@ def test_all_layouts_give_the_same_pairs(script, tmp_path, save, flags):
     assert found == [expected_pair(number) for number in range(5)]
 
 
-@pytest.mark.parametrize("save", [save_ordered_files, save_zipped_ordered_files])
+@pytest.mark.parametrize("save", [small_pairs.save_ordered_files, small_pairs.save_zipped_ordered_files])
 def test_training_on_image_files_equals_training_on_parquet(script, flags, tmp_path, save):
     """Loader workers read the image files."""
     rows = [make_row(number) for number in range(9)]
     save(tmp_path / "files", rows)
-    save_ordered_bytes(tmp_path / "parquet", rows)
-    flags.update(ORDERED, cache_dir=tmp_path / "cache", resolution=16)
+    small_pairs.save_ordered_bytes(tmp_path / "parquet", rows)
+    flags.update(small_pairs.ORDERED, cache_dir=tmp_path / "cache", resolution=16)
 
     on_parquet = run(script, {**flags, "dataset_name": tmp_path / "parquet"})
     flags.update(dataset_name=tmp_path / "files", dataloader_num_workers=2, output_dir=tmp_path / "on files")
     on_files = run(script, flags)
 
     assert_same(on_files, on_parquet)
-
-
-@pytest.mark.parametrize("save", [save_absolute_paths, save_imagefolder])
-def test_row_whose_image_file_is_missing_is_replaced(script, tmp_path, save):
-    save(tmp_path / "data", [make_row(number) for number in range(3)])
-    pairs = load_pairs(script, tmp_path / "data")
-    (file,) = tmp_path.glob("*/1-jpg_1.png")
-    file.unlink()
-
-    captions = [pair["caption"] for pair in visit_all(script, pairs)]
-
-    assert captions == ["pair 0", "pair 2", "pair 2"]
 
 
 @MAP_AND_STREAM
@@ -146,30 +122,27 @@ def test_pairs_are_tried_before_weights_are_loaded(script, flags, tmp_path, monk
     assert re.search("no row .* can be used.* has no image", error)
 
 
-@MAP_AND_STREAM
-def test_long_captions_are_counted_in_a_warning(script, flags, tmp_path, caplog, streaming):
-    """77 tokens are 75 and two for start and end. Of a stream, the first row group is counted."""
-    rows = []
-    for number, words in enumerate([3, 76, 1, 75, 90, 5, 200, 75]):
-        rows.append(make_row(number, caption=" ".join(words * ["red"])))
+@pytest.mark.parametrize(
+    ("numbers_of_words", "streaming", "expected"),
+    [
+        ([3, 76, 1, 75, 90, 5, 200, 75], None, ["3 of the first 8"]),
+        ([3, 76, 1, 75, 90, 5, 200, 75], True, ["3 of the first 8"]),
+        ([*1000 * [1], 200], None, []),
+    ],
+    ids=["map", "stream", "after the first 1000"],
+)
+def test_long_captions_are_counted_in_a_warning(
+    script, flags, tmp_path, caplog, numbers_of_words, streaming, expected
+):
+    """77 tokens are 75 and two for start and end."""
+    rows = [make_row(number % 9, caption=" ".join(words * ["red"])) for number, words in enumerate(numbers_of_words)]
     write_parquet(tmp_path / "data" / "train.parquet", [rows[:5], rows[5:]])
     flags.update(dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", streaming=streaming, resolution=16)
-    flags.update(max_train_steps=2, num_validation_pairs=None if streaming else 2)
 
-    run(script, flags)
+    run(script, {**flags, "max_train_steps": 1, "num_validation_pairs": 2})
 
-    (warning,) = [record.getMessage() for record in caplog.records if "77 tokens" in record.getMessage()]
-    assert warning.endswith("] 3 of the first 8 captions have more than 77 tokens; SDXL ignores the rest.")
-
-
-def test_no_warning_if_the_first_1000_captions_are_short(script, flags, tmp_path, caplog):
-    rows = [*(1000 * [make_row(1, caption="red")]), make_row(1, caption=200 * "red ")]
-    write_parquet(tmp_path / "data" / "train.parquet", [rows])
-    flags.update(dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", max_train_steps=1, resolution=16)
-
-    run(script, flags)
-
-    assert "77 tokens" not in caplog.text
+    pattern = r"\] (.*) captions have more than 77 tokens; SDXL ignores the rest\."
+    assert re.findall(pattern, caplog.text) == expected
 
 
 @pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pair?", "some*/pairs"])
@@ -181,19 +154,13 @@ def test_folder_whose_name_is_a_pattern_is_refused(script, tmp_path, name):
         load_pairs(script, tmp_path / name)
 
 
-def test_file_instead_of_a_folder_is_refused(script, tmp_path, monkeypatch):
-    write_groups(tmp_path / "data", [[3]])
-    monkeypatch.chdir(tmp_path / "data")
-
-    with pytest.raises(script.TrainingError, match="train-0.parquet is a file. Give the folder that contains it."):
-        load_pairs(script, tmp_path / "data", dataset_name="train-0.parquet")
-
-
-def test_dataset_may_be_the_current_folder(script, tmp_path, monkeypatch):
+def test_dataset_may_be_the_current_folder_but_not_a_file(script, tmp_path, monkeypatch):
     write_groups(tmp_path / "data", [[3]])
     monkeypatch.chdir(tmp_path / "data")
 
     found = summaries(script, tmp_path / "data", dataset_name=".")
+    with pytest.raises(script.TrainingError, match="train-0.parquet is a file. Give the folder that contains it."):
+        load_pairs(script, tmp_path / "data", dataset_name="train-0.parquet")
 
     assert found == [expected_pair(number) for number in range(3)]
 
@@ -224,7 +191,7 @@ def test_paths_in_a_table_are_refused_with_the_name_that_makes_them_images(scrip
 
 
 def test_streaming_needs_parquet_files(script, tmp_path):
-    save_imagefolder(tmp_path / "data", [make_row(0)])
+    small_pairs.save_imagefolder(tmp_path / "data", [make_row(0)])
 
     with pytest.raises(script.TrainingError, match="--streaming reads parquet files"):
         load_pairs(script, tmp_path / "data", streaming=True)
@@ -235,17 +202,13 @@ def test_streaming_needs_parquet_files(script, tmp_path):
 def three_splits(tmp_path):
     """A folder with the splits train (pairs 0 and 1), validation (2 and 3) and test (4 and 5)."""
     folder = tmp_path / "data"
-    write_parquet(folder / "train.parquet", [[make_row(0), make_row(1)]])
-    write_parquet(folder / "validation.parquet", [[make_row(2), make_row(3)]])
-    write_parquet(folder / "test.parquet", [[make_row(4), make_row(5)]])
+    for number, split in enumerate(("train", "validation", "test")):
+        write_parquet(folder / f"{split}.parquet", [[make_row(2 * number), make_row(2 * number + 1)]])
     return folder
 
 
 @MAP_AND_STREAM
-@pytest.mark.parametrize(
-    ("split", "numbers"),
-    [(None, [0, 1]), ("test", [4, 5]), ("test+train", [4, 5, 0, 1])],
-)
+@pytest.mark.parametrize(("split", "numbers"), [(None, [0, 1]), ("test", [4, 5]), ("test+train", [4, 5, 0, 1])])
 def test_splits_are_selected_and_joined(script, three_splits, streaming, split, numbers):
     found = summaries(script, three_splits, streaming=streaming, dataset_split_name=split)
 
@@ -256,10 +219,7 @@ def test_splits_are_selected_and_joined(script, three_splits, streaming, split, 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (
-            {"dataset_split_name": "test+val"},
-            r"--dataset_split_name: .* no split 'val' \(splits: .*'train', 'validation'",
-        ),
+        ({"dataset_split_name": "test+val"}, r"--dataset_split_name: .* no split 'val' \(splits: .*'train', 'val"),
         ({"validation_split": "val"}, "--validation_split: .* no split 'val'"),
         ({"validation_split": "train"}, "--validation_split train is also trained on"),
     ],
@@ -278,23 +238,28 @@ def test_pairs_are_held_out_caption_by_caption(script, tmp_path, caplog, number,
     """Four captions of two pairs each. A caption of which only one pair is held out is not trained on."""
     rows = [make_row(n, caption=caption) for n, caption in enumerate("cbacbadd")]
     write_parquet(tmp_path / "data" / "train.parquet", [rows])
-    args = make_args(script, tmp_path / "data", num_validation_pairs=number)
 
-    training_pairs, held_out_pairs = script.load_pairs(args, (4, 1, 1), 1000)
+    training_pairs, held_out_pairs = load_both_pairs(script, tmp_path / "data", num_validation_pairs=number)
 
     assert training_pairs.index[:, 1].tolist() == trained
     assert held_out_pairs.index[:, 1].tolist() == held_out
     assert ("1 training pairs are left out" in caplog.text) == (number == 3)
 
 
-def test_captions_of_the_validation_split_are_not_trained_on(script, tmp_path, caplog):
+@MAP_AND_STREAM
+def test_captions_of_the_validation_split_are_not_trained_on(script, tmp_path, caplog, streaming):
+    """The number of training pairs does not limit those of the validation split."""
     write_parquet(tmp_path / "data" / "train.parquet", [[make_row(number) for number in range(6)]])
     write_parquet(tmp_path / "data" / "validation.parquet", [[make_row(number) for number in (1, 4, 9)]])
+    flags = {"validation_split": "validation", "streaming": streaming}
 
-    pairs = load_pairs(script, tmp_path / "data", validation_split="validation")
+    training_pairs = load_pairs(script, tmp_path / "data", **flags)
+    two_pairs, held_out_pairs = load_both_pairs(script, tmp_path / "data", **flags, max_train_samples=2)
 
-    assert pairs.index[:, 1].tolist() == [0, 2, 3, 5]
+    assert training_pairs.index[:, 1].tolist() == [0, 2, 3, 5]
     assert "2 training pairs are left out" in caplog.text
+    assert len(two_pairs.index) == 2
+    assert held_out_pairs.index[:, 1].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -307,7 +272,7 @@ def test_samples_and_held_out_pairs_are_the_same_streamed_or_not(script, tmp_pat
         captions = []
         for streaming in (None, True):
             flags = {"max_train_samples": samples, "num_validation_pairs": 3, "seed": seed, "streaming": streaming}
-            for pairs in script.load_pairs(make_args(script, folder, **flags), (4, 1, 1), 1000):
+            for pairs in load_both_pairs(script, folder, **flags):
                 captions.append([pair["caption"] for pair in visit_all(script, pairs)])
 
         trained, held_out, streamed_trained, streamed_held_out = captions
@@ -316,19 +281,6 @@ def test_samples_and_held_out_pairs_are_the_same_streamed_or_not(script, tmp_pat
         assert held_out == USABLE[:3]
         assert trained == [caption for caption in USABLE[3:] if caption in trained]
         assert len(trained) == min(samples, 17)
-
-
-def test_max_train_samples_does_not_apply_to_a_validation_split(script, tmp_path):
-    train = [make_row(number, caption=f"train {number}") for number in range(9)]
-    validation = [make_row(number, caption=f"validation {number}") for number in range(6)]
-    write_parquet(tmp_path / "data" / "train.parquet", [train])
-    write_parquet(tmp_path / "data" / "validation.parquet", [validation])
-    args = make_args(script, tmp_path / "data", max_train_samples=4, validation_split="validation")
-
-    training_pairs, held_out_pairs = script.load_pairs(args, (4, 1, 1), 1000)
-
-    assert len(training_pairs.index) == 4
-    assert held_out_pairs.index[:, 1].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_every_pair_is_equally_likely_to_be_sampled(script, monkeypatch):
@@ -416,11 +368,10 @@ def hub_cache(tmp_path):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("revision", [None, 40 * "a"], ids=["any", "same"])
-def test_dataset_of_the_hub_is_used_from_the_cache(script, hub_cache, revision):
+def test_dataset_of_the_hub_is_used_from_the_cache(script, hub_cache):
     args = make_args(script, dataset_name="me/pairs", cache_dir=hub_cache)
 
-    pairs, _ = script.load_pairs(args, (4, 1, 1), 1000, revision=revision)
+    pairs, _ = script.load_pairs(args, (4, 1, 1), 1000, revision=40 * "a")
 
     assert [summary(pair) for pair in visit_all(script, pairs)] == [expected_pair(number) for number in range(4)]
     assert pairs.split.commit == 40 * "a"
@@ -449,7 +400,7 @@ def test_checkpoint_contains_the_commit_of_the_current_dataset(script, flags, hu
     flags.update(dataset_name="me/pairs", resume_from_checkpoint="latest", max_train_steps=2)
     out = run(script, flags)
 
-    assert json.loads((out / "checkpoint-2" / "mapo_state.json").read_text())["dataset_commit"] == 40 * "a"
+    assert read_state(out / "checkpoint-2")["dataset_commit"] == 40 * "a"
 
 
 # Memory of a stream -------------------------------------------------------------------------------------------------
@@ -457,7 +408,7 @@ def test_size_of_the_row_groups_in_memory_is_logged(script, flags, tmp_path, cap
     """Without columns that are not read."""
     rows = []
     for number in range(6):
-        image = png(Image.frombytes("RGB", (96, 96), os.urandom(3 * 96 * 96)))
+        image = random_image(96, 96)
         rows.append(make_row(number, jpg_0=image, jpg_1=image, other=os.urandom(2**20)))
     write_parquet(tmp_path / "data" / "train.parquet", [rows[:3], rows[3:]])
     mebibytes = sum(len(row["jpg_0"]) + len(row["jpg_1"]) for row in rows) / 2**20

@@ -139,24 +139,25 @@ def test_objective_does_not_wait_for_the_gpu(script, flags, tmp_path, monkeypatc
 
 # Operators of a step ------------------------------------------------------------------------------------------------
 @pytest.fixture
-def host(script, monkeypatch):
-    """The benchmark of the host's work, with the script as a module."""
+def benchmarks(monkeypatch):
+    """Makes the benchmarks importable."""
     monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+
+
+@pytest.fixture
+def host(script, benchmarks, monkeypatch):
+    """The benchmark of the host's work, with the script as a module."""
     import host
 
     monkeypatch.setattr(host, "script", script)
     return host
 
 
-@pytest.fixture(scope="session")
-def narrow_sdxl(tmp_path_factory):
+@pytest.fixture
+def narrow_sdxl(host, tmp_path):
     """A folder with SDXL's topology at tiny width."""
-    sys.path.append(str(ROOT / "tests" / "benchmarks"))
-    from host import build_world
-
-    folder = tmp_path_factory.mktemp("narrow")
-    build_world(folder)
-    return folder
+    host.build_world(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("case", ["lora, checkpointing", "full", matrix("lora"), matrix("full, checkpointing")])
@@ -183,8 +184,7 @@ def test_step_does_not_iterate_over_the_model(host, narrow_sdxl, monkeypatch):
 
 
 @pytest.mark.matrix
-def test_benchmark_for_a_gpu_runs_at_toy_size_and_continues(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+def test_benchmark_for_a_gpu_runs_at_toy_size_and_continues(benchmarks, tmp_path, monkeypatch, capsys):
     import gpu
 
     commands = []

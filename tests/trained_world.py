@@ -143,16 +143,11 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
 
 
 def encode_captions(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like SDXL: the penultimate hidden states of both text encoders, and the projection of the second one."""
-    hidden = []
-    for tokenizer, encoder in (
-        (pipeline.tokenizer, pipeline.text_encoder),
-        (pipeline.tokenizer_2, pipeline.text_encoder_2),
-    ):
-        tokens = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
-        output = encoder(tokens, output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-    return torch.cat(hidden, dim=-1), output.text_embeds
+    """The embeddings of captions, and those that are pooled."""
+    prompt_embeds, _, pooled_embeds, _ = pipeline.encode_prompt(
+        captions, device="cpu", do_classifier_free_guidance=False
+    )
+    return prompt_embeds, pooled_embeds
 
 
 def train_denoiser(
@@ -298,10 +293,7 @@ def sample(
         prompts = [prefix + caption(*subject) for subject in subjects[start : start + 48]]
         generators = [torch.Generator().manual_seed(10_000 + start + i) for i in range(len(prompts))]
         generated += pipeline(
-            prompts,
-            num_inference_steps=20,
-            guidance_scale=guidance_scale,
-            generator=generators,
+            prompts, num_inference_steps=20, guidance_scale=guidance_scale, generator=generators
         ).images
     return list(zip(subjects, generated, strict=True))
 
