@@ -197,10 +197,12 @@ def test_names_that_pipelines_do_not_load_are_an_error(script, flags, monkeypatc
     assert "names of the LoRA weights of the unet do not match its layers" in error
 
 
-def test_unknown_layer_is_refused(script, flags):
-    error = train_error(script, {**flags, "lora_layers": ["to_k", "to_nothing"]})
+def test_unknown_layer_and_one_that_cannot_have_a_lora_are_refused(script, flags):
+    unknown = train_error(script, {**flags, "lora_layers": ["to_k", "to_nothing"]})
+    norm = train_error(script, {**flags, "lora_layers": ["norm1"]})
 
-    assert "--lora_layers to_nothing is neither" in error
+    assert "--lora_layers to_nothing is neither" in unknown
+    assert norm.startswith("--lora_layers or --init_lora: peft cannot adapt the layers of the unet: ")
 
 
 # Continued training -------------------------------------------------------------------------------------------------

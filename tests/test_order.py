@@ -233,6 +233,15 @@ def test_bad_rows_are_replaced_named_and_counted(
         assert sorted(skipped()) == sorted([*names, names[2]])
 
 
+def test_dataset_without_a_usable_row_is_refused(script, flags, tmp_path):
+    folder = write_groups(tmp_path / "data", [[3]], bad={0, 1, 2})
+
+    error = train_error(script, {**flags, "dataset_name": folder})
+
+    reason = r"no row from row \d to row \d can be used; the last one has no image"
+    assert re.fullmatch(f"--dataset_name {folder} cannot be trained on: {reason}", error)
+
+
 @MAP_AND_STREAM
 def test_too_many_bad_rows_stop_the_run_after_a_checkpoint(script, flags, tmp_path, skipped, streaming):
     flags.update(dataset_name=write_groups(tmp_path / "data", [[12]], bad={3, 8}), streaming=streaming)

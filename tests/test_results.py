@@ -18,6 +18,7 @@ from safetensors import safe_open
 from small_world import build_pipeline
 
 
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 PROMPTS = ["a red circle", "an orange star, drawn by hand", "a green square"]
 
 
@@ -116,23 +117,24 @@ def test_model_card_describes_the_run_and_how_to_load_the_weights(script, finish
 
 
 def test_no_local_path_and_no_token_is_published(finished_flags):
-    """The hub would refuse a model card with a local folder as base model."""
+    """The hub would refuse a model card with a local folder as base model, whose license is not known either."""
     out = finished_flags["output_dir"]
     metadata, _, _ = read_model_card(out)
 
     assert published_files_with(str(out.parent), out) == []
     assert files_with(TOKEN, out) == []
     assert "base_model" not in metadata
+    assert "license" not in metadata
 
 
 @pytest.fixture
 def hub_model(world, tmp_path, flags):
-    """Flags of a run on the base model some/sdxl, which is in the hub's cache at commit aaa... Returns its folder."""
-    folder = tmp_path / "cache" / "models--some--sdxl"
+    """Flags of a run on SDXL from the hub, which is in the cache at commit aaa... Returns its folder."""
+    folder = tmp_path / "cache" / "models--stabilityai--stable-diffusion-xl-base-1.0"
     shutil.copytree(world / "pipeline", folder / "snapshots" / (40 * "a"))
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(40 * "a")
-    flags.update(pretrained_model_name_or_path="some/sdxl", cache_dir=tmp_path / "cache")
+    flags.update(pretrained_model_name_or_path=SDXL, cache_dir=tmp_path / "cache")
     return folder
 
 
@@ -152,9 +154,10 @@ def test_base_model_on_the_hub_is_named_and_stays_at_the_commit_of_the_first_sta
     assert_equal(trained(out), trained(uninterrupted))
     metadata, text, details = read_model_card(out)
     assert details["commits"]["model"] == 40 * "a"
-    assert metadata["base_model"] == "some/sdxl"
-    assert "of `some/sdxl`" in text
-    assert 'from_pretrained("some/sdxl")' in text
+    assert metadata["base_model"] == SDXL
+    assert metadata["license"] == "openrail++"
+    assert f"of `{SDXL}`" in text
+    assert f'from_pretrained("{SDXL}")' in text
     assert "fine-tuned for 4 steps" in text
     assert published_files_with(str(tmp_path), out) == []
 
@@ -211,7 +214,7 @@ def test_failed_upload_loses_nothing(script, flags, hub_events, tmp_path, monkey
     for name in ("README.md", LORA_WEIGHTS, "validation/step-000004.png", "checkpoint-4"):
         assert (out / name).exists()
     assert "--push_to_hub failed" in caplog.text
-    assert "hf upload me/some-model results/mine" in caplog.text
+    assert "hf upload me/some-model results/mine --exclude 'checkpoint-*/**' --exclude '.*'" in caplog.text
     # None for `private`, because False would override an organization's default.
     assert hub_events == [("mine", {"exist_ok": True, "private": None, "token": TOKEN}), "weights"]
     assert files_with(TOKEN, tmp_path) == []
