@@ -1915,8 +1915,10 @@ def score_records(args, accelerator, name, reference_images, records):
                 logger.warning(f"{name} truncates {too_long} prompts to {scorer.max_tokens()} tokens.")
 
         progress = tqdm(batches, desc=f"Scoring {name}", disable=not accelerator.is_local_main_process)
-        images_of_batches = read_ahead([[records[key]["file"] for key in batch] for batch in batches])
-        for batch, images in zip(progress, images_of_batches, strict=True):
+        paths = []
+        for batch in batches:
+            paths.append([records[key]["file"] for key in batch])
+        for batch, images in zip(progress, read_ahead(paths), strict=True):
             values = scorer.score(images, [scored_text(records[key]) for key in batch]).tolist()
             scores += zip(batch, values, strict=True)
         del scorer
