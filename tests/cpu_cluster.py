@@ -267,7 +267,7 @@ def noting_path(folder, call):
 def waiting_for_a_cache(folder, call):
     """Ask for a file in a cache of latents after another rank has written one."""
     if "mapo_latents" in str(call.args[0]):
-        wait_until(lambda: any(folder.glob("mapo_latents/*/*")), 5)
+        wait_until(lambda: any(folder.glob("mapo_latents/*/*/[!.]*")), 5)
     return call()
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SCRIPT, command_line, matrix, run, scalars
-from cpu_cluster import EVERY_CALL, FORKS, Fault, full_disk, install, noting_path, waiting_for_a_cache, work
+from cpu_cluster import EVERY_CALL, FORKS, Fault, install, noting_path, waiting_for_a_cache, work
 from runs import assert_continues, assert_same, curves, resume, run_ranks_successfully, train_error
 from small_pairs import MAP_AND_STREAM, make_row, save_imagefolder, save_zipped_imagefolder, write_groups
 from small_world import draw_pairs
@@ -265,12 +265,16 @@ def test_killed_run_leaves_complete_files_and_the_next_one_adds_the_others(scrip
 def test_full_disk_leaves_no_incomplete_file(script, flags, monkeypatch):
     flags["num_validation_pairs"] = None
 
+    def save_half(call):
+        call.args[1].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
         # The first file is the index of the pairs.
-        install(Fault("file", (3,), partial(full_disk, 1000)), patch.setattr)
+        install(Fault("file", (3,), save_half), patch.setattr)
         error = train_error(script, flags)
 
-    assert re.search("--cache_latents: .*mapo_latents.*File too large", error)
+    assert re.search("--cache_latents: .*mapo_latents.*: OSError.*No space left", error)
     assert len(cache_files(flags)) == 1
     run(script, flags)
 
