@@ -3087,10 +3087,11 @@ def main(args):
     accelerator.wait_for_everyone()
     del run, batches
     accelerator.free_memory()
+    accelerator.state.destroy_process_group()
+
+    # End the trackers and upload last, so that no other process has to wait.
     with ignoring_tracker_errors(accelerator):
         accelerator.end_training()
-
-    # Upload last, so that no other process has to wait.
     if not completed:
         return STOPPED
     if repo_id is not None and accelerator.is_main_process:
