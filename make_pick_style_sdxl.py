@@ -875,7 +875,7 @@ def check_models(args, model_files):
     if args.lora is not None and args.unet is None:
         with explain(f"--lora {args.lora} cannot be loaded"):
             unet = read_lora_config(model_files["lora"]).get("unet.base_model_name_or_path")
-        if unet not in (None, "", base):
+        if unet not in (None, "", base, Path(base).name):  # training leaves out the rest of a local path
             logger.warning(f"--lora {args.lora} was trained on the UNet of {unet}: add --unet {unet}.")
 
 

@@ -133,14 +133,20 @@ def test_a_lora_changes_the_unet_and_the_text_encoders(evaluation, inputs, one_i
 
 @pytest.mark.parametrize(
     ("trained_on", "with_unet", "warned"),
-    [("trained", False, True), ("trained", True, False), ("pipeline", False, False), (None, False, False)],
-    ids=["another UNet", "another UNet that is given", "the base model", "unknown"],
+    [
+        ("{inputs}/trained", False, True),
+        ("{inputs}/trained", True, False),
+        ("{inputs}/pipeline", False, False),
+        ("pipeline", False, False),
+        ("", False, False),
+    ],
+    ids=["another UNet", "another UNet that is given", "the base model", "its folder's name", "unknown"],
 )
 def test_warns_about_a_lora_of_another_unet(
     evaluation, inputs, generation_flags, tmp_path, caplog, trained_on, with_unet, warned
 ):
     file = tmp_path / "x.safetensors"
-    save_lora_trained_on(trained_on and str(inputs / trained_on), inputs, file)
+    save_lora_trained_on(trained_on.format(inputs=inputs), inputs, file)
     source = f"{inputs / 'trained'}+{file}" if with_unet else str(file)
     args = parse(evaluation, {**generation_flags, "candidates": [f"x={source}"]})
 

@@ -391,17 +391,24 @@ def test_rejects_a_lora_that_does_not_fit(maker, inputs, pair_flags, tmp_path, k
     assert sentence.startswith(f"--lora {file} cannot be loaded: ")
 
 
-@pytest.mark.parametrize("unet", [None, "trained"], ids=["without that UNet", "with that UNet"])
-def test_warns_about_a_lora_of_another_unet(maker, inputs, pair_flags, tmp_path, caplog, unet):
+@pytest.mark.parametrize(
+    ("trained_on", "unet", "warned"),
+    [("trained", None, True), ("trained", "trained", False), ("pipeline", None, False)],
+    ids=["without that UNet", "with that UNet", "the base model, by its folder's name"],
+)
+def test_warns_about_a_lora_of_another_unet(
+    maker, inputs, pair_flags, tmp_path, caplog, monkeypatch, trained_on, unet, warned
+):
+    monkeypatch.chdir(inputs)
     file = tmp_path / "x.safetensors"
-    trained = inputs / "trained"
-    save_lora_trained_on(str(trained), inputs, file)
-    args = parse(maker, {**pair_flags, "lora": file, "unet": unet and inputs / unet})
+    save_lora_trained_on(trained_on, inputs, file)
+    args = parse(maker, {**pair_flags, "lora": file, "unet": unet})
 
     maker.check_models(args, maker.find_models(args))
 
-    warning = f"--lora {file} was trained on the UNet of {trained}: add --unet {trained}."
-    assert (warning in caplog.text) == (unet is None)
+    warning = f"--lora {file} was trained on the UNet of {trained_on}: add --unet {trained_on}."
+    assert (warning in caplog.text) == warned
+    assert ("was trained on" in caplog.text) == warned
 
 
 def test_rejects_scores_that_are_not_finite(maker, candidate_flags, monkeypatch):
