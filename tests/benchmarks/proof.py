@@ -272,10 +272,10 @@ PROOF_PICTURE = {
 }
 FAILURES_PICTURE = {
     "cartoon, base": "base model",
-    "cartoon, beta 8": "healthy: beta 8",
+    "cartoon, beta 64": "healthy: beta 64",
     "cartoon, beta 0.1": "beta too small:\n0.1",
-    "cartoon, beta 8, 900 steps": "too many steps:\n900",
-    "cartoon, beta 8, rate 2e-3": "learning rate\ntoo large: 2e-3",
+    "cartoon, beta 8, 900 steps": "beta 8, too many\nsteps: 900",
+    "cartoon, beta 8, rate 2e-3": "beta 8, learning rate\ntoo large: 2e-3",
 }
 KEYS = [f"guidance {guidance:g}" for guidance in GUIDANCE]
 
