@@ -19,7 +19,7 @@ ORDERED = {"chosen_column": "jpg_0", "rejected_column": "jpg_1"}
 UNET = "unet/config.json"
 VAE = "vae/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
-MISSING = object()
+MISSING = "missing"
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def copy_configs(folder, copy):
 
 def change_config(path, fields):
     config = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not MISSING}))
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != MISSING}))
 
 
 @pytest.fixture
