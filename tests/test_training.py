@@ -319,7 +319,8 @@ def round_differently(weights, generator):
 
 script.load_pipeline = load_and_record
 # One process group for all jobs. A run would destroy it at its end.
-script.Accelerator.end_training = lambda accelerator: None
+destroy_process_group = PartialState.destroy_process_group
+PartialState.destroy_process_group = lambda state, group=None: None
 for name, words in json.loads((folder / "jobs.json").read_text()).items():
     script.round_stochastically = round_differently if name == "rounded differently" else round_stochastically
     run_words(script, words)
@@ -330,7 +331,7 @@ for name, words in json.loads((folder / "jobs.json").read_text()).items():
     (folder / f"{name}-{PartialState().process_index}").write_text(digest.hexdigest())
 unets.clear()
 gc.collect()
-PartialState().destroy_process_group()
+destroy_process_group(PartialState())
 """
 
 
