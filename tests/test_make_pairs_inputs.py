@@ -316,7 +316,7 @@ def error_without_pairs(maker, flags):
     ("flag", "folder", "damage", "reason"),
     [
         (BASE, "unet", partial(edit_config, addition_embed_type=None), ": its UNet is not conditioned on image sizes"),
-        (BASE, "unet", partial(edit_config, in_channels=9), " is not an SDXL model: its UNet has extra input channels"),
+        (BASE, "unet", partial(edit_config, in_channels=9), " is not an SDXL model: its UNet has extra input"),
         (
             "unet",
             "unet",
