@@ -1254,7 +1254,7 @@ def find_candidate(args, name, source):
 
     with explain(f"{label} cannot be loaded"):
         unet = read_lora_config(find_lora_file(source)).get("unet.base_model_name_or_path")
-    if unet not in (None, "", base, Path(base).name):  # training leaves out the rest of a local path
+    if unet not in (None, "", base, Path(base).absolute().name):  # training shortens local paths
         logger.warning(f"{label} was trained on another UNet. Use {name}={unet}+{source}.")
     return Model(label, kind, source, version, pipeline=base, lora=source)
 

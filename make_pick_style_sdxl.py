@@ -875,7 +875,7 @@ def check_models(args, model_files):
     if args.lora is not None and args.unet is None:
         with explain(f"--lora {args.lora} cannot be loaded"):
             unet = read_lora_config(model_files["lora"]).get("unet.base_model_name_or_path")
-        if unet not in (None, "", base, Path(base).name):  # training leaves out the rest of a local path
+        if unet not in (None, "", base, Path(base).absolute().name):  # training shortens local paths
             logger.warning(f"--lora {args.lora} was trained on the UNet of {unet}: add --unet {unet}.")
 
 
@@ -1225,18 +1225,19 @@ def check_output_dir(output_dir, settings):
     """Refuse a folder with pairs of other settings, or with files of another program."""
     folder = Path(output_dir)
     card = folder / "README.md"
-    if card.exists() and not is_finished(output_dir):
-        raise PairsError(
-            f"--output_dir {folder} contains README.md, which this script did not write. Choose another folder."
-        )
-    existing = [*folder.glob("pairs_made/[0-9]*.parquet"), *folder.glob("data/*")]
+    file = settings_path(output_dir)
+    existing = [*folder.glob("pairs_made/[0-9]*.parquet"), *folder.glob("data/*"), *folder.glob(card.name)]
     if not existing:
         return
-    file = settings_path(output_dir)
-    if not file.exists():
+
+    foreign = None
+    if card.exists() and not is_finished(output_dir):
+        foreign = card
+    elif not file.exists():
+        foreign = existing[0]
+    if foreign is not None:
         raise PairsError(
-            f"--output_dir {folder} contains {existing[0].name}, which this script did not write. Choose another "
-            "folder."
+            f"--output_dir {folder} contains {foreign.name}, which this script did not write. Choose another folder."
         )
 
     with explain(f"--output_dir: {file} cannot be read"):

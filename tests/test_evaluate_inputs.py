@@ -308,15 +308,29 @@ def error_of_candidate(evaluation, flags, source):
 
 @pytest.mark.parametrize(
     ("source", "missing"),
-    [("{missing}", ""), ("{missing}+{lora}", ": {missing}"), ("{unet}+{missing}", ": {missing}")],
-    ids=["a candidate", "the UNet of a LoRA", "the LoRA of a UNet"],
+    [
+        ("{missing}", ""),
+        ("{missing}+{lora}", ": {missing}"),
+        ("{unet}+{missing}", ": {missing}"),
+        ("{file}+{lora}", ": {file}"),
+    ],
+    ids=["a candidate", "the UNet of a LoRA", "the LoRA of a UNet", "a single file instead of a UNet"],
 )
 def test_rejects_candidates_without_weights(evaluation, inputs, generation_flags, tmp_path, source, missing):
-    source = source.format(lora=inputs / "lora", unet=inputs / "unet", missing=tmp_path)
+    file = inputs / "unet" / "diffusion_pytorch_model.safetensors"
+    source = source.format(lora=inputs / "lora", unet=inputs / "unet", missing=tmp_path, file=file)
 
     message = error_of_candidate(evaluation, generation_flags, source)
 
-    assert message.startswith(f"{missing.format(missing=tmp_path)} is not a folder or a reachable hub id with ")
+    named = missing.format(missing=tmp_path, file=file)
+    assert message.startswith(f"{named} is not a folder or a reachable hub id with ")
+
+
+def test_an_incomplete_image_does_not_fix_the_settings(evaluation, tmp_path):
+    (tmp_path / ".incomplete-00000_0.png").touch()
+    system = evaluation.System("x", "x", tmp_path, {})
+
+    assert evaluation.check_images(system, {"settings": {"seed": 1}}) == {"settings": {"seed": 1}}
 
 
 def test_a_lora_file_that_does_not_exist_is_called_a_file(evaluation, generation_flags):

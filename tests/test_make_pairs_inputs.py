@@ -316,7 +316,12 @@ def error_without_pairs(maker, flags):
     ("flag", "folder", "damage", "reason"),
     [
         (BASE, "unet", partial(edit_config, addition_embed_type=None), ": its UNet is not conditioned on image sizes"),
-        (BASE, "unet", partial(edit_config, in_channels=9), " is not an SDXL model: its UNet has extra input"),
+        (
+            BASE,
+            "unet",
+            partial(edit_config, in_channels=9),
+            " is not an SDXL model: its UNet has extra input channels.",
+        ),
         (
             "unet",
             "unet",
@@ -498,6 +503,16 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
     assert sentence == f"--output_dir {pair_flags['output_dir']} {reason}"
     assert path.read_text() == "mine"
     assert not loaded_pipelines
+
+
+def test_rejects_other_settings_if_only_the_card_is_left(maker, pairs, pair_flags, tmp_path):
+    (tmp_path / "out" / "pairs_made").mkdir(parents=True)
+    for name in ("README.md", "pairs_made/settings.json"):
+        shutil.copy(pairs / name, tmp_path / "out" / name)
+
+    sentence = error_of(maker, {**pair_flags, "seed": 1})
+
+    assert " contains README.md, made with --seed 0, now 1." in sentence
 
 
 def test_half_made_pairs_survive_a_card_that_the_user_has_written(maker, pair_flags, monkeypatch):
