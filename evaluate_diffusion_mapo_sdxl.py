@@ -134,8 +134,9 @@ class Scorer:
     A published model. `score(images, prompts)` takes N PIL images in RGB and N strings, and returns N scores.
 
     Preprocessing is fixed (no torchvision; texts padded to one length) and everything is float32, so that scores agree
-    across machines and batches up to rounding. Keyword arguments replace entries of `sources`. Each is a hub id or a
-    local folder; `weights` is a local file or HUB_ID/FILE.
+    across machines and batches up to rounding. TF32 is turned off for convolutions in the whole process. Keyword
+    arguments replace entries of `sources`. Each is a hub id or a local folder; `weights` is a local file or
+    HUB_ID/FILE.
     """
 
     sources = {}
@@ -744,7 +745,7 @@ def add_prompt_arguments(parser):
         help="Column with a prompt's category, e.g. its subject. Results are also given per category, and {category} "
         "stands for it in paths of --candidates and --reference_images.",
     )
-    add("--prompt_split", default="test", help="Split of the hub dataset.")
+    add("--prompt_split", default="test", help="Split of the hub dataset or local folder.")
     add("--max_prompts", type=COUNT, help="Use only the first prompts.")
     add("--images_per_prompt", type=COUNT, default=1, help="Number of images per prompt.")
     add("--batch_size", type=COUNT, default=4, help="Images per process and forward pass.")
@@ -799,16 +800,28 @@ def source_flags(name):
     return {part: f"{prefix}_{part}" for part in SCORERS[name].sources}
 
 
-def add_scorer_arguments(parser):
+def add_source_arguments(parser, names):
+    """Flags for the sources of these scorers. The pair maker has them as well."""
     description = "Weights are a file or HUB_ID/FILE; any other source is a hub id or a local folder."
-    add = parser.add_argument_group("scorers", description).add_argument
+    add = parser.add_argument_group("sources of the scorers", description).add_argument
+    for name in names:
+        for part, flag in source_flags(name).items():
+            default = SCORERS[name].sources[part]
+            add(f"--{flag}", type=PATH, default=default, help=f"{part.capitalize()} of {name}.")
+
+
+def check_package(parser, flag, name):
+    """Reject a scorer whose package is not installed."""
+    package = SCORERS[name].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        parser.error(f"{flag} {name} needs a package: pip install {package}")
+
+
+def add_scorer_arguments(parser):
+    add = parser.add_argument_group("scorers").add_argument
     add("--scorers", nargs="+", choices=list(SCORERS), default=DEFAULT_SCORERS, help="Scorers to use.")
     add("--reference_images", type=PATH, help="Local folder with images of the subject, for dinov2.")
-    for name, scorer in SCORERS.items():
-        if name == "hps_no_antialias":
-            continue
-        for part, flag in source_flags(name).items():
-            add(f"--{flag}", type=PATH, default=scorer.sources[part], help=f"{part.capitalize()} of {name}.")
+    add_source_arguments(parser, [name for name in SCORERS if name != "hps_no_antialias"])
 
 
 def parse_args(input_args=None):
@@ -855,19 +868,16 @@ def check_arguments(parser, args):  # noqa: C901
     if not has_categories and any(CATEGORY in path for path in paths):
         parser.error(f"{CATEGORY} in a path requires --category_column")
     if args.prompts in ("hpdv2", *PROMPT_SETS):
-        if args.category_column is not None or args.scoring_prompt_column is not None:
-            parser.error(
-                f"--category_column and --scoring_prompt_column cannot be combined with --prompts {args.prompts}"
-            )
+        for flag in ("prompt_split", "prompt_column", "scoring_prompt_column", "category_column"):
+            if getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag} cannot be combined with --prompts {args.prompts}")
 
     if args.resolution % 8 != 0:
         parser.error("--resolution must be a multiple of 8")
     if "dinov2" in args.scorers and not args.reference_images:
         parser.error("--scorers dinov2 requires --reference_images")
     for name in args.scorers:
-        package = SCORERS[name].package
-        if package is not None and importlib.util.find_spec(package) is None:
-            parser.error(f"--scorers {name} needs a package: pip install {package}")
+        check_package(parser, "--scorers", name)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -979,7 +989,7 @@ def find_images(folder):
         except UnidentifiedImageError:
             others.append(path.name)
             continue
-        except Exception:  # raised again, with its path, when the image is decoded
+        except Exception:  # reported with its path when the image is decoded
             pass
         images.append(path)
     return images, others
@@ -1017,6 +1027,7 @@ def in_batches(items, size):
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # their columns have names
 # Known prompt sets: (source, split, prompt column, category column).
 PROMPT_SETS = {
     "pickapic_v2": ("yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", None),
@@ -1055,7 +1066,10 @@ def stream_prompts(source, split, columns):
     if suffix == ".tsv":
         options["sep"] = "\t"
     builder = datasets.load_dataset_builder(**options)
-    rows = builder.as_streaming_dataset(split=split)
+    try:
+        rows = builder.as_streaming_dataset(split=split)
+    except ValueError as error:
+        raise ValueError(f"--prompt_split: {error}") from error
 
     # Read only these columns of parquet files, which may contain images.
     names = list(dict.fromkeys(columns.values()))
@@ -1064,7 +1078,7 @@ def stream_prompts(source, split, columns):
         rows = builder.as_streaming_dataset(split=split)
 
     for row in rows:
-        if list(row) == ["text"]:
+        if list(row) == ["text"] and suffix not in TABLES:
             columns = {**columns, "--prompt_column": "text"}
         for flag, name in columns.items():
             if name not in row:
@@ -1107,7 +1121,7 @@ def read_prompts(args):
     with explain(f"--prompts {args.prompts} cannot be loaded"):
         rows = list(itertools.islice(read_rows(args), args.max_prompts))
     # Text files may end with blank lines.
-    while rows and rows[-1][0] == "":
+    while rows and isinstance(rows[-1][0], str) and not rows[-1][0].strip():
         rows.pop()
     if not rows:
         raise EvaluationError(f"--prompts {args.prompts} contains no prompts.")
@@ -1255,7 +1269,9 @@ def find_candidate(args, name, source):
     with explain(f"{label} cannot be loaded"):
         unet = read_lora_config(find_lora_file(source)).get("unet.base_model_name_or_path")
     if unet not in (None, "", base, Path(base).absolute().name):  # training shortens local paths
-        logger.warning(f"{label} was trained on another UNet. Use {name}={unet}+{source}.")
+        logger.warning(
+            f"{label} names {unet} as its base model. If that is not {base}, use {name}=UNET+{source} with its UNet."
+        )
     return Model(label, kind, source, version, pipeline=base, lora=source)
 
 
@@ -1832,6 +1848,10 @@ def reference_folder(args, category):
     return args.reference_images.replace(CATEGORY, category)
 
 
+# Files of a scorer that its scores depend on, besides a single file of weights.
+SOURCE_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+
+
 def find_source(args, name, part):
     """The version of one source of a scorer; an error if it lacks a file."""
     flag = source_flags(name)[part]
@@ -1843,7 +1863,10 @@ def find_source(args, name, part):
     for file_name in names:
         file = find_file(source, file_name)
         if file is not None:
-            return version_of(source, file)
+            files = []
+            if part != "weights":
+                files = [path for path in Path(source).glob("*") if path.suffix in SOURCE_SUFFIXES]
+            return version_of(source, file, files)
     raise EvaluationError(f"--{flag} {getattr(args, flag)}: there is no {names[0]} in this folder or hub repository.")
 
 

@@ -388,6 +388,14 @@ def bounded(kind, low, high, wanted):
 
 
 MODEL_FLAGS = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet", "lora"]
+GENERATION_FLAGS = [
+    "variant",
+    "num_inference_steps",
+    "guidance_scale",
+    "resolution",
+    "mixed_precision",
+    "compile",
+]
 LARGEST = sys.float_info.max
 COUNT = bounded(int, 1, sys.maxsize, "a positive whole number")
 CANDIDATES = bounded(int, 2, sys.maxsize, "a whole number of at least 2")
@@ -421,7 +429,7 @@ def add_pair_arguments(parser):
         help="Captions: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a local folder or a hub id.",
     )
     add("--prompt_column", "--caption_column", default="prompt", help="Column with the captions, except in a .txt.")
-    add("--prompt_split", default="train", help="Split of the hub dataset.")
+    add("--prompt_split", default="train", help="Split of the hub dataset or local folder.")
     add("--max_prompts", type=COUNT, help="Use only the first captions.")
     add("--style_prefix", type=words, help="Words before the captions of the chosen images only.")
     add("--rejected_prefix", type=words, help="Words before the captions of the rejected images only.")
@@ -496,34 +504,29 @@ def parse_args(input_args=None):
     add_pair_arguments(parser)
     add_generation_arguments(parser)
     add_output_arguments(parser)
-    args, scorer_args = parser.parse_known_args(input_args)
-    check_arguments(parser, args, scorer_args)
-
+    args, unknown = parser.parse_known_args(input_args)
     if args.scorer is not None:
         if importlib.util.find_spec("evaluate_diffusion_mapo_sdxl") is None:
             parser.error("--scorer needs evaluate_diffusion_mapo_sdxl.py beside this script")
-        from evaluate_diffusion_mapo_sdxl import parse_args as parse_evaluation_args
+        from evaluate_diffusion_mapo_sdxl import add_source_arguments, check_package
 
-        # The evaluation script requires --images and --prompts; only the scorer's own flags are used.
-        args.scorer_args = parse_evaluation_args(
-            ["--images", "a=b", "--scorers", args.scorer, "--prompts", "c", *scorer_args]
-        )
+        add_source_arguments(parser, [args.scorer])
+        check_package(parser, "--scorer", args.scorer)
+        args, unknown = parser.parse_known_args(input_args)
+    if unknown:
+        # Values are not shown: one may be a token.
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if flags:
+            parser.error(f"unknown argument: {flags[0]} (see --help for the list)")
+        parser.error("a value has no flag; quote values that contain spaces")
+    check_arguments(parser, args)
     return args
 
 
-def check_arguments(parser, args, scorer_args):  # noqa: C901
+def check_arguments(parser, args):  # noqa: C901
     """Reject combinations of flags that cannot work."""
     base = args.pretrained_model_name_or_path
     has_prefix = args.style_prefix is not None or args.rejected_prefix is not None
-
-    # Unknown arguments. The evaluation script checks the scorer's own flags. Values are not shown: one may be a token.
-    for word in scorer_args:
-        flag = word.partition("=")[0]
-        is_of_scorer = args.scorer is not None and flag.startswith(f"--{args.scorer}_")
-        if flag.startswith("-") and not is_of_scorer:
-            parser.error(f"unknown argument: {flag} (see --help for the list)")
-    if scorer_args and not scorer_args[0].startswith("-"):
-        parser.error(f"unknown argument: {scorer_args[0]} (see --help for the list)")
 
     # One way of making pairs.
     if [has_prefix, args.num_candidates is not None, args.chosen_images is not None].count(True) != 1:
@@ -536,8 +539,8 @@ def check_arguments(parser, args, scorer_args):  # noqa: C901
             parser.error("--rejected_images requires --chosen_images")
         if args.rejected_images == args.chosen_images:
             parser.error("--rejected_images and --chosen_images are the same")
-        for flag in MODEL_FLAGS:
-            if getattr(args, flag) is not None:
+        for flag in (*MODEL_FLAGS, *GENERATION_FLAGS):
+            if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--rejected_images cannot be combined with --{flag}")
     else:
         if base is None:
@@ -643,7 +646,7 @@ def find_images(folder):
         except UnidentifiedImageError:
             others.append(path.name)
             continue
-        except Exception:  # raised again, with its path, when the image is decoded
+        except Exception:  # reported with its path when the image is decoded
             pass
         images.append(path)
     return images, others
@@ -688,6 +691,7 @@ def write_text(path, text):
 
 # Captions ------------------------------------------------------------------------------------------------------------
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # their columns have names
 
 
 def stream_prompts(source, split, columns):
@@ -707,7 +711,10 @@ def stream_prompts(source, split, columns):
     if suffix == ".tsv":
         options["sep"] = "\t"
     builder = datasets.load_dataset_builder(**options)
-    rows = builder.as_streaming_dataset(split=split)
+    try:
+        rows = builder.as_streaming_dataset(split=split)
+    except ValueError as error:
+        raise ValueError(f"--prompt_split: {error}") from error
 
     # Read only these columns of parquet files, which may contain images.
     names = list(dict.fromkeys(columns.values()))
@@ -716,7 +723,7 @@ def stream_prompts(source, split, columns):
         rows = builder.as_streaming_dataset(split=split)
 
     for row in rows:
-        if list(row) == ["text"]:
+        if list(row) == ["text"] and suffix not in TABLES:
             columns = {**columns, "--prompt_column": "text"}
         for flag, name in columns.items():
             if name not in row:
@@ -876,7 +883,9 @@ def check_models(args, model_files):
         with explain(f"--lora {args.lora} cannot be loaded"):
             unet = read_lora_config(model_files["lora"]).get("unet.base_model_name_or_path")
         if unet not in (None, "", base, Path(base).absolute().name):  # training shortens local paths
-            logger.warning(f"--lora {args.lora} was trained on the UNet of {unet}: add --unet {unet}.")
+            logger.warning(
+                f"--lora {args.lora} names {unet} as its base model. If that is not {base}, name its UNet with --unet."
+            )
 
 
 def load_complete(model_class, source, **options):
@@ -1133,7 +1142,7 @@ def add_branch(layer, down, up):
 
 # Making --------------------------------------------------------------------------------------------------------------
 #
-# Captions are processed in blocks of --batch_size, each by one process. A finished pair is a file in `pairs_made`,
+# Captions are processed in blocks of --batch_size, each by one process. A finished pair is a file in `.pairs_made`,
 # beside the settings that it depends on, until all of them go into `data`.
 MADE_BY = "made by `make_pick_style_sdxl.py`"  # in the card of a finished dataset
 
@@ -1163,10 +1172,10 @@ def describe_scorer(args):
     described = {}
     for part, flag in source_flags(args.scorer).items():
         try:
-            version = find_source(args.scorer_args, args.scorer, part)
+            version = find_source(args, args.scorer, part)
         except EvaluationError as error:
             raise PairsError(str(error)) from error
-        described[f"--{flag}"] = f"{without_local_path(getattr(args.scorer_args, flag))}, version {version}"
+        described[f"--{flag}"] = f"{without_local_path(getattr(args, flag))}, version {version}"
     return described
 
 
@@ -1226,24 +1235,24 @@ def check_output_dir(output_dir, settings):
     folder = Path(output_dir)
     card = folder / "README.md"
     file = settings_path(output_dir)
-    existing = [*folder.glob("pairs_made/[0-9]*.parquet"), *folder.glob("data/*"), *folder.glob(card.name)]
+    existing = [*folder.glob(".pairs_made/[0-9]*.parquet"), *folder.glob("data/*"), *folder.glob(card.name)]
     if not existing:
         return
 
-    foreign = None
     if card.exists() and not is_finished(output_dir):
-        foreign = card
-    elif not file.exists():
-        foreign = existing[0]
-    if foreign is not None:
         raise PairsError(
-            f"--output_dir {folder} contains {foreign.name}, which this script did not write. Choose another folder."
+            f"--output_dir {folder} contains {card.name}, which this script did not write. Choose another folder."
+        )
+    if not file.exists():
+        raise PairsError(
+            f"--output_dir {folder} contains {existing[0].name}, but not {file.relative_to(folder)} of a run of this "
+            "script. Choose another folder."
         )
 
     with explain(f"--output_dir: {file} cannot be read"):
         previous = json.loads(file.read_text(encoding="utf-8"))
     for name in sorted(settings.keys() | previous.keys()):
-        # A finished dataset can be uploaded with other libraries.
+        # Libraries no longer matter once all pairs are made.
         if is_finished(output_dir) and name in (torch.__name__, diffusers.__name__, transformers.__name__):
             continue
         if settings.get(name) != previous.get(name):
@@ -1254,11 +1263,11 @@ def check_output_dir(output_dir, settings):
 
 
 def settings_path(output_dir):
-    return Path(output_dir, "pairs_made", "settings.json")
+    return Path(output_dir, ".pairs_made", "settings.json")
 
 
 def pair_path(output_dir, number):
-    return Path(output_dir, "pairs_made", f"{number:06d}.parquet")
+    return Path(output_dir, ".pairs_made", f"{number:06d}.parquet")
 
 
 def is_finished(output_dir):
@@ -1279,7 +1288,7 @@ def load_scorer(args, device):
 
     try:
         # Not "cpu:0", which would change scores in the last bits: see `score_records` of the evaluation script.
-        return build_scorer(args.scorer_args, args.scorer, "cpu" if device.type == "cpu" else device)
+        return build_scorer(args, args.scorer, "cpu" if device.type == "cpu" else device)
     except EvaluationError as error:
         raise PairsError(str(error)) from error
 
@@ -1388,7 +1397,9 @@ def assemble(args, num_pairs, settings):
     card = DatasetCardData(
         **license_of(args.pretrained_model_name_or_path),
         task_categories=["text-to-image"],
-        tags=["mapo", "preference", "stable-diffusion-xl", "synthetic"],
+        tags=["mapo", "preference"]
+        if args.rejected_images
+        else ["mapo", "preference", "stable-diffusion-xl", "synthetic"],
         dataset_info={
             "features": features,
             "splits": [{"name": "train", "num_bytes": num_bytes, "num_examples": len(kept)}],
@@ -1472,7 +1483,8 @@ def check_prompts(args, captions):
 def start_output(args, settings):
     """Check the output folder, write the settings, create the repository on the hub. Returns its id, or None."""
     check_output_dir(args.output_dir, settings)
-    write_text(settings_path(args.output_dir), json.dumps(settings, indent=2))
+    if not is_finished(args.output_dir):
+        write_text(settings_path(args.output_dir), json.dumps(settings, indent=2))
     if args.push_to_hub:
         return create_hub_repo(args)
     return None
@@ -1503,7 +1515,7 @@ def main(args):
     # Turn them into a dataset.
     if not is_finished(args.output_dir):
         assemble(args, len(captions), settings)
-    for file in Path(args.output_dir, "pairs_made").glob("*.parquet"):
+    for file in Path(args.output_dir, ".pairs_made").glob("*.parquet"):
         file.unlink()
     if args.push_to_hub:
         upload(args, repo_id)

@@ -117,7 +117,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -196,7 +196,7 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 #   Cache            `encode_to_file`, `read_cached`, `describe_encoders` and `fill_caches` know the encoders
 #   Validation       ranges of integer timesteps; `warn_if_diverging` knows the error of predicting zero
 #   Results          MODEL_CARD and `write_model_card` load a pipeline; the license, and the names of the Kohya format
-#   Main             `find_model_commit`, and the scheduler of `set_up` and `build_run`
+#   Main             the scheduler of `set_up` and `build_run`
 #
 # `launch_configs/fsdp2.yaml` names the UNet's blocks.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -352,14 +352,23 @@ def generate_images(args, accelerator, pipeline):
     return [by_prompt[number] for number, _ in prompts]
 
 
-def load_configs(args, commit):
+# The parts with weights, and the flag that replaces each.
+COMPONENTS = {
+    "unet": (UNet2DConditionModel, "pretrained_unet_name_or_path"),
+    "vae": (AutoencoderKL, "pretrained_vae_model_name_or_path"),
+    "text_encoder": (transformers.CLIPTextModel, None),
+    "text_encoder_2": (transformers.CLIPTextModelWithProjection, None),
+}
+
+
+def load_configs(args, commits):
     """
     Shape of the latents `(channels, height, width)`, and the noise scheduler.
 
     Reads only configs, tokenizers and --init_lora, so that a mismatch is reported before weights are downloaded.
     """
     name = args.pretrained_model_name_or_path
-    hub = {"cache_dir": args.cache_dir, "revision": commit}
+    hub = {"cache_dir": args.cache_dir, "revision": commits["model_commit"]}
     with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
@@ -381,14 +390,26 @@ def load_configs(args, commit):
     if args.pretrained_unet_name_or_path is not None:
         flag = f"--pretrained_unet_name_or_path {args.pretrained_unet_name_or_path}"
         with explain(f"{flag} cannot be loaded"):
-            location = find_component(UNet2DConditionModel, args.pretrained_unet_name_or_path, "unet", args.cache_dir)
+            location = find_component(
+                UNet2DConditionModel,
+                args.pretrained_unet_name_or_path,
+                "unet",
+                args.cache_dir,
+                commits["unet_commit"],
+            )
             unet = UNet2DConditionModel.load_config(**location)
         check_unet(unet, channels, text_width, f"{flag} is not an SDXL UNet for this base model")
     if args.pretrained_vae_model_name_or_path is not None:
         flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
         base_vae = vae
         with explain(f"{flag} cannot be loaded"):
-            location = find_component(AutoencoderKL, args.pretrained_vae_model_name_or_path, "vae", args.cache_dir)
+            location = find_component(
+                AutoencoderKL,
+                args.pretrained_vae_model_name_or_path,
+                "vae",
+                args.cache_dir,
+                commits["vae_commit"],
+            )
             vae = AutoencoderKL.load_config(**location)
         for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):  # AutoencoderKL's defaults
             if vae.get(key, default) != base_vae.get(key, default):
@@ -427,30 +448,77 @@ def check_unet(config, channels, text_width, refusal):
         raise TrainingError(f"{refusal}: its cross_attention_dim does not match the text encoders.")
 
 
-def find_component(model_class, name, subfolder, cache_dir, revision=None):
-    """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or `name` itself."""
+def locate(name, subfolder, cache_dir, revision):
+    """Where a part of a pipeline is stored, as arguments of from_pretrained."""
     if os.path.isdir(name):
         # Name the exact folder, otherwise diffusers reports missing files in the parent folder.
-        folder = os.path.join(name, subfolder)
-        return {"pretrained_model_name_or_path": folder if os.path.isdir(folder) else name}
-    location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir, "revision": revision}
+        return {"pretrained_model_name_or_path": os.path.join(name, subfolder)}
+    return {
+        "pretrained_model_name_or_path": name,
+        "subfolder": subfolder,
+        "cache_dir": cache_dir,
+        "revision": revision,
+    }
+
+
+def find_component(model_class, name, subfolder, cache_dir, revision=None):
+    """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or `name` itself."""
+    location = locate(name, subfolder, cache_dir, revision)
     with contextlib.suppress(OSError):
-        model_class.load_config(subfolder=subfolder, **location)
-        return {"subfolder": subfolder, **location}
-    return location
+        model_class.load_config(**location)
+        return location
+    return locate(name, "", cache_dir, revision)
 
 
-def load_component(model_class, name, subfolder, args, dtype, revision=None):
-    """A UNet or VAE, with --variant if that variant exists."""
-    options = find_component(model_class, name, subfolder, args.cache_dir, revision)
-    options.update(use_safetensors=True, dtype=dtype)
-    if args.variant is not None:
-        with contextlib.suppress(OSError, ValueError):
-            return model_class.from_pretrained(variant=args.variant, **options)
-    return model_class.from_pretrained(**options)
+def find_model_commits(args, checkpoint):
+    """
+    Commits of the models on the hub, {field of Progress: commit}.
+
+    A resumed run keeps its own, so that a later push does not change it.
+    """
+    models = {"model_commit": ("pretrained_model_name_or_path", UNet2DConditionModel, "unet")}
+    for part, (model_class, flag) in COMPONENTS.items():
+        if flag is not None:
+            models[f"{part}_commit"] = (flag, model_class, part)
+
+    commits = {}
+    for field, (flag, model_class, subfolder) in models.items():
+        name = getattr(args, flag)
+        revision = args.revision if field == "model_commit" else None
+        if name is None or os.path.exists(name):
+            commits[field] = None
+        elif checkpoint is not None and all(
+            checkpoint.settings[setting] == getattr(args, setting) for setting in (flag, "revision")
+        ):
+            commits[field] = getattr(checkpoint.progress, field)
+        else:
+            with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
+                location = find_component(model_class, name, subfolder, args.cache_dir, revision)
+                _, commits[field] = model_class.load_config(return_commit_hash=True, **location)
+    return commits
 
 
-def load_pipeline(args, accelerator, commit):
+def load_complete(model_class, **options):
+    """`from_pretrained`, but missing weights are an error: libraries would initialize them randomly."""
+    model, info = model_class.from_pretrained(use_safetensors=True, output_loading_info=True, **options)
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(f"its {model_class.__name__} lacks {len(missing)} weights, e.g. {min(missing)}")
+    return model
+
+
+def load_component(model_class, location, dtype, variant, variant_required):
+    """A part of the pipeline, in the variant if it has one."""
+    if variant is not None:
+        try:
+            return load_complete(model_class, dtype=dtype, variant=variant, **location)
+        except OSError:
+            if variant_required:
+                raise
+    return load_complete(model_class, dtype=dtype, **location)
+
+
+def load_pipeline(args, accelerator, commits):
     """
     The SDXL pipeline, with frozen parts in `weight_dtype` unless they would overflow.
 
@@ -466,30 +534,25 @@ def load_pipeline(args, accelerator, commit):
     # Under ZeRO-3, transformers would shard the frozen text encoders while it loads them.
     transformers.integrations.unset_hf_deepspeed_config()
 
-    # Load the UNet first: while it is cast, its file is in memory as well, and other parts would add to that peak.
+    # The UNet comes first: while it is cast, its file is in memory as well, and other parts would add to that peak.
+    hub = {"cache_dir": args.cache_dir, "revision": commits["model_commit"]}
+    dtypes = {"unet": unet_dtype, "vae": torch.float32}
     components = {}
-    if args.pretrained_unet_name_or_path is not None:
-        unet_name = args.pretrained_unet_name_or_path
-        with explain(f"--pretrained_unet_name_or_path {unet_name} cannot be loaded"):
-            components["unet"] = load_component(UNet2DConditionModel, unet_name, "unet", args, unet_dtype)
-    else:
-        with explain(message):
-            components["unet"] = load_component(UNet2DConditionModel, name, "unet", args, unet_dtype, commit)
-    if args.pretrained_vae_model_name_or_path is not None:
-        vae_name = args.pretrained_vae_model_name_or_path
-        with explain(f"--pretrained_vae_model_name_or_path {vae_name} cannot be loaded"):
-            components["vae"] = load_component(AutoencoderKL, vae_name, "vae", args, torch.float32)
+    for part, (model_class, flag) in COMPONENTS.items():
+        other = None if flag is None else getattr(args, flag)
+        with explain(message if other is None else f"--{flag} {other} cannot be loaded"):
+            location = locate(name, part, **hub)
+            if other is not None:
+                location = find_component(model_class, other, part, args.cache_dir, commits[f"{part}_commit"])
+            components[part] = load_component(
+                model_class,
+                location,
+                dtypes.get(part, frozen_dtype),
+                args.variant,
+                variant_required=part == "unet" and other is None,
+            )
     with explain(message):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            name,
-            **components,
-            revision=commit,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            use_safetensors=True,
-            add_watermarker=False,
-            dtype={"vae": torch.float32, "default": frozen_dtype},
-        )
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **hub, **components, add_watermarker=False)
 
     # Freeze everything for now. force_upcast marks VAEs that overflow in half precision.
     vae_dtype = torch.float32 if pipeline.vae.config.force_upcast else frozen_dtype
@@ -528,7 +591,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STOPPED = 75  # exit status of a run that a signal stopped (EX_TEMPFAIL: run it again)
-MIN_BAD_ROWS = 10  # below this number, --max_bad_rows is not checked
+MIN_BAD_ROWS = 10  # below this number, a --max_bad_rows above 0 is not checked
 
 
 @dataclass
@@ -1025,7 +1088,12 @@ def add_pair_arguments(parser):
         default=0.0,
         help="Probability of swapping chosen and rejected (label noise).",
     )
-    add("--max_bad_rows", type=FRACTION, default=0.01, help="Stop if a larger share of the rows is unusable.")
+    add(
+        "--max_bad_rows",
+        type=FRACTION,
+        default=0.01,
+        help="Stop if a larger share of the rows is unusable, and at least 10 rows are. 0 stops at the first one.",
+    )
     add("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
     add("--random_crop", action="store_true", help="Crop at random instead of at the center.")
     add("--no_hflip", action="store_true", help="Do not flip images at random.")
@@ -1114,7 +1182,7 @@ def add_output_arguments(parser):
     add("--report_to", choices=list(TRACKERS), default="tensorboard", help="Where metrics are logged.")
     add("--tracker_name", default="mapo", help="Name of the project in the tracker.")
     add("--no_kohya_format", action="store_true", help="Do not also save the LoRA in Kohya format (ComfyUI, A1111).")
-    add("--push_to_hub", action="store_true", help="Upload output_dir at the end.")
+    add("--push_to_hub", action="store_true", help="Upload output_dir at the end, without checkpoints and logs.")
     add("--hub_model_id", help="Repository to upload to. Defaults to the name of output_dir.")
     add("--hub_private_repo", action="store_true", help="Create a private repository.")
     add("--hub_token", help="Token for the upload. Defaults to that of `hf auth login`.")
@@ -1586,6 +1654,11 @@ def training_batches(index, seed, layout, batch_size, pairs_seen, process_index,
         yield batch
 
 
+# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**31 - 1
+PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+
+
 def decode_image(value):
     """Decode an image to RGB: upright, and composited over white where it is transparent."""
     if not isinstance(value, dict):
@@ -1876,10 +1949,16 @@ def read_lora(name, unet_config=None, cache_dir=None):
     if text:
         text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
 
-    # Kohya files have an alpha per layer, diffusers' files have one in their metadata, or none.
+    # Kohya files have an alpha per layer. diffusers' files have the peft config of each part in their metadata, or no
+    # alpha.
     found = set((alphas or {}).values())
-    if not found and metadata and "unet.lora_alpha" in metadata:
-        found = {metadata["unet.lora_alpha"]}
+    for setting, value in (metadata or {}).items():
+        if setting.endswith(".use_rslora") and value:
+            raise ValueError("rank-stabilized LoRA (use_rslora) is not supported")
+        if setting.endswith(".lora_alpha") and not alphas:
+            found.add(value)
+        if setting.endswith(".alpha_pattern") and not alphas:
+            found.update((value or {}).values())
     return {**convert_unet_state_dict_to_peft(unet), **text}, found
 
 
@@ -1981,7 +2060,7 @@ def set_lora_weights(parts, weights):
     unused = dict(weights)
     for name, part in parts.items():
         own = {}
-        for key in get_peft_model_state_dict(part):
+        for key in get_peft_model_state_dict(part, save_embedding_layers=False):
             name_of_weight = f"{name}.{name_in_file(part, key)}"
             if name_of_weight not in unused:
                 raise ValueError(f"it lacks {name_of_weight}")
@@ -2037,8 +2116,8 @@ def save_lora(parts, weights, folder):
 
     layers = {}
     for name, part in parts.items():
-        own = get_peft_model_state_dict(part, state_dict=weights[name])
-        if own.keys() != get_peft_model_state_dict(part).keys():
+        own = get_peft_model_state_dict(part, state_dict=weights[name], save_embedding_layers=False)
+        if own.keys() != get_peft_model_state_dict(part, save_embedding_layers=False).keys():
             raise TrainingError(f"The names of the LoRA weights of the {name} do not match its layers.")
         layers[f"{name}_lora_layers"] = {name_in_file(part, key): weight for key, weight in own.items()}
         layers[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
@@ -2145,17 +2224,21 @@ class PairsToEncode(Dataset):
                 orientations.append(flipped["pixel_values"])
             return {**item, "pixel_values": torch.stack(orientations, dim=1)}
         except UnusableRow as reason:
-            return {"labels": None, "unusable": str(reason)}
+            return {"unusable": str(reason)}
+
+
+def unusable_file(path):
+    """Says why a pair has no cached file. The next run tries it again: the disk may only have been out of reach."""
+    return path.with_suffix(".txt")
 
 
 def read_cached(path, flipped):
     """A pair as `load_pair` returns it, but with `moments` `(2, 2, channels, height, width)` and prompt embeddings."""
+    if not path.exists():
+        raise UnusableRow(unusable_file(path).read_text())
     with safetensors.safe_open(path, framework="pt") as file:
-        labels, unusable = json.loads(file.metadata()["pair"])
-        if unusable is not None:
-            raise UnusableRow(unusable)
         return {
-            "labels": labels,
+            "labels": json.loads(file.metadata()["labels"]),
             "moments": file.get_slice("moments")[:, int(flipped)],
             "add_time_ids": file.get_tensor("add_time_ids"),
             "prompt_embeds": file.get_tensor("prompt_embeds"),
@@ -2165,25 +2248,28 @@ def read_cached(path, flipped):
 
 @torch.no_grad()
 def encode_to_file(pipeline, item, path, vae_batch_size):
-    """Encode a pair of PairsToEncode, and write it."""
-    tensors = {}
-    unusable = item.get("unusable")
-    if unusable is None:
-        device = pipeline.vae.device
-        pixel_values = item["pixel_values"].to(device)
-        moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), vae_batch_size)
-        if not moments.isfinite().all():
-            unusable = "has an image that the VAE encodes to NaN"
+    """Encode a pair of PairsToEncode, and write it, or the reason why it is unusable."""
+    if "unusable" in item:
+        write_atomically(unusable_file(path), lambda aside: aside.write_text(item["unusable"]))
+        return
 
-        input_ids = tokenize(pipeline, [item["caption"]]).to(device)
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(pipeline, input_ids)
-        tensors = {
-            "moments": moments.unflatten(0, pixel_values.shape[:2]),
-            "add_time_ids": item["add_time_ids"],
-            "prompt_embeds": prompt_embeds[0],
-            "pooled_prompt_embeds": pooled_prompt_embeds[0],
-        }
-    metadata = {"pair": json.dumps([item["labels"], unusable])}
+    device = pipeline.vae.device
+    pixel_values = item["pixel_values"].to(device)
+    moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), vae_batch_size)
+    if not moments.isfinite().all():
+        reason = "has an image that the VAE encodes to NaN"
+        write_atomically(unusable_file(path), lambda aside: aside.write_text(reason))
+        return
+
+    input_ids = tokenize(pipeline, [item["caption"]]).to(device)
+    prompt_embeds, pooled_prompt_embeds = encode_prompts(pipeline, input_ids)
+    tensors = {
+        "moments": moments.unflatten(0, pixel_values.shape[:2]),
+        "add_time_ids": item["add_time_ids"],
+        "prompt_embeds": prompt_embeds[0],
+        "pooled_prompt_embeds": pooled_prompt_embeds[0],
+    }
+    metadata = {"labels": json.dumps(item["labels"])}
     write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
 
 
@@ -2197,7 +2283,7 @@ def hash_weights(module):
 
 
 def describe_encoders(args, pipeline):
-    """Everything except the pairs that affects what is cached."""
+    """The flags and models that affect what is cached."""
     contents = [args.resolution, args.allow_tf32]
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         contents += [str(module), str(module.config), hash_weights(module)]
@@ -2209,7 +2295,14 @@ def describe_encoders(args, pipeline):
 def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     """Encode the pairs of a dataset that are not yet in its cache: a folder per setting, with a file per pair."""
     # All processes need the same list of missing pairs, so list them before any process writes.
-    key = Hasher.hash([encoder_key, pairs.split.fingerprint, pairs.index, pairs.flip_at_random])
+    key = Hasher.hash(
+        {
+            "encoders": encoder_key,
+            "split": pairs.split.fingerprint,
+            "index": pairs.index,
+            "flip": pairs.flip_at_random,
+        }
+    )
     pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
@@ -2272,8 +2365,11 @@ class Progress:
     run_id: str
     layout: Layout
     index_hash: str  # of the training pairs
-    model_commit: str | None = None  # of a base model on the hub
-    dataset_commit: str | None = None  # of a dataset on the hub
+    # Commits of what is on the hub.
+    model_commit: str | None = None  # of the base model
+    unet_commit: str | None = None  # of --pretrained_unet_name_or_path
+    vae_commit: str | None = None  # of --pretrained_vae_model_name_or_path
+    dataset_commit: str | None = None
     step: int = 0
     pairs_seen: int = 0
     rows_read: int = 0  # pairs seen plus bad rows
@@ -2371,9 +2467,7 @@ def refuse_other_runs(output_dir, existing, run_id, step):
         advice = "Choose another folder"
         if existing:
             advice += ", or continue that run with --resume_from_checkpoint latest"
-        raise TrainingError(
-            f"--output_dir {output_dir} contains {obstacles[0].name} of another run, or of a later step. {advice}."
-        )
+        raise TrainingError(f"--output_dir {output_dir} already contains {obstacles[0].name}. {advice}.")
 
 
 def checkpoint_settings(args, accelerator):
@@ -2400,7 +2494,7 @@ def check_settings(checkpoint, settings):
         logger.warning(f"--resume_from_checkpoint: {name} changed from {old} to {new}.")
 
 
-def start_progress(args, accelerator, checkpoint, pairs, model_commit):
+def start_progress(args, accelerator, checkpoint, pairs, model_commits):
     """Progress of a new run, or that of the checkpoint."""
     index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
     if checkpoint is not None:
@@ -2409,8 +2503,8 @@ def start_progress(args, accelerator, checkpoint, pairs, model_commit):
         return replace(
             checkpoint.progress,
             index_hash=index_hash,
-            model_commit=model_commit,
             dataset_commit=pairs.split.commit,
+            **model_commits,
         )
 
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
@@ -2418,8 +2512,8 @@ def start_progress(args, accelerator, checkpoint, pairs, model_commit):
         run_id=from_main_process(lambda: os.urandom(4).hex()),
         layout=Layout(shards_mixed=args.shuffle_shards, lanes=lanes, turn=args.train_batch_size),
         index_hash=index_hash,
-        model_commit=model_commit,
         dataset_commit=pairs.split.commit,
+        **model_commits,
     )
 
 
@@ -2648,7 +2742,7 @@ def write_model_card(args, metrics, progress):
     """Write README.md: base model, dataset, metrics, flags, and how to load the weights."""
     output_dir = Path(args.output_dir)
     card = output_dir / "README.md"
-    if card.exists() and "- mapo\n" not in card.read_text():  # our cards have this tag
+    if card.exists() and "- diffusers-training\n" not in card.read_text():  # our cards have this tag
         logger.warning(f"{card} is not a model card of this script. It is kept, and no model card is written.")
         return
 
@@ -2667,7 +2761,12 @@ def write_model_card(args, metrics, progress):
     details = {
         "metrics": metrics,
         "flags": flags,
-        "commits": {"model": progress.model_commit, "dataset": progress.dataset_commit},
+        "commits": {
+            "model": progress.model_commit,
+            "unet": progress.unet_commit,
+            "vae": progress.vae_commit,
+            "dataset": progress.dataset_commit,
+        },
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers, datasets)},
     }
 
@@ -2877,7 +2976,9 @@ def build_accelerator(args):
             f"--output_dir or --cache_dir: {error.filename} cannot be written: {error.strerror}."
         ) from error
     except ValueError as error:
-        raise TrainingError(f"accelerate rejects --mixed_precision {args.mixed_precision}: {error}") from error
+        raise TrainingError(
+            f"accelerate cannot start, see --mixed_precision and the launch config: {error}"
+        ) from error
 
     # Refuse what would fail later.
     if accelerator.mixed_precision not in DTYPES:
@@ -2918,26 +3019,6 @@ def choose_seed(seed, checkpoint):
     seed = from_main_process(lambda: int.from_bytes(os.urandom(4), "big"))
     logger.info(f"--seed {seed} was chosen at random.")
     return seed
-
-
-def find_model_commit(args, checkpoint):
-    """Commit of a base model on the hub. A resumed run keeps its own, so that a later push does not change it."""
-    name = args.pretrained_model_name_or_path
-    if os.path.exists(name):
-        return None
-    if checkpoint is not None:
-        settings = checkpoint.settings
-        if (settings["pretrained_model_name_or_path"], settings["revision"]) == (name, args.revision):
-            return checkpoint.progress.model_commit
-    with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        _, commit = UNet2DConditionModel.load_config(
-            name,
-            subfolder="unet",
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-            return_commit_hash=True,
-        )
-    return commit
 
 
 def check_steps(args, step):
@@ -3005,18 +3086,21 @@ def set_up(args, accelerator):
     # Find out where to start. Only the main process looks, so that all processes agree.
     checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
-    model_commit = from_main_process(find_model_commit, args, checkpoint)
+    model_commits = from_main_process(find_model_commits, args, checkpoint)
     if checkpoint is not None:
         check_settings(checkpoint, checkpoint_settings(args, accelerator))
-    latent_shape, noise_scheduler = load_configs(args, model_commit)
+    latent_shape, noise_scheduler = load_configs(args, model_commits)
 
     # Open the pairs; those of the hub at the commit that the run started from.
     dataset_commit = None
     if checkpoint is not None and checkpoint.settings["dataset_name"] == args.dataset_name:
         dataset_commit = checkpoint.progress.dataset_commit
-    with raise_on_all_ranks(f"--dataset_name {args.dataset_name} cannot be read"):
+    message = f"--dataset_name {args.dataset_name} cannot be read"
+    if not os.path.exists(args.dataset_name):
+        message += ", and is not a local folder"
+    with raise_on_all_ranks(message):
         pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, dataset_commit)
-    progress = start_progress(args, accelerator, checkpoint, pairs, model_commit)
+    progress = start_progress(args, accelerator, checkpoint, pairs, model_commits)
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.max_train_steps is None:
         remaining = max(args.num_train_epochs * len(pairs.index) - progress.pairs_seen, 0)
@@ -3047,7 +3131,7 @@ def set_up(args, accelerator):
         example = pairs[first_visits[0]]
 
     # Load the models, and encode the pairs with --cache_latents.
-    pipeline = load_pipeline(args, accelerator, model_commit)
+    pipeline = load_pipeline(args, accelerator, model_commits)
     with raise_on_all_ranks(f"The VAE cannot encode {example['row']}"):
         check_vae(pipeline.vae, example, args.vae_encode_batch_size)
     with explain(f"--dataset_name {args.dataset_name} cannot be read"):

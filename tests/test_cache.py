@@ -104,6 +104,29 @@ def test_bad_rows_are_the_same_cached_and_uncached(script, flags, tmp_path, capl
     assert_continues(uncached, resumed, 4)
 
 
+def test_next_run_encodes_an_unusable_pair_after_all(script, flags, tmp_path, monkeypatch, caplog):
+    """Its image may only have been out of reach."""
+    flags["dataset_name"] = write_groups(tmp_path / "data", [[12]])
+    flags.update(num_validation_pairs=None, max_bad_rows=0.5, max_train_steps=3, resolution=16)
+    load_pair = script.load_pair
+
+    def load_all_but_one(record, *args, **options):
+        if record["caption"] == "pair 5":
+            raise script.UnusableRow("has an image that cannot be read (stale file handle)")
+        return load_pair(record, *args, **options)
+
+    uncached = run(script, {**flags, "cache_latents": None, "output_dir": tmp_path / "uncached"})
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load_pair", load_all_but_one)
+        run(script, flags)
+    assert "Skipped row 5: it has an image that cannot be read (stale file handle)." in caplog.text
+    caplog.clear()
+    again = run(script, {**flags, "output_dir": tmp_path / "again"})
+
+    assert "Skipped" not in caplog.text
+    assert_same(again, uncached)
+
+
 def test_cached_latents_equal_those_of_a_vae_that_rounds_by_batch(script, flags, tmp_path, monkeypatch):
     """Large VAEs in bfloat16 round differently in another batch. By default, each image is a batch."""
     encode = script.AutoencoderKL.encode

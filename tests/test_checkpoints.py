@@ -246,7 +246,7 @@ def assert_refused(script, flags, name):
 
     error = train_error(script, flags)
 
-    assert f"--output_dir {out} contains {name} of another run" in error
+    assert f"--output_dir {out} already contains {name}. " in error
     # A run without a checkpoint cannot be continued.
     assert ("--resume_from_checkpoint latest" in error) == (len(checkpoints(out)) > 0)
     assert files_in(out) == before

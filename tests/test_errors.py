@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import command_line, run
 from runs import train_error
+from safetensors.torch import load_file, save_file
 from small_pairs import MAP_AND_STREAM
 
 
@@ -252,7 +253,8 @@ def test_vae_may_leave_defaults_out_of_its_config(script, flags, world, tmp_path
     change_config(folder / "config.json", {"latent_channels": MISSING})
     flags["pretrained_vae_model_name_or_path"] = folder
 
-    (channels, _, _), _ = script.load_configs(script.parse_args(command_line(flags)), None)
+    args = script.parse_args(command_line(flags))
+    (channels, _, _), _ = script.load_configs(args, script.find_model_commits(args, None))
 
     assert channels == 4
 
@@ -266,6 +268,22 @@ def test_truncated_weights(script, flags, world, tmp_path, component):
     error = train_error(script, {**flags, "pretrained_model_name_or_path": folder})
 
     assert f"--pretrained_model_name_or_path {folder} cannot be" in error
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_incomplete_weights(script, flags, world, tmp_path, component):
+    """Libraries would initialize the missing ones randomly."""
+    folder = shutil.copytree(world / "pipeline", tmp_path / "model")
+    (file,) = (folder / component).glob("*.safetensors")
+    weights = load_file(file)
+    missing = max(weights)
+    del weights[missing]
+    save_file(weights, file, {"format": "pt"})
+
+    error = train_error(script, {**flags, "pretrained_model_name_or_path": folder})
+
+    assert error.startswith(f"--pretrained_model_name_or_path {folder} cannot be loaded: its ")
+    assert f"lacks 1 weights, e.g. {missing.removeprefix('text_model.')}" in error.replace("text_model.", "")
 
 
 # Warnings -----------------------------------------------------------------------------------------------------------

@@ -152,9 +152,10 @@ def test_warns_about_a_lora_of_another_unet(
 
     evaluation.find_systems(args, [])
 
-    warning = f"--candidates x={file} was trained on another UNet. Use x={inputs / 'trained'}+{file}."
+    base = inputs / "pipeline"
+    warning = f"x={file} names {inputs / 'trained'} as its base model. If that is not {base}, use x=UNET+{file} with"
     assert (warning in caplog.text) == warned
-    assert ("another UNet" in caplog.text) == warned
+    assert ("as its base model" in caplog.text) == warned
 
 
 def test_subjects_have_their_own_models_and_photos(evaluation, inputs, generation_flags, scorers, tmp_path):

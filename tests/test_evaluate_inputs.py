@@ -62,7 +62,7 @@ def test_prompts_are_a_column_of_a_table(evaluation, tmp_path):
 
 
 def test_prompts_of_a_text_file_may_end_with_blank_lines(evaluation, tmp_path):
-    (tmp_path / "x.txt").write_text("\n".join(PROMPTS) + "\n\n\n")
+    (tmp_path / "x.txt").write_text("\n".join(PROMPTS) + "\n\n  \n")
 
     rows = read_prompts(evaluation, "--prompts", tmp_path / "x.txt")
 
@@ -164,7 +164,14 @@ def test_rejects_prompts_without_a_category(evaluation, scoring_flags, tmp_path)
         ("--images a=b --batch_size 0", "argument --batch_size: 0 is not a positive whole number"),
         ("--images a=b --guidance_scale nan", "--guidance_scale: nan is not zero or a positive number"),
         ("--images a=b --reference_images x/{category}", "{category} in a path requires --category_column"),
-        ("--images a=b --prompts hpdv2 --category_column c", "cannot be combined with --prompts hpdv2"),
+        (
+            "--images a=b --prompts hpdv2 --category_column c",
+            "--category_column cannot be combined with --prompts hpdv2",
+        ),
+        (
+            "--images a=b --prompts pickapic_v2 --prompt_split x",
+            "--prompt_split cannot be combined with --prompts pick",
+        ),
     ],
 )
 def test_rejects_wrong_arguments(evaluation, capsys, words, message):
@@ -215,6 +222,20 @@ def test_rejects_a_scorer_without_weights(evaluation, generation_flags, tmp_path
     sentence = error_of(evaluation, {**generation_flags, "clip_model": model})
 
     assert sentence == f"--clip_model {model}: there is no model.safetensors in this folder or hub repository."
+
+
+def test_version_of_a_local_scorer_covers_all_its_files(evaluation, generation_flags, tmp_path):
+    """Otherwise its earlier scores would be used again."""
+    model = shutil.copytree(generation_flags["clip_model"], tmp_path / "clip")
+    args = parse(evaluation, {**generation_flags, "clip_model": model})
+    versions = [evaluation.find_source(args, "clip", "model")]
+
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json", weights_file(model).name):
+        with open(model / name, "ab") as file:
+            file.write(b" ")
+        versions.append(evaluation.find_source(args, "clip", "model"))
+
+    assert len(set(versions)) == 5
 
 
 def test_rejects_an_unwritable_output_dir(evaluation, generation_flags, tmp_path):

@@ -258,6 +258,28 @@ def test_lora_that_cannot_be_continued_is_refused(script, flags, tmp_path):
     assert error == f"--init_lora {compiled}: no layer matches the UNet."
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("unet.use_rslora", True, "rank-stabilized LoRA (use_rslora) is not supported"),
+        ("unet.alpha_pattern", {"down_blocks.1": 8}, "alpha [4, 8], but --rank is 4 and --lora_alpha 4."),
+        ("text_encoder.lora_alpha", 8, "alpha [4, 8], but --rank is 4 and --lora_alpha 4."),
+    ],
+)
+def test_lora_with_several_scales_is_refused(script, flags, tmp_path, setting, value, expected):
+    """All layers get the scale lora_alpha / rank of the flags."""
+    first = run(script, {**flags, **TEXT, "max_train_steps": 1})
+    metadata = read_metadata(first / LORA_WEIGHTS)
+    config = json.loads(metadata["lora_adapter_metadata"])
+    metadata["lora_adapter_metadata"] = json.dumps({**config, setting: value})
+    save_file(load_file(first / LORA_WEIGHTS), first / LORA_WEIGHTS, metadata)
+
+    error = train_error(script, {**flags, **TEXT, "init_lora": first, "output_dir": tmp_path / "second"})
+
+    assert error.startswith(f"--init_lora {first}")
+    assert error.endswith(expected)
+
+
 def test_missing_unet_or_one_of_another_kind_is_refused(script, flags, tmp_path):
     unet = build_unet(cross_attention_dim=32, pooled_dim=64)
     unet.save_config(tmp_path / "other" / "unet")

@@ -145,6 +145,7 @@ def test_images_of_the_same_name_are_paired(maker, folder_flags, loaded_pipeline
             assert image.shape == (30, 40, 3)
             assert max_difference(image, np.full_like(image, colour)) < 3
     assert "2 names lack an image or a caption and are left out: c, d." in caplog.text
+    assert "synthetic" not in (folder_flags["output_dir"] / "README.md").read_text()
     assert not loaded_pipelines
 
 
@@ -245,8 +246,8 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
         ([*STYLE, "--hub_tokn", TOKEN], "unknown argument: --hub_tokn (see"),
         ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown argument: --hub_tokn (see"),
-        ([*STYLE, "stray"], "unknown argument: stray"),
-        (["--num_candidates", "4", "--scorer", "pickscore", "hps"], "unknown argument: hps"),
+        ([*STYLE, "--hub_token", "a", TOKEN], "error: a value has no flag; quote values that contain spaces"),
+        (["--num_candidates", "4", "--scorer", "clip", "--clip_model", "x", TOKEN], "error: a value has no flag"),
     ],
 )
 def test_rejects_wrong_arguments(maker, capsys, words, message):
@@ -254,6 +255,17 @@ def test_rejects_wrong_arguments(maker, capsys, words, message):
 
     assert message in printed
     assert TOKEN not in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--resolution", "512"], ["--compile"], ["--guidance_scale", "7"], ["--mixed_precision", "bf16"]],
+    ids=str,
+)
+def test_pairs_of_files_reject_flags_of_generation(maker, capsys, words):
+    printed = usage_error_of(maker, ["--chosen_images", "x", "--rejected_images", "y", *words], capsys)
+
+    assert f"--rejected_images cannot be combined with {words[0]}" in printed
 
 
 def test_scorers_require_the_evaluation_script(maker, capsys, monkeypatch):
@@ -411,9 +423,11 @@ def test_warns_about_a_lora_of_another_unet(
 
     maker.check_models(args, maker.find_models(args))
 
-    warning = f"--lora {file} was trained on the UNet of {trained_on}: add --unet {trained_on}."
+    warning = (
+        f"--lora {file} names {trained_on} as its base model. If that is not {inputs / 'pipeline'}, name its UNet"
+    )
     assert (warning in caplog.text) == warned
-    assert ("was trained on" in caplog.text) == warned
+    assert ("as its base model" in caplog.text) == warned
 
 
 def test_rejects_scores_that_are_not_finite(maker, candidate_flags, monkeypatch):
@@ -499,15 +513,19 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
 
     sentence = error_of(maker, pair_flags)
 
-    reason = f"contains {path.name}, which this script did not write. Choose another folder."
-    assert sentence == f"--output_dir {pair_flags['output_dir']} {reason}"
+    reason = "which this script did not write"
+    if path.name != "README.md":
+        reason = "but not .pairs_made/settings.json of a run of this script"
+    assert (
+        sentence == f"--output_dir {pair_flags['output_dir']} contains {path.name}, {reason}. Choose another folder."
+    )
     assert path.read_text() == "mine"
     assert not loaded_pipelines
 
 
 def test_rejects_other_settings_if_only_the_card_is_left(maker, pairs, pair_flags, tmp_path):
-    (tmp_path / "out" / "pairs_made").mkdir(parents=True)
-    for name in ("README.md", "pairs_made/settings.json"):
+    (tmp_path / "out" / ".pairs_made").mkdir(parents=True)
+    for name in ("README.md", ".pairs_made/settings.json"):
         shutil.copy(pairs / name, tmp_path / "out" / name)
 
     sentence = error_of(maker, {**pair_flags, "seed": 1})
@@ -515,10 +533,17 @@ def test_rejects_other_settings_if_only_the_card_is_left(maker, pairs, pair_flag
     assert " contains README.md, made with --seed 0, now 1." in sentence
 
 
+def test_half_made_pairs_are_not_a_dataset(maker, pair_flags, monkeypatch):
+    interrupt(maker, pair_flags, monkeypatch, maker, "assemble")
+
+    with pytest.raises((datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError)):
+        datasets.load_dataset(str(pair_flags["output_dir"]))
+
+
 def test_half_made_pairs_survive_a_card_that_the_user_has_written(maker, pair_flags, monkeypatch):
     """A card marks a finished dataset, whose pairs are deleted once they are in its shards."""
     interrupt(maker, pair_flags, monkeypatch, maker, "assemble")
-    pairs_made = sorted(pair_flags["output_dir"].glob("pairs_made/*.parquet"))
+    pairs_made = sorted(pair_flags["output_dir"].glob(".pairs_made/*.parquet"))
     (pair_flags["output_dir"] / "README.md").write_text("My notes")
 
     sentence = error_of(maker, pair_flags)
@@ -540,7 +565,7 @@ def test_rejects_an_output_folder_that_cannot_be_made(maker, pair_flags, loaded_
 
 def test_rejects_a_damaged_pair(maker, pair_flags, monkeypatch):
     interrupt(maker, pair_flags, monkeypatch, maker, "assemble")
-    pair = pair_flags["output_dir"] / "pairs_made" / "000002.parquet"
+    pair = pair_flags["output_dir"] / ".pairs_made" / "000002.parquet"
     pair.write_bytes(b"")
 
     sentence = error_of(maker, pair_flags)

@@ -136,6 +136,20 @@ def test_missing_variant_is_suggested(script, flags, fp16_files):
     assert str(fp16_files / "unet") in error
 
 
+@pytest.mark.parametrize("fault", ["missing", "truncated"])
+def test_variant_of_the_unet_that_cannot_be_loaded_is_an_error(script, flags, world, tmp_path, fault):
+    """Instead of its files without a variant."""
+    folder = shutil.copytree(world / "pipeline", tmp_path / "model")
+    if fault == "truncated":
+        (weights,) = (folder / "unet").glob("*.safetensors")
+        (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(weights.read_bytes()[:1000])
+
+    error = train_error(script, {**flags, "pretrained_model_name_or_path": folder, "variant": "fp16"})
+
+    assert error.startswith(f"--pretrained_model_name_or_path {folder} cannot be loaded")
+    assert "diffusion_pytorch_model.fp16.safetensors" in error
+
+
 def test_unet_is_loaded_first(script, flags, monkeypatch):
     """While it is cast, its memory-mapped file counts towards peak memory."""
     from_pretrained = StableDiffusionXLPipeline.from_pretrained

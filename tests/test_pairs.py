@@ -59,9 +59,12 @@ def all_image_kinds():
     opaque = (rgb != key).any(axis=2)
 
     integers = Image.fromarray(rgb[..., 0].astype(np.int32))
+    workflow = PngImagePlugin.PngInfo()
+    workflow.add_text("workflow", "x" * 2**21, zip=True)  # Pillow's limit is 2**20
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     return {
         "RGB": (encode(Image.fromarray(rgb)), rgb, 0),
+        "2 MiB of metadata": (encode(Image.fromarray(rgb), pnginfo=workflow), rgb, 0),
         "16-bit PNG": (encode(Image.fromarray(deep)), grey(deep / 257), 1),
         "16-bit TIFF": (encode(Image.fromarray(deep), "TIFF"), grey(deep / 257), 1),
         "mode I": (encode(integers, "TIFF"), grey(rgb[..., 0]), 0),

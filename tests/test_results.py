@@ -162,6 +162,29 @@ def test_base_model_on_the_hub_is_named_and_stays_at_the_commit_of_the_first_sta
     assert published_files_with(str(tmp_path), out) == []
 
 
+@pytest.mark.parametrize(
+    ("part", "flag"),
+    [("unet", "pretrained_unet_name_or_path"), ("vae", "pretrained_vae_model_name_or_path")],
+)
+def test_replaced_part_on_the_hub_stays_at_the_commit_of_the_first_start(script, flags, tmp_path, part, flag):
+    folder = tmp_path / "cache" / "models--me--other"
+    build_pipeline(folder / "snapshots" / (40 * "a"), seed=1)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(40 * "a")
+    flags.update({flag: "me/other", "cache_dir": tmp_path / "cache", "checkpointing_steps": 2})
+    uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
+    run(script, {**flags, "max_train_steps": 2})
+
+    # Somebody pushes other weights.
+    build_pipeline(folder / "snapshots" / (40 * "b"), seed=2)
+    (folder / "refs" / "main").write_text(40 * "b")
+    out = run(script, {**flags, "resume_from_checkpoint": "latest"})
+
+    assert_equal(trained(out), trained(uninterrupted))
+    _, _, details = read_model_card(out)
+    assert details["commits"] == {"model": None, "unet": None, "vae": None, "dataset": None, part: 40 * "a"}
+
+
 def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flags, tmp_path):
     full = run(script, {**flags, "rank": None, "max_train_steps": 1, "output_dir": tmp_path / "full"})
 
@@ -174,13 +197,14 @@ def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flag
     assert metadata["unet.base_model_name_or_path"] == "full"
 
 
-def test_foreign_readme_is_kept(script, flags, caplog):
+@pytest.mark.parametrize("text", ["# My project\n", "---\ntags:\n- mapo\n---\n"], ids=["project", "pairs"])
+def test_foreign_readme_is_kept(script, flags, caplog, text):
     flags["output_dir"].mkdir()
-    (flags["output_dir"] / "README.md").write_text("# My project\n")
+    (flags["output_dir"] / "README.md").write_text(text)
 
     out = run(script, {**flags, "max_train_steps": 1})
 
-    assert (out / "README.md").read_text() == "# My project\n"
+    assert (out / "README.md").read_text() == text
     assert "README.md is not a model card of this script" in caplog.text
 
 

@@ -207,6 +207,25 @@ def test_prompts_are_read_from_files(evaluation, tmp_path, name, text):
     assert rows == [{"--prompt_column": "a red circle"}, {"--prompt_column": "a blue square"}]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "text\na red circle\n", "--prompt_column: there is no column 'prompt' (columns: text)"),
+        ("folder/x.txt", "a red circle\n", "--prompt_split: Bad split: test. Available splits: ['train']"),
+    ],
+)
+def test_rejects_prompts_of_another_column_or_split(evaluation, tmp_path, name, text, message):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    source = file if file.parent == tmp_path else file.parent
+
+    with pytest.raises(ValueError) as error:
+        list(evaluation.stream_prompts(str(source), "test", {"--prompt_column": "prompt"}))
+
+    assert str(error.value) == message
+
+
 # Models --------------------------------------------------------------------------------------------------------------
 def test_an_unreachable_hub_is_an_error_unless_offline(evaluation, monkeypatch):
     def hf_hub_download(repo, name):
