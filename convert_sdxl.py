@@ -14,11 +14,11 @@
 """
 Convert SDXL models: a single-file checkpoint to a diffusers folder, or a fully fine-tuned UNet to a LoRA.
 
-A checkpoint for ComfyUI or A1111, to a folder that the scripts here and diffusers load:
+Convert a checkpoint for ComfyUI or A1111 to a folder that diffusers and the other scripts load:
 
     python convert_sdxl.py single_file model.safetensors model
 
-What full fine-tuning changed in the UNet of a base model, to a LoRA:
+Extract a LoRA from a fully fine-tuned UNet:
 
     python convert_sdxl.py extract_lora stabilityai/stable-diffusion-xl-base-1.0 mapo-full --rank 64 mapo-full-lora
 """

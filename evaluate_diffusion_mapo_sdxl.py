@@ -18,7 +18,7 @@
 """
 Generate images with SDXL and its fine-tuned versions, and score them with PickScore, HPS v2.1 and others.
 
-The base model against a LoRA and a full UNet, on the 500 Pick-a-Pic v2 test prompts of the paper's Table 2:
+Compare the base model with a LoRA and a full UNet on the 500 Pick-a-Pic v2 test prompts of the paper's Table 2:
 
     accelerate launch evaluate_diffusion_mapo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -528,6 +528,7 @@ def win_rate(candidate, base):
     num_prompts = len(wins)
     rate = wins.mean()
 
+    # Images of one prompt are not independent: find the number of independent images with the same variance.
     variance = 0
     if num_prompts > 1:
         variance = wins.mean(axis=1).var(ddof=1) / num_prompts
@@ -825,7 +826,7 @@ def add_scorer_arguments(parser):
 
 
 def parse_args(input_args=None):
-    """Parse the command line (or `input_args`). Misuse exits with one sentence that names the flag."""
+    """Parse the command line (or `input_args`). An invalid one exits with one sentence that names the flag."""
     parser = argparse.ArgumentParser(
         description=__doc__.strip().splitlines()[0],
         usage="accelerate launch %(prog)s --prompts FILE --pretrained_model_name_or_path MODEL "
@@ -1244,7 +1245,7 @@ def find_kind(source, label, kinds):
     if source.endswith(".safetensors") and "lora" in kinds:
         raise EvaluationError(f"{label}: there is no such file.")
     names = [name for name, kind in KINDS.items() if kind in kinds]
-    raise EvaluationError(f"{label} is not a folder or a reachable hub id with {' or '.join(names)}.")
+    raise EvaluationError(f"{label} is neither a folder nor a reachable hub id with {' or '.join(names)}.")
 
 
 def find_candidate(args, name, source):
@@ -1306,13 +1307,14 @@ def find_vae(source):
     file = find_file(source, "config.json")
     if file is None:
         raise EvaluationError(
-            f"--pretrained_vae_model_name_or_path {source} is not a folder or a reachable hub id with config.json."
+            f"--pretrained_vae_model_name_or_path {source} is neither a folder nor a reachable hub id with "
+            "config.json."
         )
     return version_of(source, file, file.parent.glob("*.safetensors"))
 
 
 def load_complete(model_class, source, **options):
-    """`from_pretrained`, but missing weights are an error: libraries would initialize them at random."""
+    """`from_pretrained`, but missing weights are an error: libraries would initialize them randomly."""
     model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     missing = info["missing_keys"]
     if missing:
@@ -1409,7 +1411,7 @@ def load_pipeline(args, model, shared):
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
 #
-# diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
+# diffusers applies some alphas wrongly and silently drops some weights. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
 #
 # The two matrices of a LoRA layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
@@ -1687,7 +1689,7 @@ def check_images(system, description):
 
     for part in ("settings", "models", "prompts"):
         for name, value in description[part].items():
-            previous = before[part].get(name, value)
+            previous = before[part].get(name, value)  # added prompts and settings have no previous value
             if previous != value:
                 raise EvaluationError(
                     f"{system.folder} was generated with another {name} ({previous}, now {value}). Delete the folder "
@@ -2075,6 +2077,7 @@ def write_results(args, systems, prompts, records, settings):
     write_text(output_dir / "results.json", json.dumps({**summary, "settings": settings}, indent=2) + "\n")
     write_text(output_dir / "results.md", results_as_markdown(args, summary, settings))
 
+    # Records are sorted by model.
     records_of_base, *others = in_batches(records, len(records) // len(systems))
     for system, records_of_system in zip(systems[1:], others, strict=True):
         grid = draw_grid(args.scorers[0], zip(records_of_base, records_of_system, strict=True))

@@ -34,7 +34,7 @@ Instead of prefixes, `--num_candidates 8 --scorer pickscore` pairs the best and 
 `--chosen_images photos` pairs photos of a subject with samples. `--lora` or `--unet` generates with a fine-tuned
 model, for another round of training. Run the same command again to resume, on any number of processes.
 
-Pairs that exist as files need no model: `--chosen_images A --rejected_images B` pairs the files of the same name.
+Pairing existing files needs no model: `--chosen_images A --rejected_images B` pairs the files of the same name.
 """
 
 # Sections:
@@ -191,7 +191,7 @@ def score_images(scorer, images, captions):
 
 def pairs_of_samples(args, pipeline, scorer, captions, seeds, photos):
     """
-    Pair photos, or samples with --style_prefix, with samples that have --rejected_prefix or no prefix.
+    Chosen: photos, or samples with --style_prefix if it is given. Rejected: samples with --rejected_prefix, likewise.
 
     A pair is None if its chosen image does not reach --min_score.
     """
@@ -443,7 +443,7 @@ def add_pair_arguments(parser):
         "--chosen_images",
         type=PATH,
         metavar="FOLDER",
-        help="Photos that are used in turn as chosen images. Without --rejected_images, samples are rejected.",
+        help="Photos to use in turn as chosen images. Without --rejected_images, samples are rejected.",
     )
     add(
         "--rejected_images",
@@ -494,7 +494,7 @@ def add_output_arguments(parser):
 
 
 def parse_args(input_args=None):
-    """Parse the command line (or `input_args`). Misuse exits with one sentence that names the flag."""
+    """Parse the command line (or `input_args`). An invalid one exits with one sentence that names the flag."""
     parser = argparse.ArgumentParser(
         description=__doc__.strip().splitlines()[0],
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --prompts FILE --style_prefix WORDS",
@@ -845,7 +845,9 @@ def find_models(args):
         files = [find_file(source, name) for name in names]
         found = [file for file in files if file is not None]
         if not found:
-            raise PairsError(f"--{flag} {source} is not a folder or a reachable hub id with {' or '.join(names)}.")
+            raise PairsError(
+                f"--{flag} {source} is neither a folder nor a reachable hub id with {' or '.join(names)}."
+            )
         model_files[flag] = found[0]
 
     if args.lora is not None:
@@ -853,7 +855,7 @@ def find_models(args):
         if file is None and args.lora.endswith(".safetensors"):
             raise PairsError(f"--lora {args.lora}: there is no such file.")
         if file is None:
-            raise PairsError(f"--lora {args.lora} is not a folder or a reachable hub id with {LORA_FILE}.")
+            raise PairsError(f"--lora {args.lora} is neither a folder nor a reachable hub id with {LORA_FILE}.")
         model_files["lora"] = file
     return model_files
 
@@ -889,7 +891,7 @@ def check_models(args, model_files):
 
 
 def load_complete(model_class, source, **options):
-    """`from_pretrained`, but missing weights are an error: libraries would initialize them at random."""
+    """`from_pretrained`, but missing weights are an error: libraries would initialize them randomly."""
     model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     missing = info["missing_keys"]
     if missing:
@@ -983,7 +985,7 @@ def load_pipeline(args, device, dtype, model_files):
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
 #
-# diffusers would apply some alphas wrongly and drop some weights silently. Here, every layer becomes
+# diffusers applies some alphas wrongly and silently drops some weights. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
 #
 # The two matrices of a LoRA layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.

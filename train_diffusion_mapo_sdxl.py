@@ -670,7 +670,7 @@ class StopSignal:
 
 
 def summarize(steps, pairs_per_step):
-    """Average the metrics and `seconds` of steps for logging. Gradient norm and learning rate are the last ones."""
+    """Average metrics and `seconds` of steps for logging. Gradient norm and learning rate are of the last step."""
     logs = pd.DataFrame(steps).mean().to_dict()  # skipped steps lack the METRICS
     logs["pairs_per_second"] = pairs_per_step / logs.pop("seconds")
     logs["grad_norm"] = steps[-1]["grad_norm"]
@@ -747,7 +747,7 @@ def train_step(run, batches, stop):
     metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=accelerator.device)
     rows = []
     bad_rows = 0
-    is_last_step = progress.step + 1 == args.max_train_steps  # progress.step is incremented below
+    more_to_read = progress.step + 1 < args.max_train_steps
     for _ in range(args.gradient_accumulation_steps):
         batch = batches.ready.popleft()
         with accelerator.accumulate(run.model):
@@ -758,7 +758,7 @@ def train_step(run, batches, stop):
         bad_rows += int(batch["skipped"].sum())
 
         # Read a batch of the next step while the GPU is busy with this one.
-        if not is_last_step:
+        if more_to_read:
             batches.read()
     grad_norm = clip_gradients(accelerator, run.parameters, args.max_grad_norm)
 
@@ -913,8 +913,8 @@ def raise_on_all_ranks(message):
     """
     If the body fails on any process, raise the same TrainingError on all of them, so that none hangs.
 
-    The body must not contain another use of this: a process that fails before the inner one would meet the others
-    in the wrong place.
+    The body must not contain another use of this: a process that fails before the inner one would enter the outer
+    gather while the others enter the inner one.
     """
     failure = None
     try:
@@ -986,7 +986,7 @@ def ignoring_tracker_errors(accelerator):
 # Arguments -----------------------------------------------------------------------------------------------------------
 VALIDATION_PROMPTS = ["a lighthouse at dusk", "an old sailor with a pipe", "a fox in the snow", "a bowl of ramen"]
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
-# Flags of other scripts that ask for what is done anyway (PyTorch's attention replaces xFormers). They are ignored.
+# Flags of other scripts for what is always done (PyTorch's attention replaces xFormers). They are ignored.
 WITHOUT_EFFECT = ["center_crop", "random_flip", "mapo_training", "enable_xformers_memory_efficient_attention"]
 
 
@@ -2307,7 +2307,8 @@ def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
     # Split them between the processes, and again between the workers of each, so that no two of them read the same
-    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved.
+    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved. Where pairs do not
+    # divide evenly, the first workers have one more in both cuts.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
     num_workers = max(args.dataloader_num_workers, 1)
     order = np.empty(len(own), dtype=np.int64)

@@ -211,7 +211,7 @@ def test_rejects_missing_sources(evaluation, generation_flags, inputs, tmp_path,
 
     sentence = error_of(evaluation, {**generation_flags, **scorers, flag: tmp_path / "missing"})
 
-    assert re.match(rf"--{flag} {tmp_path / 'missing'}( is not a folder|: there is no )", sentence)
+    assert re.match(rf"--{flag} {tmp_path / 'missing'}( is (neither|not) a folder|: there is no )", sentence)
     assert not (tmp_path / "out" / "images").exists()
 
 
@@ -344,7 +344,7 @@ def test_rejects_candidates_without_weights(evaluation, inputs, generation_flags
     message = error_of_candidate(evaluation, generation_flags, source)
 
     named = missing.format(missing=tmp_path, file=file)
-    assert message.startswith(f"{named} is not a folder or a reachable hub id with ")
+    assert message.startswith(f"{named} is neither a folder nor a reachable hub id with ")
 
 
 def test_an_incomplete_image_does_not_fix_the_settings(evaluation, tmp_path):

@@ -298,7 +298,7 @@ def test_rejects_missing_models(maker, pair_flags, loaded_pipelines, tmp_path, m
 
     sentence = error_of(maker, {**pair_flags, flag: source})
 
-    assert sentence.startswith(f"--{flag} {source} is not a folder or a reachable hub id with ")
+    assert sentence.startswith(f"--{flag} {source} is neither a folder nor a reachable hub id with ")
     assert not pair_flags["output_dir"].exists()
     assert not loaded_pipelines
 
