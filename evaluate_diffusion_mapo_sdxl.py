@@ -884,7 +884,7 @@ def check_arguments(parser, args):  # noqa: C901
 # Files ---------------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
-# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+# By default, Pillow refuses PNG files with more than 1 MiB of metadata, e.g. a workflow or a color profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**31 - 1
 PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
 ORIENTATION = 0x0112
@@ -1028,7 +1028,7 @@ def in_batches(items, size):
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # their columns have names
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # files whose columns have names; a .json file may be a list
 # Known prompt sets: (source, split, prompt column, category column).
 PROMPT_SETS = {
     "pickapic_v2": ("yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", None),
@@ -1070,6 +1070,8 @@ def stream_prompts(source, split, columns):
     try:
         rows = builder.as_streaming_dataset(split=split)
     except ValueError as error:
+        if not str(error).startswith("Bad split"):
+            raise
         raise ValueError(f"--prompt_split: {error}") from error
 
     # Read only these columns of parquet files, which may contain images.
@@ -1245,7 +1247,7 @@ def find_kind(source, label, kinds):
     if source.endswith(".safetensors") and "lora" in kinds:
         raise EvaluationError(f"{label}: there is no such file.")
     names = [name for name, kind in KINDS.items() if kind in kinds]
-    raise EvaluationError(f"{label} is neither a folder nor a reachable hub id with {' or '.join(names)}.")
+    raise EvaluationError(f"{label} is neither a folder nor a reachable hub id that contains {' or '.join(names)}.")
 
 
 def find_candidate(args, name, source):
@@ -1271,7 +1273,8 @@ def find_candidate(args, name, source):
         unet = read_lora_config(find_lora_file(source)).get("unet.base_model_name_or_path")
     if unet not in (None, "", base, Path(base).absolute().name):  # training shortens local paths
         logger.warning(
-            f"{label} names {unet} as its base model. If that is not {base}, use {name}=UNET+{source} with its UNet."
+            f"{label} names {unet} as its base model. If that is not {base}, use {name}=UNET+{source} with the UNet "
+            "that it was trained on."
         )
     return Model(label, kind, source, version, pipeline=base, lora=source)
 
@@ -1307,7 +1310,7 @@ def find_vae(source):
     file = find_file(source, "config.json")
     if file is None:
         raise EvaluationError(
-            f"--pretrained_vae_model_name_or_path {source} is neither a folder nor a reachable hub id with "
+            f"--pretrained_vae_model_name_or_path {source} is neither a folder nor a reachable hub id that contains "
             "config.json."
         )
     return version_of(source, file, file.parent.glob("*.safetensors"))
@@ -1327,8 +1330,9 @@ def load_component(name, source, variant, dtype):
     if variant is not None:
         try:
             return load_complete(COMPONENTS[name], source, subfolder=name, variant=variant, dtype=dtype)
-        except OSError:
-            if name == "unet":
+        except OSError as error:
+            # Truncated weights are an OSError as well.
+            if name == "unet" or "file named" not in str(error):
                 raise
     return load_complete(COMPONENTS[name], source, subfolder=name, dtype=dtype)
 
@@ -1850,8 +1854,8 @@ def reference_folder(args, category):
     return args.reference_images.replace(CATEGORY, category)
 
 
-# Files of a scorer that its scores depend on, besides a single file of weights.
-SOURCE_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+# Files in a scorer's folder that its scores depend on, besides weights.
+CONFIG_SUFFIXES = (".json", ".txt", ".model")
 
 
 def find_source(args, name, part):
@@ -1867,7 +1871,9 @@ def find_source(args, name, part):
         if file is not None:
             files = []
             if part != "weights":
-                files = [path for path in Path(source).glob("*") if path.suffix in SOURCE_SUFFIXES]
+                files = [path for path in Path(source).glob("*") if path.suffix in CONFIG_SUFFIXES]
+            if "model.safetensors" in names:
+                files += Path(source).glob("*.safetensors")
             return version_of(source, file, files)
     raise EvaluationError(f"--{flag} {getattr(args, flag)}: there is no {names[0]} in this folder or hub repository.")
 

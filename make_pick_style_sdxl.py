@@ -191,7 +191,7 @@ def score_images(scorer, images, captions):
 
 def pairs_of_samples(args, pipeline, scorer, captions, seeds, photos):
     """
-    Chosen: photos, or samples with --style_prefix if it is given. Rejected: samples with --rejected_prefix, likewise.
+    Chosen: photos, or samples with --style_prefix if given. Rejected: samples with --rejected_prefix if given.
 
     A pair is None if its chosen image does not reach --min_score.
     """
@@ -518,7 +518,7 @@ def parse_args(input_args=None):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:
             parser.error(f"unknown argument: {flags[0]} (see --help for the list)")
-        parser.error("a value has no flag; quote values that contain spaces")
+        parser.error("a value does not belong to any flag; quote values that contain spaces")
     check_arguments(parser, args)
     return args
 
@@ -573,7 +573,7 @@ def check_arguments(parser, args):  # noqa: C901
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+# By default, Pillow refuses PNG files with more than 1 MiB of metadata, e.g. a workflow or a color profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**31 - 1
 PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
 ORIENTATION = 0x0112
@@ -691,7 +691,7 @@ def write_text(path, text):
 
 # Captions ------------------------------------------------------------------------------------------------------------
 PROMPT_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # their columns have names
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # files whose columns have names; a .json file may be a list
 
 
 def stream_prompts(source, split, columns):
@@ -714,6 +714,8 @@ def stream_prompts(source, split, columns):
     try:
         rows = builder.as_streaming_dataset(split=split)
     except ValueError as error:
+        if not str(error).startswith("Bad split"):
+            raise
         raise ValueError(f"--prompt_split: {error}") from error
 
     # Read only these columns of parquet files, which may contain images.
@@ -846,7 +848,7 @@ def find_models(args):
         found = [file for file in files if file is not None]
         if not found:
             raise PairsError(
-                f"--{flag} {source} is neither a folder nor a reachable hub id with {' or '.join(names)}."
+                f"--{flag} {source} is neither a folder nor a reachable hub id that contains {' or '.join(names)}."
             )
         model_files[flag] = found[0]
 
@@ -855,7 +857,9 @@ def find_models(args):
         if file is None and args.lora.endswith(".safetensors"):
             raise PairsError(f"--lora {args.lora}: there is no such file.")
         if file is None:
-            raise PairsError(f"--lora {args.lora} is neither a folder nor a reachable hub id with {LORA_FILE}.")
+            raise PairsError(
+                f"--lora {args.lora} is neither a folder nor a reachable hub id that contains {LORA_FILE}."
+            )
         model_files["lora"] = file
     return model_files
 
@@ -904,8 +908,9 @@ def load_component(name, source, variant, dtype):
     if variant is not None:
         try:
             return load_complete(COMPONENTS[name], source, subfolder=name, variant=variant, dtype=dtype)
-        except OSError:
-            if name == "unet":
+        except OSError as error:
+            # Truncated weights are an OSError as well.
+            if name == "unet" or "file named" not in str(error):
                 raise
     return load_complete(COMPONENTS[name], source, subfolder=name, dtype=dtype)
 
@@ -1247,8 +1252,8 @@ def check_output_dir(output_dir, settings):
         )
     if not file.exists():
         raise PairsError(
-            f"--output_dir {folder} contains {existing[0].name}, but not {file.relative_to(folder)} of a run of this "
-            "script. Choose another folder."
+            f"--output_dir {folder} contains {existing[0].name}, but no {file.relative_to(folder)}, so this script "
+            "did not make it. Choose another folder."
         )
 
     with explain(f"--output_dir: {file} cannot be read"):
@@ -1396,12 +1401,13 @@ def assemble(args, num_pairs, settings):
     features = []
     for name, feature in datasets.Features.from_arrow_schema(schema).items():
         features.append({"name": name, "dtype": feature.dtype})
+    tags = ["mapo", "preference"]
+    if args.rejected_images is None:
+        tags += ["stable-diffusion-xl", "synthetic"]
     card = DatasetCardData(
         **license_of(args.pretrained_model_name_or_path),
         task_categories=["text-to-image"],
-        tags=["mapo", "preference"]
-        if args.rejected_images
-        else ["mapo", "preference", "stable-diffusion-xl", "synthetic"],
+        tags=tags,
         dataset_info={
             "features": features,
             "splits": [{"name": "train", "num_bytes": num_bytes, "num_examples": len(kept)}],

@@ -464,10 +464,13 @@ def locate(name, subfolder, cache_dir, revision):
 def find_component(model_class, name, subfolder, cache_dir, revision=None):
     """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or `name` itself."""
     location = locate(name, subfolder, cache_dir, revision)
+    if os.path.isdir(name):
+        has_subfolder = os.path.isdir(os.path.join(name, subfolder))
+        return location if has_subfolder else {"pretrained_model_name_or_path": name}
     with contextlib.suppress(OSError):
         model_class.load_config(**location)
         return location
-    return locate(name, "", cache_dir, revision)
+    return {**location, "subfolder": None}
 
 
 def find_model_commits(args, checkpoint):
@@ -476,22 +479,24 @@ def find_model_commits(args, checkpoint):
 
     A resumed run keeps its own, so that a later push does not change it.
     """
-    models = {"model_commit": ("pretrained_model_name_or_path", UNet2DConditionModel, "unet")}
-    for part, (model_class, flag) in COMPONENTS.items():
-        if flag is not None:
-            models[f"{part}_commit"] = (flag, model_class, part)
-
+    models = {
+        "model_commit": ("pretrained_model_name_or_path", UNet2DConditionModel, "unet"),
+        "unet_commit": ("pretrained_unet_name_or_path", UNet2DConditionModel, "unet"),
+        "vae_commit": ("pretrained_vae_model_name_or_path", AutoencoderKL, "vae"),
+    }
+    previous = {} if checkpoint is None else checkpoint.settings
     commits = {}
     for field, (flag, model_class, subfolder) in models.items():
+        commits[field] = None
         name = getattr(args, flag)
-        revision = args.revision if field == "model_commit" else None
         if name is None or os.path.exists(name):
-            commits[field] = None
-        elif checkpoint is not None and all(
-            checkpoint.settings[setting] == getattr(args, setting) for setting in (flag, "revision")
-        ):
+            continue
+
+        revision = args.revision if field == "model_commit" else None
+        has_same_revision = field != "model_commit" or previous.get("revision") == revision
+        if previous.get(flag) == name and has_same_revision:
             commits[field] = getattr(checkpoint.progress, field)
-        else:
+        if commits[field] is None:
             with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
                 location = find_component(model_class, name, subfolder, args.cache_dir, revision)
                 _, commits[field] = model_class.load_config(return_commit_hash=True, **location)
@@ -512,8 +517,9 @@ def load_component(model_class, location, dtype, variant, variant_required):
     if variant is not None:
         try:
             return load_complete(model_class, dtype=dtype, variant=variant, **location)
-        except OSError:
-            if variant_required:
+        except OSError as error:
+            # Truncated weights are an OSError as well.
+            if variant_required or "file named" not in str(error):
                 raise
     return load_complete(model_class, dtype=dtype, **location)
 
@@ -591,7 +597,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STOPPED = 75  # exit status of a run that a signal stopped (EX_TEMPFAIL: run it again)
-MIN_BAD_ROWS = 10  # below this number, a --max_bad_rows above 0 is not checked
+MIN_BAD_ROWS = 10  # fewer bad rows stop a run only with --max_bad_rows 0
 
 
 @dataclass
@@ -1092,7 +1098,7 @@ def add_pair_arguments(parser):
         "--max_bad_rows",
         type=FRACTION,
         default=0.01,
-        help="Stop if a larger share of the rows is unusable, and at least 10 rows are. 0 stops at the first one.",
+        help="Stop if more than this share of the rows, and at least 10, are unusable. 0 stops at the first.",
     )
     add("--resolution", type=COUNT, default=1024, help="Side of the training images in pixels.")
     add("--random_crop", action="store_true", help="Crop at random instead of at the center.")
@@ -1654,7 +1660,7 @@ def training_batches(index, seed, layout, batch_size, pairs_seen, process_index,
         yield batch
 
 
-# Pillow refuses PNG files whose metadata, e.g. a workflow or a color profile, is larger than this.
+# By default, Pillow refuses PNG files with more than 1 MiB of metadata, e.g. a workflow or a color profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**31 - 1
 PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
 
@@ -1955,9 +1961,11 @@ def read_lora(name, unet_config=None, cache_dir=None):
     for setting, value in (metadata or {}).items():
         if setting.endswith(".use_rslora") and value:
             raise ValueError("rank-stabilized LoRA (use_rslora) is not supported")
-        if setting.endswith(".lora_alpha") and not alphas:
+        if alphas:
+            continue
+        if setting.endswith(".lora_alpha"):
             found.add(value)
-        if setting.endswith(".alpha_pattern") and not alphas:
+        elif setting.endswith(".alpha_pattern"):
             found.update((value or {}).values())
     return {**convert_unet_state_dict_to_peft(unet), **text}, found
 
@@ -2229,13 +2237,13 @@ class PairsToEncode(Dataset):
 
 def unusable_file(path):
     """Says why a pair has no cached file. The next run tries it again: the disk may only have been out of reach."""
-    return path.with_suffix(".txt")
+    return path.with_suffix(".json")
 
 
 def read_cached(path, flipped):
     """A pair as `load_pair` returns it, but with `moments` `(2, 2, channels, height, width)` and prompt embeddings."""
     if not path.exists():
-        raise UnusableRow(unusable_file(path).read_text())
+        raise UnusableRow(json.loads(unusable_file(path).read_text()))
     with safetensors.safe_open(path, framework="pt") as file:
         return {
             "labels": json.loads(file.metadata()["labels"]),
@@ -2249,16 +2257,15 @@ def read_cached(path, flipped):
 @torch.no_grad()
 def encode_to_file(pipeline, item, path, vae_batch_size):
     """Encode a pair of PairsToEncode, and write it, or the reason why it is unusable."""
-    if "unusable" in item:
-        write_atomically(unusable_file(path), lambda aside: aside.write_text(item["unusable"]))
-        return
-
-    device = pipeline.vae.device
-    pixel_values = item["pixel_values"].to(device)
-    moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), vae_batch_size)
-    if not moments.isfinite().all():
-        reason = "has an image that the VAE encodes to NaN"
-        write_atomically(unusable_file(path), lambda aside: aside.write_text(reason))
+    unusable = item.get("unusable")
+    if unusable is None:
+        device = pipeline.vae.device
+        pixel_values = item["pixel_values"].to(device)
+        moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), vae_batch_size)
+        if not moments.isfinite().all():
+            unusable = "has an image that the VAE encodes to NaN"
+    if unusable is not None:
+        write_atomically(unusable_file(path), lambda aside: aside.write_text(json.dumps(unusable)))
         return
 
     input_ids = tokenize(pipeline, [item["caption"]]).to(device)
@@ -2307,8 +2314,8 @@ def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
     # Split them between the processes, and again between the workers of each, so that no two of them read the same
-    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved. Where pairs do not
-    # divide evenly, the first workers have one more in both cuts.
+    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved. Both cuts
+    # give the remainder to the first workers.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
     num_workers = max(args.dataloader_num_workers, 1)
     order = np.empty(len(own), dtype=np.int64)
@@ -2743,7 +2750,7 @@ def write_model_card(args, metrics, progress):
     """Write README.md: base model, dataset, metrics, flags, and how to load the weights."""
     output_dir = Path(args.output_dir)
     card = output_dir / "README.md"
-    if card.exists() and "- diffusers-training\n" not in card.read_text():  # our cards have this tag
+    if card.exists() and not all(f"- {tag}\n" in card.read_text() for tag in ("diffusers-training", "mapo")):
         logger.warning(f"{card} is not a model card of this script. It is kept, and no model card is written.")
         return
 
@@ -2978,7 +2985,7 @@ def build_accelerator(args):
         ) from error
     except ValueError as error:
         raise TrainingError(
-            f"accelerate cannot start, see --mixed_precision and the launch config: {error}"
+            f"accelerate cannot start (check --mixed_precision and the launch config): {error}"
         ) from error
 
     # Refuse what would fail later.

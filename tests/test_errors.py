@@ -283,7 +283,8 @@ def test_incomplete_weights(script, flags, world, tmp_path, component):
     error = train_error(script, {**flags, "pretrained_model_name_or_path": folder})
 
     assert error.startswith(f"--pretrained_model_name_or_path {folder} cannot be loaded: its ")
-    assert f"lacks 1 weights, e.g. {missing.removeprefix('text_model.')}" in error.replace("text_model.", "")
+    # transformers 5 has dropped this prefix.
+    assert f"lacks 1 weights, e.g. {missing}".replace("text_model.", "") in error.replace("text_model.", "")
 
 
 # Warnings -----------------------------------------------------------------------------------------------------------

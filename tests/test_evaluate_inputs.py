@@ -344,7 +344,7 @@ def test_rejects_candidates_without_weights(evaluation, inputs, generation_flags
     message = error_of_candidate(evaluation, generation_flags, source)
 
     named = missing.format(missing=tmp_path, file=file)
-    assert message.startswith(f"{named} is neither a folder nor a reachable hub id with ")
+    assert message.startswith(f"{named} is neither a folder nor a reachable hub id that contains ")
 
 
 def test_an_incomplete_image_does_not_fix_the_settings(evaluation, tmp_path):

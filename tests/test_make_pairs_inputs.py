@@ -246,8 +246,11 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--guidance_scale", "nan"], "--guidance_scale: nan is not zero or a positive number"),
         ([*STYLE, "--hub_tokn", TOKEN], "unknown argument: --hub_tokn (see"),
         ([*STYLE, f"--hub_tokn={TOKEN}"], "unknown argument: --hub_tokn (see"),
-        ([*STYLE, "--hub_token", "a", TOKEN], "error: a value has no flag; quote values that contain spaces"),
-        (["--num_candidates", "4", "--scorer", "clip", "--clip_model", "x", TOKEN], "error: a value has no flag"),
+        ([*STYLE, "--hub_token", "a", TOKEN], "error: a value does not belong to any flag; quote"),
+        (
+            ["--num_candidates", "4", "--scorer", "clip", "--clip_model", "x", TOKEN],
+            "error: a value does not belong to any flag",
+        ),
     ],
 )
 def test_rejects_wrong_arguments(maker, capsys, words, message):
@@ -298,7 +301,7 @@ def test_rejects_missing_models(maker, pair_flags, loaded_pipelines, tmp_path, m
 
     sentence = error_of(maker, {**pair_flags, flag: source})
 
-    assert sentence.startswith(f"--{flag} {source} is neither a folder nor a reachable hub id with ")
+    assert sentence.startswith(f"--{flag} {source} is neither a folder nor a reachable hub id that contains ")
     assert not pair_flags["output_dir"].exists()
     assert not loaded_pipelines
 
@@ -515,7 +518,7 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
 
     reason = "which this script did not write"
     if path.name != "README.md":
-        reason = "but not .pairs_made/settings.json of a run of this script"
+        reason = "but no .pairs_made/settings.json, so this script did not make it"
     assert (
         sentence == f"--output_dir {pair_flags['output_dir']} contains {path.name}, {reason}. Choose another folder."
     )

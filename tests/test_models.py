@@ -150,6 +150,24 @@ def test_variant_of_the_unet_that_cannot_be_loaded_is_an_error(script, flags, wo
     assert "diffusion_pytorch_model.fp16.safetensors" in error
 
 
+@pytest.mark.parametrize("flag", ["pretrained_unet_name_or_path", "pretrained_vae_model_name_or_path"])
+def test_truncated_variant_of_a_replaced_part_is_an_error(script, flags, world, tmp_path, flag):
+    """A missing one is not."""
+    part = "unet" if flag == "pretrained_unet_name_or_path" else "vae"
+    folder = shutil.copytree(world / "pipeline" / part, tmp_path / part)
+    (weights,) = folder.glob("*.safetensors")
+    variant = weights.with_suffix(".fp16.safetensors")
+    variant.write_bytes(weights.read_bytes()[:1000])
+    full = shutil.copytree(world / "pipeline", tmp_path / "model")
+    (weights,) = (full / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+
+    error = train_error(script, {**flags, "pretrained_model_name_or_path": full, "variant": "fp16", flag: folder})
+
+    assert error.startswith(f"--{flag} {folder} cannot be loaded: ")
+    assert variant.name in error
+
+
 def test_unet_is_loaded_first(script, flags, monkeypatch):
     """While it is cast, its memory-mapped file counts towards peak memory."""
     from_pretrained = StableDiffusionXLPipeline.from_pretrained

@@ -175,10 +175,10 @@ def test_replaced_part_on_the_hub_stays_at_the_commit_of_the_first_start(script,
     uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
     run(script, {**flags, "max_train_steps": 2})
 
-    # Somebody pushes other weights.
+    # Somebody pushes other weights. --revision is of the base model only.
     build_pipeline(folder / "snapshots" / (40 * "b"), seed=2)
     (folder / "refs" / "main").write_text(40 * "b")
-    out = run(script, {**flags, "resume_from_checkpoint": "latest"})
+    out = run(script, {**flags, "resume_from_checkpoint": "latest", "revision": "main"})
 
     assert_equal(trained(out), trained(uninterrupted))
     _, _, details = read_model_card(out)
@@ -197,7 +197,11 @@ def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flag
     assert metadata["unet.base_model_name_or_path"] == "full"
 
 
-@pytest.mark.parametrize("text", ["# My project\n", "---\ntags:\n- mapo\n---\n"], ids=["project", "pairs"])
+@pytest.mark.parametrize(
+    "text",
+    ["# My project\n", "tags:\n- mapo\n", "tags:\n- diffusers-training\n"],
+    ids=["other", "pairs", "other script"],
+)
 def test_foreign_readme_is_kept(script, flags, caplog, text):
     flags["output_dir"].mkdir()
     (flags["output_dir"] / "README.md").write_text(text)

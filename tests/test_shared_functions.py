@@ -207,6 +207,15 @@ def test_prompts_are_read_from_files(evaluation, tmp_path, name, text):
     assert rows == [{"--prompt_column": "a red circle"}, {"--prompt_column": "a blue square"}]
 
 
+def test_broken_parquet_file_is_not_blamed_on_the_split(evaluation, tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"garbage")
+
+    with pytest.raises(ValueError) as error:
+        list(evaluation.stream_prompts(str(tmp_path / "x.parquet"), "test", {"--prompt_column": "prompt"}))
+
+    assert "--prompt_split" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
