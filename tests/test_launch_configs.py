@@ -459,7 +459,7 @@ def test_accumulation_in_a_launch_config_is_refused(short_flags, tmp_path):
     statuses, output = launch_config("deepspeed_zero2", short_flags, config_file=config_file)
 
     assert statuses == [1], output
-    assert "error: --gradient_accumulation_steps: the launch config has another" in output
+    assert "error: --gradient_accumulation_steps: the launch config sets a different number" in output
 
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
