@@ -5,7 +5,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.8",
+#     "torch>=2.9.1",
 #     "diffusers>=0.40",
 #     "transformers>=5.24",
 #     "peft>=0.18",

@@ -5,11 +5,11 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.8",
+#     "torch>=2.9.1",
 #     "diffusers>=0.40",
 #     "transformers>=5.24",
 #     "accelerate>=1.12",
-#     "datasets>=4.4.1",
+#     "datasets>=4.6",
 #     "peft>=0.18",
 #     "bitsandbytes>=0.50",
 #     "tensorboard>=2.21",

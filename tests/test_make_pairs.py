@@ -194,6 +194,15 @@ def test_a_second_round_uses_the_trained_model(maker, pipeline, inputs, pairs, p
             assert max_difference(image, image_of_base) > 1
 
 
+def noise_is_the_same_in_half_precision():
+    """Older versions of torch draw other noise."""
+    exact, half = [
+        torch.randn(64, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return torch.equal(exact.bfloat16(), half)
+
+
 @pytest.mark.parametrize(
     ("force_upcast", "vae_dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["upcast", "half"]
 )
@@ -209,7 +218,9 @@ def test_half_precision_leaves_a_vae_that_would_overflow_in_float32(
         assert model.dtype == torch.bfloat16
     assert loaded.vae.dtype == vae_dtype
     for row, exact in zip(rows_of(output_dir), rows_of(pairs)):
-        assert 0 < max_difference(images_of(row)[0], images_of(exact)[0]) < 40
+        difference = max_difference(images_of(row)[0], images_of(exact)[0])
+        assert difference > 0
+        assert difference < 40 or not noise_is_the_same_in_half_precision()
 
 
 def test_compiled_blocks_give_the_same_images(maker, pipeline, inputs, pair_flags, compiled_graphs):

@@ -196,7 +196,7 @@ def test_wandb_gets_metrics_images_and_flags_but_no_token(script, flags, monkeyp
     flags.update(VALIDATION, validation_steps=2, tracker_name="some-project", logging_dir="runs", report_to="all")
     inits = record_calls(wandb, "init")
     configs = record_calls(wandb.Config, "update")
-    logs = record_calls(wandb.Run, "log")
+    logs = record_calls(wandb.sdk.wandb_run.Run, "log")
 
     out = run(script, flags)
     wandb.teardown()  # waits until the service, a separate process, has written its files
