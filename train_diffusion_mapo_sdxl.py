@@ -9,7 +9,7 @@
 #     "diffusers>=0.40",
 #     "transformers>=5.24",
 #     "accelerate>=1.12",
-#     "datasets>=4.6",
+#     "datasets>=5.1",
 #     "peft>=0.18",
 #     "bitsandbytes>=0.50",
 #     "tensorboard>=2.21",
