@@ -98,7 +98,7 @@ def parse_args(input_args=None):
     add("base", type=PATH, help="SDXL base model that the UNet was trained from: hub id or folder.")
     add("unet", type=PATH, help="Fine-tuned UNet: hub id or folder, e.g. the output_dir of a run.")
     add("folder", type=PATH, help="New folder for the LoRA.")
-    add("--rank", type=COUNT, default=64, help="Rank of the LoRA. Default: 64.")
+    add("--rank", type=COUNT, default=64, help="Rank of the LoRA. Default: %(default)s.")
     return parser.parse_args(input_args)
 
 

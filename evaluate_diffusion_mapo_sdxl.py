@@ -1321,7 +1321,9 @@ def load_complete(model_class, source, **options):
     model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     missing = info["missing_keys"]
     if missing:
-        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
+        raise ValueError(
+            f"{options.get('subfolder') or 'it'} lacks {len(missing)} of its weights, e.g. {min(missing)}"
+        )
     return model
 
 

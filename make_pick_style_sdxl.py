@@ -899,7 +899,9 @@ def load_complete(model_class, source, **options):
     model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     missing = info["missing_keys"]
     if missing:
-        raise ValueError(f"{options.get('subfolder') or 'it'} lacks {len(missing)} weights, e.g. {min(missing)}")
+        raise ValueError(
+            f"{options.get('subfolder') or 'it'} lacks {len(missing)} of its weights, e.g. {min(missing)}"
+        )
     return model
 
 
@@ -1252,8 +1254,8 @@ def check_output_dir(output_dir, settings):
         )
     if not file.exists():
         raise PairsError(
-            f"--output_dir {folder} contains {existing[0].name}, but no {file.relative_to(folder)}, so this script "
-            "did not make it. Choose another folder."
+            f"--output_dir {folder} contains {existing[0].name}, but no {file.relative_to(folder)}, so it was not "
+            "made here. Choose another folder."
         )
 
     with explain(f"--output_dir: {file} cannot be read"):

@@ -508,7 +508,7 @@ def load_complete(model_class, **options):
     model, info = model_class.from_pretrained(use_safetensors=True, output_loading_info=True, **options)
     missing = info["missing_keys"]
     if missing:
-        raise ValueError(f"its {model_class.__name__} lacks {len(missing)} weights, e.g. {min(missing)}")
+        raise ValueError(f"its {model_class.__name__} lacks {len(missing)} of its weights, e.g. {min(missing)}")
     return model
 
 
@@ -2236,7 +2236,7 @@ class PairsToEncode(Dataset):
 
 
 def unusable_file(path):
-    """Says why a pair has no cached file. The next run tries it again: the disk may only have been out of reach."""
+    """The file that says why a pair is not cached. The next run tries again: an image may have been out of reach."""
     return path.with_suffix(".json")
 
 
@@ -2314,8 +2314,8 @@ def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
     # Split them between the processes, and again between the workers of each, so that no two of them read the same
-    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved. Both cuts
-    # give the remainder to the first workers.
+    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved. Both cuts give
+    # the remainder to the first workers.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
     num_workers = max(args.dataloader_num_workers, 1)
     order = np.empty(len(own), dtype=np.int64)
@@ -2750,6 +2750,7 @@ def write_model_card(args, metrics, progress):
     """Write README.md: base model, dataset, metrics, flags, and how to load the weights."""
     output_dir = Path(args.output_dir)
     card = output_dir / "README.md"
+    # Our cards have both tags. Those of other scripts, and of the pair maker's datasets, have one of them.
     if card.exists() and not all(f"- {tag}\n" in card.read_text() for tag in ("diffusers-training", "mapo")):
         logger.warning(f"{card} is not a model card of this script. It is kept, and no model card is written.")
         return

@@ -284,7 +284,7 @@ def test_incomplete_weights(script, flags, world, tmp_path, component):
 
     assert error.startswith(f"--pretrained_model_name_or_path {folder} cannot be loaded: its ")
     # transformers 5 has dropped this prefix.
-    assert f"lacks 1 weights, e.g. {missing}".replace("text_model.", "") in error.replace("text_model.", "")
+    assert f"lacks 1 of its weights, e.g. {missing}".replace("text_model.", "") in error.replace("text_model.", "")
 
 
 # Warnings -----------------------------------------------------------------------------------------------------------

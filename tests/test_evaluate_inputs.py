@@ -287,10 +287,10 @@ def test_rejects_another_scheduler_for_a_base_model_without_betas(evaluation, ba
     ("folder", "damage", "reason"),
     [
         ("tokenizer", remove_vocabulary, "its tokenizer has "),
-        ("unet", remove_weight, "unet lacks 1 weights, e.g. {}"),
-        ("vae", remove_weight, "vae lacks 1 weights, e.g. {}"),
-        ("text_encoder", remove_weight, "text_encoder lacks 1 weights, e.g. {}"),
-        ("text_encoder_2", remove_weight, "text_encoder_2 lacks 1 weights, e.g. {}"),
+        ("unet", remove_weight, "unet lacks 1 of its weights, e.g. {}"),
+        ("vae", remove_weight, "vae lacks 1 of its weights, e.g. {}"),
+        ("text_encoder", remove_weight, "text_encoder lacks 1 of its weights, e.g. {}"),
+        ("text_encoder_2", remove_weight, "text_encoder_2 lacks 1 of its weights, e.g. {}"),
     ],
 )
 def test_rejects_an_incomplete_base_model(evaluation, base, generation_flags, tmp_path, folder, damage, reason):
@@ -375,7 +375,7 @@ def test_rejects_a_candidate_with_a_broken_file(evaluation, inputs, generation_f
     ("damage", "reason"),
     [
         (partial(edit_config, cross_attention_dim=768), "its cross_attention_dim is 768, not 96 as in the base model"),
-        (remove_weight, "it lacks 1 weights, e.g. add_embedding.linear_1.bias"),
+        (remove_weight, "it lacks 1 of its weights, e.g. add_embedding.linear_1.bias"),
     ],
     ids=["another text width", "a missing weight"],
 )

@@ -283,7 +283,6 @@ def test_lora_with_several_scales_is_refused(script, flags, tmp_path, setting, v
 def test_missing_unet_or_one_of_another_kind_is_refused(script, flags, tmp_path):
     unet = build_unet(cross_attention_dim=32, pooled_dim=64)
     unet.save_config(tmp_path / "other" / "unet")
-
     (tmp_path / "broken" / "unet").mkdir(parents=True)
     (tmp_path / "broken" / "unet" / "config.json").write_text("{")
 
@@ -293,7 +292,7 @@ def test_missing_unet_or_one_of_another_kind_is_refused(script, flags, tmp_path)
 
     assert f"--pretrained_unet_name_or_path {tmp_path / 'none'} cannot be loaded" in missing
     assert f"--pretrained_unet_name_or_path {tmp_path / 'other'} is not an SDXL UNet" in other
-    assert f"{tmp_path / 'broken' / 'unet' / 'config.json'}" in broken
+    assert str(tmp_path / "broken" / "unet" / "config.json") in broken
 
 
 @pytest.mark.parametrize(

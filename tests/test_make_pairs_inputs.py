@@ -371,7 +371,7 @@ def test_rejects_models_that_lack_weights(maker, pair_flags, base, flag, folder)
 
     sentence = error_without_pairs(maker, {**pair_flags, flag: source})
 
-    assert sentence == f"--{flag} {source} cannot be loaded: {name} lacks 1 weights, e.g. {weight}"
+    assert sentence == f"--{flag} {source} cannot be loaded: {name} lacks 1 of its weights, e.g. {weight}"
 
 
 def test_rejects_a_base_model_that_generates_nan(maker, pair_flags, base):
@@ -518,7 +518,7 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
 
     reason = "which this script did not write"
     if path.name != "README.md":
-        reason = "but no .pairs_made/settings.json, so this script did not make it"
+        reason = "but no .pairs_made/settings.json, so it was not made here"
     assert (
         sentence == f"--output_dir {pair_flags['output_dir']} contains {path.name}, {reason}. Choose another folder."
     )

@@ -7,6 +7,7 @@ Equal functions are tested once, in the evaluation.
 import inspect
 import os
 import re
+import shutil
 import struct
 from importlib.metadata import metadata
 
@@ -326,6 +327,19 @@ def test_captions_beside_images_are_not_taken_for_images(evaluation, tmp_path):
 def test_rejects_a_variant_that_the_unet_lacks(evaluation, inputs):
     with pytest.raises(OSError, match="fp61"):
         evaluation.load_sdxl(str(inputs / "pipeline"), variant="fp61")
+
+
+def test_rejects_a_truncated_variant(evaluation, inputs, tmp_path):
+    """Of any part, instead of its files without a variant."""
+    base = shutil.copytree(inputs / "pipeline", tmp_path / "base")
+    for part in ("unet", "vae"):
+        (weights,) = (base / part).glob("*.safetensors")
+        shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+    variant = base / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    variant.write_bytes(variant.read_bytes()[:1000])
+
+    with pytest.raises(OSError, match=variant.name):
+        evaluation.load_sdxl(str(base), variant="fp16")
 
 
 @pytest.mark.parametrize("kind", REFUSED)
