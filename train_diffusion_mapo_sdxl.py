@@ -352,28 +352,78 @@ def generate_images(args, accelerator, pipeline):
     return [by_prompt[number] for number, _ in prompts]
 
 
-# The parts with weights, and the flag that replaces each.
+# The parts of the pipeline that have weights.
 COMPONENTS = {
-    "unet": (UNet2DConditionModel, "pretrained_unet_name_or_path"),
-    "vae": (AutoencoderKL, "pretrained_vae_model_name_or_path"),
-    "text_encoder": (transformers.CLIPTextModel, None),
-    "text_encoder_2": (transformers.CLIPTextModelWithProjection, None),
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": transformers.CLIPTextModel,
+    "text_encoder_2": transformers.CLIPTextModelWithProjection,
+}
+# The flags that name models: the base model, and a UNet and a VAE that replace its own.
+MODEL_FLAGS = {
+    "model": "pretrained_model_name_or_path",
+    "unet": "pretrained_unet_name_or_path",
+    "vae": "pretrained_vae_model_name_or_path",
 }
 
 
-def load_configs(args, commits):
+def find_models(args, checkpoint):
+    """
+    The models that flags name: {kind: arguments of from_pretrained}.
+
+    A resumed run keeps the commits of those on the hub, so that a later push does not change it.
+    """
+    models = {}
+    for kind, flag in MODEL_FLAGS.items():
+        name = getattr(args, flag)
+        if name is None:
+            continue
+        revision = args.revision if kind == "model" else None
+        if checkpoint is not None and checkpoint.settings[flag] == name:
+            if kind != "model" or checkpoint.settings["revision"] == revision:
+                revision = getattr(checkpoint.progress, f"{kind}_commit") or revision
+        with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
+            models[kind] = find_model(kind, name, args.cache_dir, revision)
+    return models
+
+
+def find_model(kind, name, cache_dir, revision):
+    """
+    Where a model is stored, as arguments of from_pretrained. On the hub, it is pinned to a commit.
+
+    A UNet or VAE is in the subfolder of a pipeline, or in a folder or repository of its own.
+    """
+    location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir, "revision": None}
+    subfolder = "unet" if kind == "model" else kind
+    if os.path.exists(name):
+        if not os.path.isdir(os.path.join(name, subfolder)):
+            subfolder = None
+    else:
+        # Any config of a repository names its commit.
+        model_class = COMPONENTS[subfolder]
+        location["revision"] = revision
+        try:
+            _, commit = model_class.load_config(**location, subfolder=subfolder, return_commit_hash=True)
+        except OSError:
+            subfolder = None
+            _, commit = model_class.load_config(**location, return_commit_hash=True)
+        location["revision"] = commit
+    return location if kind == "model" else {**location, "subfolder": subfolder}
+
+
+def load_configs(args, models):
     """
     Shape of the latents `(channels, height, width)`, and the noise scheduler.
 
     Reads only configs, tokenizers and --init_lora, so that a mismatch is reported before weights are downloaded.
     """
     name = args.pretrained_model_name_or_path
-    hub = {"cache_dir": args.cache_dir, "revision": commits["model_commit"]}
+    base = models["model"]
     with explain(f"--pretrained_model_name_or_path {name} cannot be loaded"):
-        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
-        vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **hub)
-        text_width = check_text_encoders(name, hub)
+        unet = UNet2DConditionModel.load_config(**base, subfolder="unet")
+        vae = AutoencoderKL.load_config(**base, subfolder="vae")
+        scheduler = DDPMScheduler.load_config(**base, subfolder="scheduler")
+        text_width = check_text_encoders(base)
 
     # The base model.
     refusal = f"--pretrained_model_name_or_path {name} is not an SDXL base model"
@@ -387,30 +437,16 @@ def load_configs(args, commits):
     check_unet(unet, channels, text_width, refusal)
 
     # A UNet or VAE that replaces the base model's.
-    if args.pretrained_unet_name_or_path is not None:
+    if "unet" in models:
         flag = f"--pretrained_unet_name_or_path {args.pretrained_unet_name_or_path}"
         with explain(f"{flag} cannot be loaded"):
-            location = find_component(
-                UNet2DConditionModel,
-                args.pretrained_unet_name_or_path,
-                "unet",
-                args.cache_dir,
-                commits["unet_commit"],
-            )
-            unet = UNet2DConditionModel.load_config(**location)
+            unet = UNet2DConditionModel.load_config(**models["unet"])
         check_unet(unet, channels, text_width, f"{flag} is not an SDXL UNet for this base model")
-    if args.pretrained_vae_model_name_or_path is not None:
+    if "vae" in models:
         flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
         base_vae = vae
         with explain(f"{flag} cannot be loaded"):
-            location = find_component(
-                AutoencoderKL,
-                args.pretrained_vae_model_name_or_path,
-                "vae",
-                args.cache_dir,
-                commits["vae_commit"],
-            )
-            vae = AutoencoderKL.load_config(**location)
+            vae = AutoencoderKL.load_config(**models["vae"])
         for key, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):  # AutoencoderKL's defaults
             if vae.get(key, default) != base_vae.get(key, default):
                 raise TrainingError(f"{flag}: its {key} is not that of {name}, so their latents are incompatible.")
@@ -422,17 +458,17 @@ def load_configs(args, commits):
     return (channels, side, side), DDPMScheduler.from_config(scheduler)
 
 
-def check_text_encoders(name, hub):
-    """Check that each tokenizer matches its text encoder. Returns the width of the prompt embeddings."""
+def check_text_encoders(base):
+    """Check that each tokenizer of the base model matches its text encoder. Returns the width of prompt embeddings."""
     width = 0
     for suffix in ("", "_2"):
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=f"tokenizer{suffix}", **hub)
-        config = transformers.CLIPTextConfig.from_pretrained(name, subfolder=f"text_encoder{suffix}", **hub)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(**base, subfolder=f"tokenizer{suffix}")
+        config = transformers.CLIPTextConfig.from_pretrained(**base, subfolder=f"text_encoder{suffix}")
         # Without its vocabulary file, transformers silently builds an empty tokenizer.
         if len(tokenizer) != config.vocab_size:
             raise TrainingError(
-                f"--pretrained_model_name_or_path {name}: tokenizer{suffix} has {len(tokenizer)} tokens, but "
-                f"text_encoder{suffix} has embeddings of {config.vocab_size}."
+                f"--pretrained_model_name_or_path {base['pretrained_model_name_or_path']}: tokenizer{suffix} has "
+                f"{len(tokenizer)} tokens, but text_encoder{suffix} has embeddings of {config.vocab_size}."
             )
         width += config.hidden_size
     return width
@@ -448,61 +484,6 @@ def check_unet(config, channels, text_width, refusal):
         raise TrainingError(f"{refusal}: its cross_attention_dim does not match the text encoders.")
 
 
-def locate(name, subfolder, cache_dir, revision):
-    """Where a part of a pipeline is stored, as arguments of from_pretrained."""
-    if os.path.isdir(name):
-        # Name the exact folder, otherwise diffusers reports missing files in the parent folder.
-        return {"pretrained_model_name_or_path": os.path.join(name, subfolder)}
-    return {
-        "pretrained_model_name_or_path": name,
-        "subfolder": subfolder,
-        "cache_dir": cache_dir,
-        "revision": revision,
-    }
-
-
-def find_component(model_class, name, subfolder, cache_dir, revision=None):
-    """Where a UNet or VAE is stored, as arguments of from_pretrained: a subfolder, or `name` itself."""
-    location = locate(name, subfolder, cache_dir, revision)
-    if os.path.isdir(name):
-        has_subfolder = os.path.isdir(os.path.join(name, subfolder))
-        return location if has_subfolder else {"pretrained_model_name_or_path": name}
-    with contextlib.suppress(OSError):
-        model_class.load_config(**location)
-        return location
-    return {**location, "subfolder": None}
-
-
-def find_model_commits(args, checkpoint):
-    """
-    Commits of the models on the hub, {field of Progress: commit}.
-
-    A resumed run keeps its own, so that a later push does not change it.
-    """
-    models = {
-        "model_commit": ("pretrained_model_name_or_path", UNet2DConditionModel, "unet"),
-        "unet_commit": ("pretrained_unet_name_or_path", UNet2DConditionModel, "unet"),
-        "vae_commit": ("pretrained_vae_model_name_or_path", AutoencoderKL, "vae"),
-    }
-    previous = {} if checkpoint is None else checkpoint.settings
-    commits = {}
-    for field, (flag, model_class, subfolder) in models.items():
-        commits[field] = None
-        name = getattr(args, flag)
-        if name is None or os.path.exists(name):
-            continue
-
-        revision = args.revision if field == "model_commit" else None
-        has_same_revision = field != "model_commit" or previous.get("revision") == revision
-        if previous.get(flag) == name and has_same_revision:
-            commits[field] = getattr(checkpoint.progress, field)
-        if commits[field] is None:
-            with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
-                location = find_component(model_class, name, subfolder, args.cache_dir, revision)
-                _, commits[field] = model_class.load_config(return_commit_hash=True, **location)
-    return commits
-
-
 def load_complete(model_class, **options):
     """`from_pretrained`, but missing weights are an error: libraries would initialize them randomly."""
     model, info = model_class.from_pretrained(use_safetensors=True, output_loading_info=True, **options)
@@ -514,6 +495,10 @@ def load_complete(model_class, **options):
 
 def load_component(model_class, location, dtype, variant, variant_required):
     """A part of the pipeline, in the variant if it has one."""
+    name = location["pretrained_model_name_or_path"]
+    if os.path.isdir(name):
+        # Name the exact folder, otherwise diffusers reports missing files in the parent folder.
+        location = {"pretrained_model_name_or_path": str(Path(name, location["subfolder"] or ""))}
     if variant is not None:
         try:
             return load_complete(model_class, dtype=dtype, variant=variant, **location)
@@ -524,7 +509,7 @@ def load_component(model_class, location, dtype, variant, variant_required):
     return load_complete(model_class, dtype=dtype, **location)
 
 
-def load_pipeline(args, accelerator, commits):
+def load_pipeline(args, accelerator, models):
     """
     The SDXL pipeline, with frozen parts in `weight_dtype` unless they would overflow.
 
@@ -541,24 +526,25 @@ def load_pipeline(args, accelerator, commits):
     transformers.integrations.unset_hf_deepspeed_config()
 
     # The UNet comes first: while it is cast, its file is in memory as well, and other parts would add to that peak.
-    hub = {"cache_dir": args.cache_dir, "revision": commits["model_commit"]}
+    base = models["model"]
     dtypes = {"unet": unet_dtype, "vae": torch.float32}
     components = {}
-    for part, (model_class, flag) in COMPONENTS.items():
-        other = None if flag is None else getattr(args, flag)
-        with explain(message if other is None else f"--{flag} {other} cannot be loaded"):
-            location = locate(name, part, **hub)
-            if other is not None:
-                location = find_component(model_class, other, part, args.cache_dir, commits[f"{part}_commit"])
+    for part, model_class in COMPONENTS.items():
+        location = {**base, "subfolder": part}
+        part_message = message
+        if part in models:
+            location = models[part]
+            part_message = f"--{MODEL_FLAGS[part]} {location['pretrained_model_name_or_path']} cannot be loaded"
+        with explain(part_message):
             components[part] = load_component(
                 model_class,
                 location,
                 dtypes.get(part, frozen_dtype),
                 args.variant,
-                variant_required=part == "unet" and other is None,
+                variant_required=part == "unet" and part not in models,
             )
     with explain(message):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, **hub, **components, add_watermarker=False)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(**base, **components, add_watermarker=False)
 
     # Freeze everything for now. force_upcast marks VAEs that overflow in half precision.
     vae_dtype = torch.float32 if pipeline.vae.config.force_upcast else frozen_dtype
@@ -2502,26 +2488,24 @@ def check_settings(checkpoint, settings):
         logger.warning(f"--resume_from_checkpoint: {name} changed from {old} to {new}.")
 
 
-def start_progress(args, accelerator, checkpoint, pairs, model_commits):
+def start_progress(args, accelerator, checkpoint, pairs, models):
     """Progress of a new run, or that of the checkpoint."""
     index_hash = hashlib.sha256(pairs.index.tobytes()).hexdigest()[:16]
+    commits = {"dataset_commit": pairs.split.commit}
+    for kind in MODEL_FLAGS:
+        commits[f"{kind}_commit"] = models[kind]["revision"] if kind in models else None
+
     if checkpoint is not None:
         if checkpoint.progress.index_hash != index_hash:
             logger.warning(f"--resume_from_checkpoint: {checkpoint.folder} was trained on different pairs.")
-        return replace(
-            checkpoint.progress,
-            index_hash=index_hash,
-            dataset_commit=pairs.split.commit,
-            **model_commits,
-        )
+        return replace(checkpoint.progress, index_hash=index_hash, **commits)
 
     lanes = accelerator.num_processes * max(args.dataloader_num_workers, 1) if args.streaming else 1
     return Progress(
         run_id=from_main_process(lambda: os.urandom(4).hex()),
         layout=Layout(shards_mixed=args.shuffle_shards, lanes=lanes, turn=args.train_batch_size),
         index_hash=index_hash,
-        dataset_commit=pairs.split.commit,
-        **model_commits,
+        **commits,
     )
 
 
@@ -3095,10 +3079,10 @@ def set_up(args, accelerator):
     # Find out where to start. Only the main process looks, so that all processes agree.
     checkpoint = from_main_process(find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     args.seed = choose_seed(args.seed, checkpoint)
-    model_commits = from_main_process(find_model_commits, args, checkpoint)
+    models = from_main_process(find_models, args, checkpoint)
     if checkpoint is not None:
         check_settings(checkpoint, checkpoint_settings(args, accelerator))
-    latent_shape, noise_scheduler = load_configs(args, model_commits)
+    latent_shape, noise_scheduler = load_configs(args, models)
 
     # Open the pairs; those of the hub at the commit that the run started from.
     dataset_commit = None
@@ -3109,7 +3093,7 @@ def set_up(args, accelerator):
         message += ", and is not a local folder"
     with raise_on_all_ranks(message):
         pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, dataset_commit)
-    progress = start_progress(args, accelerator, checkpoint, pairs, model_commits)
+    progress = start_progress(args, accelerator, checkpoint, pairs, models)
     pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.max_train_steps is None:
         remaining = max(args.num_train_epochs * len(pairs.index) - progress.pairs_seen, 0)
@@ -3140,7 +3124,7 @@ def set_up(args, accelerator):
         example = pairs[first_visits[0]]
 
     # Load the models, and encode the pairs with --cache_latents.
-    pipeline = load_pipeline(args, accelerator, model_commits)
+    pipeline = load_pipeline(args, accelerator, models)
     with raise_on_all_ranks(f"The VAE cannot encode {example['row']}"):
         check_vae(pipeline.vae, example, args.vae_encode_batch_size)
     with explain(f"--dataset_name {args.dataset_name} cannot be read"):

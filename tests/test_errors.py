@@ -254,7 +254,7 @@ def test_vae_may_leave_defaults_out_of_its_config(script, flags, world, tmp_path
     flags["pretrained_vae_model_name_or_path"] = folder
 
     args = script.parse_args(command_line(flags))
-    (channels, _, _), _ = script.load_configs(args, script.find_model_commits(args, None))
+    (channels, _, _), _ = script.load_configs(args, script.find_models(args, None))
 
     assert channels == 4
 

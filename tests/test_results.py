@@ -162,22 +162,29 @@ def test_base_model_on_the_hub_is_named_and_stays_at_the_commit_of_the_first_sta
     assert published_files_with(str(tmp_path), out) == []
 
 
+@pytest.mark.parametrize("repository", ["of a pipeline", "of its own"])
 @pytest.mark.parametrize(
     ("part", "flag"),
     [("unet", "pretrained_unet_name_or_path"), ("vae", "pretrained_vae_model_name_or_path")],
 )
-def test_replaced_part_on_the_hub_stays_at_the_commit_of_the_first_start(script, flags, tmp_path, part, flag):
+def test_replaced_part_on_the_hub_stays_at_the_commit_of_the_first_start(
+    script, flags, tmp_path, part, flag, repository
+):
+    def push(commit, seed):
+        build_pipeline(tmp_path / commit, seed=seed)
+        pushed = tmp_path / commit if repository == "of a pipeline" else tmp_path / commit / part
+        shutil.copytree(pushed, folder / "snapshots" / commit)
+        (folder / "refs" / "main").write_text(commit)
+
     folder = tmp_path / "cache" / "models--me--other"
-    build_pipeline(folder / "snapshots" / (40 * "a"), seed=1)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(40 * "a")
+    (folder / "refs").mkdir(parents=True)
+    push(40 * "a", seed=1)
     flags.update({flag: "me/other", "cache_dir": tmp_path / "cache", "checkpointing_steps": 2})
     uninterrupted = run(script, {**flags, "output_dir": tmp_path / "uninterrupted"})
     run(script, {**flags, "max_train_steps": 2})
 
     # Somebody pushes other weights. --revision is of the base model only.
-    build_pipeline(folder / "snapshots" / (40 * "b"), seed=2)
-    (folder / "refs" / "main").write_text(40 * "b")
+    push(40 * "b", seed=2)
     out = run(script, {**flags, "resume_from_checkpoint": "latest", "revision": "main"})
 
     assert_equal(trained(out), trained(uninterrupted))
