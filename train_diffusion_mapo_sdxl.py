@@ -1046,7 +1046,7 @@ def add_model_arguments(parser):
 
 def add_pair_arguments(parser):
     add = parser.add_argument_group("pairs").add_argument
-    add("--dataset_name", type=PATH, required=True, help="Preference pairs: hub id or folder for `datasets`.")
+    add("--dataset_name", type=PATH, required=True, help="Preference pairs: hub id, folder or file for `datasets`.")
     add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
     add("--dataset_split_name", help="Split to train on, or several: a+b. Defaults to the only split, or to `train`.")
     add(
@@ -1359,8 +1359,9 @@ def find_columns(args, features):
             raise TrainingError(f"--{flag}: {args.dataset_name} has no column {column!r} (columns: {list(features)}).")
         if flag in image_flags and getattr(features[column], "dtype", None) in ("string", "large_string"):
             raise TrainingError(
-                f"--{flag}: column {column!r} contains strings. If they are paths of images, name the table "
-                "metadata.csv (or .jsonl, .parquet), and let the names of its image columns end in _file_name."
+                f"--{flag}: column {column!r} contains strings. If they are paths of images, give the folder "
+                "of the table, name it metadata.csv (or .jsonl, .parquet), and let the names of its image columns end "
+                "in _file_name."
             )
 
     return Columns(
@@ -1493,7 +1494,7 @@ def load_index(rows, fingerprint, remove_ties, cache_dir):
 
 
 def open_dataset(name, config_name, cache_dir, revision):
-    """Dataset builder of a local folder, or of a dataset on the hub at `revision` (default: the latest commit)."""
+    """Dataset builder of a local folder or file, or of a dataset on the hub at `revision` (default: the latest)."""
     if not os.path.exists(name):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
         if revision is not None and builder.hash != revision:
@@ -1503,9 +1504,10 @@ def open_dataset(name, config_name, cache_dir, revision):
     name = os.path.abspath(name)
     if glob.has_magic(name):
         raise TrainingError(f"--dataset_name: `datasets` reads *, ? and [ as patterns; rename {name}.")
+    file = None
     if os.path.isfile(name):
-        raise TrainingError(f"--dataset_name {name} is a file. Give the folder that contains it.")
-    return datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir)
+        name, file = os.path.split(name)
+    return datasets.load_dataset_builder(name, config_name, data_files=file, cache_dir=cache_dir)
 
 
 class Split(NamedTuple):

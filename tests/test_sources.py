@@ -154,15 +154,15 @@ def test_folder_whose_name_is_a_pattern_is_refused(script, tmp_path, name):
         load_pairs(script, tmp_path / name)
 
 
-def test_dataset_may_be_the_current_folder_but_not_a_file(script, tmp_path, monkeypatch):
-    write_groups(tmp_path / "data", [[3]])
+@MAP_AND_STREAM
+@pytest.mark.parametrize("name", [".", "train-0.parquet"])
+def test_dataset_may_be_the_current_folder_or_a_file_in_it(script, tmp_path, monkeypatch, name, streaming):
+    write_groups(tmp_path / "data", [[3], [2]])
     monkeypatch.chdir(tmp_path / "data")
 
-    found = summaries(script, tmp_path / "data", dataset_name=".")
-    with pytest.raises(script.TrainingError, match="train-0.parquet is a file. Give the folder that contains it."):
-        load_pairs(script, tmp_path / "data", dataset_name="train-0.parquet")
+    found = summaries(script, tmp_path / "data", dataset_name=name, streaming=streaming)
 
-    assert found == [expected_pair(number) for number in range(3)]
+    assert found == [expected_pair(number) for number in range(5 if name == "." else 3)]
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
@@ -184,8 +184,8 @@ def test_paths_in_a_table_are_refused_with_the_name_that_makes_them_images(scrip
     found = summaries(script, folder)
 
     assert str(error.value) == (
-        "--image_0_column: column 'jpg_0' contains strings. If they are paths of images, name the table metadata.csv "
-        "(or .jsonl, .parquet), and let the names of its image columns end in _file_name."
+        "--image_0_column: column 'jpg_0' contains strings. If they are paths of images, give the folder of the "
+        "table, name it metadata.csv (or .jsonl, .parquet), and let the names of its image columns end in _file_name."
     )
     assert found == [expected_pair(number) for number in range(3)]
 
