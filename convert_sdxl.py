@@ -26,6 +26,7 @@ Extract a LoRA from a fully fine-tuned UNet:
 import argparse
 import contextlib
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -169,6 +170,7 @@ def load_empty_pipeline(config):
         vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
         text_config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
         text_config_2 = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
+        tokenizers = load_tokenizers(folder)
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(unet_config)
             vae = AutoencoderKL.from_config(vae_config)
@@ -179,10 +181,25 @@ def load_empty_pipeline(config):
             vae=vae,
             text_encoder=text_encoder,
             text_encoder_2=text_encoder_2,
-            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-            tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
             scheduler=EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
+            **tokenizers,
         )
+
+
+def load_tokenizers(source):
+    """The tokenizers of an SDXL pipeline, checked against its text encoders."""
+    tokenizers = {}
+    for suffix in ("", "_2"):
+        name = f"tokenizer{suffix}"
+        tokenizers[name] = CLIPTokenizer.from_pretrained(source, subfolder=name)
+        expected = CLIPTextConfig.from_pretrained(source, subfolder=f"text_encoder{suffix}").vocab_size
+        # Without its vocabulary file, transformers silently builds an empty tokenizer.
+        if len(tokenizers[name]) != expected:
+            raise ValueError(
+                f"its {name} has {len(tokenizers[name])} tokens, but its text_encoder{suffix} has embeddings for "
+                f"{expected}"
+            )
+    return tokenizers
 
 
 def fill(model, weights, part):
@@ -196,13 +213,22 @@ def fill(model, weights, part):
     model.load_state_dict(weights, strict=False, assign=True)
 
 
+def load_complete(model_class, source, **options):
+    """`from_pretrained`, but missing weights are an error: libraries would initialize them randomly."""
+    model, info = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of its weights, e.g. {min(missing)}")
+    return model
+
+
 def load_vae(name, scaling_factor):
     """The VAE of --vae, from a pipeline's folder or from one of its own."""
     with explain(f"--vae {name} cannot be loaded"):
         try:
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
+            vae = load_complete(AutoencoderKL, name, subfolder="vae")
         except OSError:
-            vae = AutoencoderKL.from_pretrained(name, use_safetensors=True)
+            vae = load_complete(AutoencoderKL, name)
 
     # Nothing else tells a VAE of SDXL from one of SD 1.5.
     if vae.config.scaling_factor != scaling_factor:
@@ -296,12 +322,10 @@ def open_unet(name):
         if (folder / "unet").is_dir():
             folder = folder / "unet"
 
-        for pattern in UNET_FILES:
-            if files:
-                break
-            for path in folder.glob(pattern):
-                file = safe_open(path, "pt")
-                files.update(dict.fromkeys(file.keys(), file))
+        single_file, shards = (sorted(folder.glob(pattern)) for pattern in UNET_FILES)
+        for path in single_file or shards:
+            file = safe_open(path, "pt")
+            files.update(dict.fromkeys(file.keys(), file))
     if not files:
         raise ConversionError(f"{name} has no UNet: {folder} contains no {UNET_FILES[0]}.")
     return files
@@ -348,6 +372,8 @@ def extract_lora(base_name, unet_name, rank):
         before = base[name].get_tensor(name).to(after.dtype)
         change = after.to(device, torch.float32) - before.to(device, torch.float32)
         squared_change += change.square().sum().item()
+        if not math.isfinite(squared_change):
+            raise ConversionError(f"{unet_name} or {base_name} contains NaN or inf in {name}.")
 
         layer = name.removesuffix(".weight")
         if layer.endswith(suffixes):
@@ -383,7 +409,7 @@ def save_lora(lora, rank, folder):
 
 def main(args):
     folder = Path(args.folder)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+    if folder.exists():
         raise ConversionError(f"{folder} exists already: choose a new folder.")
 
     if args.command == "single_file":

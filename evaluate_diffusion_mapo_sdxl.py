@@ -528,7 +528,7 @@ def win_rate(candidate, base):
     num_prompts = len(wins)
     rate = wins.mean()
 
-    # Images of one prompt are not independent: find the number of independent images with the same variance.
+    # As many independent images would have this variance.
     variance = 0
     if num_prompts > 1:
         variance = wins.mean(axis=1).var(ddof=1) / num_prompts
@@ -1190,7 +1190,7 @@ class Model(NamedTuple):
 
 class System(NamedTuple):
     """
-    What the results call a model: the base model, a candidate, or a folder of --images; `label` is its flag.
+    One line of the results: the base model, a candidate, or a folder of --images. Messages name its `label`, a flag.
 
     `folder` contains its images. `models` generate them: {category: Model}, or {None: Model} for all categories; there
     are none for --images.
@@ -1419,7 +1419,7 @@ def load_pipeline(args, model, shared):
 #
 # diffusers applies some alphas wrongly and silently drops some weights. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
-#
+
 # The two matrices of a LoRA layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
@@ -1648,7 +1648,7 @@ def describe_images(settings, base, system, prompts):
     Everything that the images of a system depend on, for its settings.json.
 
     The batch size and the number of processes only affect rounding. So should versions of libraries; a change is
-    reported.
+    reported. Keys read as in an error message.
     """
     names = [
         "vae",
@@ -2085,11 +2085,10 @@ def write_results(args, systems, prompts, records, settings):
     write_text(output_dir / "results.json", json.dumps({**summary, "settings": settings}, indent=2) + "\n")
     write_text(output_dir / "results.md", results_as_markdown(args, summary, settings))
 
-    # Records are sorted by model.
-    records_of_base, *others = in_batches(records, len(records) // len(systems))
-    for system, records_of_system in zip(systems[1:], others, strict=True):
-        grid = draw_grid(args.scorers[0], zip(records_of_base, records_of_system, strict=True))
-        write_atomically(output_dir / f"grid-{system.name}.png", functools.partial(grid.save, format="PNG"))
+    records_of = {name: [record for record in records if record["model"] == name] for name in names}
+    for name in names[1:]:
+        grid = draw_grid(args.scorers[0], zip(records_of[names[0]], records_of[name], strict=True))
+        write_atomically(output_dir / f"grid-{name}.png", functools.partial(grid.save, format="PNG"))
     logger.info(f"Wrote {output_dir / 'results.md'}")
 
 

@@ -160,8 +160,8 @@ def generate_images(args, pipeline, prompts, seeds):
     pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     if not pixels.isfinite().all():
         raise PairsError(
-            f"--pretrained_model_name_or_path: the model produced NaN in {latents.dtype}; try --mixed_precision bf16 "
-            "or another --pretrained_vae_model_name_or_path."
+            f"The model produced NaN in {latents.dtype}; try --mixed_precision bf16 or another "
+            "--pretrained_vae_model_name_or_path."
         )
     return pipeline.image_processor.postprocess(pixels.float())
 
@@ -267,8 +267,8 @@ def make_block(args, pipeline, scorer, inputs, block):
     """
     Make the pairs of a block, a range of pair numbers whose images are generated as one batch.
 
-    Yields one table per pair, with one row, or none if the pair is dropped. A pair's noise depends only on its number
-    and --seed. Blocks are always the same, because an image's last bits depend on the others in its batch.
+    Yields a table for each pair: one row, or an empty table if the pair is dropped. A pair's noise depends only on its
+    number and --seed. Blocks are always the same, because an image's last bits depend on the others in its batch.
     """
     captions = [inputs.captions[number] for number in block]
     chosen_first = []
@@ -428,7 +428,7 @@ def add_pair_arguments(parser):
         type=PATH,
         help="Captions: a .txt, .csv, .tsv, .json, .jsonl or .parquet file, a local folder or a hub id.",
     )
-    add("--prompt_column", "--caption_column", default="prompt", help="Column with the captions, except in a .txt.")
+    add("--prompt_column", "--caption_column", default="prompt", help="Column with the captions of a table.")
     add("--prompt_split", default="train", help="Split of the hub dataset or local folder.")
     add("--max_prompts", type=COUNT, help="Use only the first captions.")
     add("--style_prefix", type=words, help="Words before the captions of the chosen images only.")
@@ -537,7 +537,7 @@ def check_arguments(parser, args):  # noqa: C901
     if args.rejected_images is not None:
         if args.chosen_images is None:
             parser.error("--rejected_images requires --chosen_images")
-        if args.rejected_images == args.chosen_images:
+        if os.path.realpath(args.rejected_images) == os.path.realpath(args.chosen_images):
             parser.error("--rejected_images and --chosen_images are the same")
         for flag in (*MODEL_FLAGS, *GENERATION_FLAGS):
             if getattr(args, flag) != parser.get_default(flag):
@@ -734,7 +734,7 @@ def stream_prompts(source, split, columns):
 
 
 def read_captions(args):
-    """The first --max_prompts captions; rows without text are left out."""
+    """The first --max_prompts captions. Rows without text are left out, except if each row belongs to a photo."""
     captions = []
     num_empty = 0
     with explain(f"--prompts {args.prompts} cannot be loaded"):
@@ -742,6 +742,8 @@ def read_captions(args):
             text = row["--prompt_column"]
             if isinstance(text, str) and text.strip():
                 captions.append(text.strip())
+            elif args.chosen_images is not None:
+                raise ValueError(f"row {len(captions)} has no text, and rows are captions of --chosen_images in order")
             else:
                 num_empty += 1
             if len(captions) == args.max_prompts:
@@ -767,7 +769,7 @@ def captions_beside(images):
 def captions_by_file_name(args):
     """{name: caption} from --prompts, by its column `file_name`."""
     captions = {}
-    columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}
+    columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}  # no flag renames file_name
     with explain(f"--prompts {args.prompts} cannot be loaded"):
         for row in stream_prompts(args.prompts, args.prompt_split, columns):
             file_name = row["--prompts"]
@@ -994,7 +996,7 @@ def load_pipeline(args, device, dtype, model_files):
 #
 # diffusers applies some alphas wrongly and silently drops some weights. Here, every layer becomes
 # W + alpha / rank * up @ down, and a file that contains anything else is refused.
-#
+
 # The two matrices of a LoRA layer, {down: up}, as kohya, peft and earlier versions of diffusers name them.
 LORA_UP = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
@@ -1282,7 +1284,7 @@ def pair_path(output_dir, number):
 def is_finished(output_dir):
     """Whether there is a card of this script, which is written last."""
     card = Path(output_dir, "README.md")
-    return card.exists() and MADE_BY in card.read_text(encoding="utf-8")
+    return card.exists() and MADE_BY in card.read_text(encoding="utf-8", errors="replace")
 
 
 def find_missing(output_dir, num_pairs):
@@ -1324,7 +1326,8 @@ def make_missing(args, accelerator, dtype, inputs, model_files):
         pipeline = load_pipeline(args, accelerator.device, dtype, model_files)
 
     num_own = sum(len(missing.intersection(block)) for block in blocks)
-    with tqdm(desc="Pairs", total=num_own, unit="pair", disable=not accelerator.is_local_main_process) as progress:
+    progress = tqdm(desc="Pairs", total=num_own, unit="pair", disable=not accelerator.is_local_main_process)
+    with progress, explain(f"A pair cannot be made; those in {args.output_dir} are kept"):
         for block in blocks:
             tables = make_block(args, pipeline, scorer, inputs, block)
             for number, table in zip(block, tables, strict=True):
@@ -1341,7 +1344,7 @@ ROWS_PER_SHARD = 100
 
 
 def list_kept(output_dir, num_pairs):
-    """Numbers of the pairs that were not dropped. If all were, their files are deleted, and an error is raised."""
+    """Numbers of the pairs that were not dropped."""
     kept = []
     for number in range(num_pairs):
         path = pair_path(output_dir, number)
@@ -1350,14 +1353,6 @@ def list_kept(output_dir, num_pairs):
                 kept.append(number)
     if len(kept) < num_pairs:
         logger.info(f"{num_pairs - len(kept)} of {num_pairs} pairs were dropped.")
-    if not kept:
-        # Another --min_score can then start in this folder.
-        for number in range(num_pairs):
-            pair_path(output_dir, number).unlink()
-        raise PairsError(
-            f"--output_dir {output_dir}: every pair was dropped. No image can be read, or --min_score is too high: "
-            "try a few captions (--max_prompts)."
-        )
     return kept
 
 
@@ -1398,6 +1393,14 @@ def assemble(args, num_pairs, settings):
     """Write the shards from the files of pairs, and then the card."""
     folder = Path(args.output_dir)
     kept = list_kept(args.output_dir, num_pairs)
+    if not kept:
+        # Delete the empty tables, so that another --min_score can start in this folder.
+        for number in range(num_pairs):
+            pair_path(args.output_dir, number).unlink()
+        raise PairsError(
+            f"--output_dir {folder}: every pair was dropped. No image can be read, or --min_score is too high: try a "
+            "few captions (--max_prompts)."
+        )
     schema, num_bytes, download_size = write_shards(args.output_dir, kept)
 
     features = []

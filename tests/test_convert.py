@@ -14,7 +14,16 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sampling import BASE, cache_repository, edit_config, raise_interrupt, remove_weight, sample
+from sampling import (
+    BASE,
+    cache_repository,
+    edit_config,
+    raise_interrupt,
+    remove_vocabulary,
+    remove_weight,
+    sample,
+    set_to_nan,
+)
 from single_file import save_single_file
 from small_loras import UNET_LAYERS
 from small_world import build_pipeline, build_unet
@@ -183,6 +192,16 @@ def test_given_vae_is_used_instead_of_the_one_in_the_file(converter, monkeypatch
     assert AutoencoderKL.load_config(tmp_path / "model" / "vae")["scaling_factor"] == 0.13025
 
 
+def test_vae_without_some_weights_is_refused(converter, checkpoint, world, tmp_path):
+    vae = shutil.copytree(world / "pipeline" / "vae", tmp_path / "vae")
+    weight = remove_weight(vae)
+    words = ("--config", world / "pipeline", "--vae", vae)
+
+    error = conversion_error(converter, "single_file", checkpoint, tmp_path / "model", *words)
+
+    assert error == f"--vae {vae} cannot be loaded: it lacks 1 of its weights, e.g. {weight}"
+
+
 def test_vae_of_another_model_is_refused(converter, checkpoint, world, tmp_path):
     shutil.copytree(world / "pipeline" / "vae", tmp_path / "other")
     edit_config(tmp_path / "other", scaling_factor=0.18215)
@@ -241,11 +260,9 @@ def test_file_of_another_kind_is_refused(converter, tmp_path, name):
 
 
 def test_configs_come_from_the_hub(converter, monkeypatch, checkpoint, world, tmp_path):
-    """The folder may exist if it is empty."""
     no_weights = shutil.ignore_patterns("*.safetensors")
     cache_repository(monkeypatch, tmp_path / "cache", converter.SDXL, world / "pipeline", no_weights)
     folder = tmp_path / "model"
-    folder.mkdir()
 
     convert(converter, "single_file", checkpoint, folder)
 
@@ -278,6 +295,15 @@ def test_config_without_configs_is_refused(converter, checkpoint, tmp_path):
     assert f"cannot be loaded from {tmp_path / 'empty'}" in error
 
 
+def test_config_with_a_tokenizer_without_vocabulary_is_refused(converter, checkpoint, world, tmp_path):
+    config = shutil.copytree(world / "pipeline", tmp_path / "config")
+    remove_vocabulary(config / "tokenizer_2")
+
+    error = conversion_error(converter, "single_file", checkpoint, tmp_path / "model", "--config", config)
+
+    assert "--config takes a local SDXL folder: its tokenizer_2 has " in error
+
+
 def test_only_needed_files_are_downloaded(converter, monkeypatch, checkpoint, tmp_path):
     configs = {"model_index.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json", "unet/config.json"}
     unet = {UNET, "unet/diffusion_pytorch_model-00001-of-00002.safetensors"}
@@ -297,12 +323,14 @@ def test_only_needed_files_are_downloaded(converter, monkeypatch, checkpoint, tm
 
 
 # Output folders -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_existing_output_is_refused_and_kept(converter, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["folder", "file", "current folder"])
+def test_existing_output_is_refused_and_kept(converter, tmp_path, monkeypatch, kind):
     path = tmp_path / "out" / "notes.txt"
     path.parent.mkdir()
     path.write_text("kept")
-    folder = path.parent if kind == "folder" else path
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    folder = {"folder": path.parent, "file": path, "current folder": "."}[kind]
 
     error = conversion_error(converter, "single_file", "model.safetensors", folder)
 
@@ -478,6 +506,16 @@ def test_unchanged_unet_is_refused(converter, world, tmp_path):
     error = conversion_error(converter, "extract_lora", world / "pipeline", tmp_path / "unet", tmp_path / "lora")
 
     assert error.endswith("nothing was changed.")
+
+
+def test_nan_in_a_unet_is_refused(converter, world, tmp_path):
+    folder = shutil.copytree(world / "pipeline" / "unet", tmp_path / "unet")
+    set_to_nan(folder, "conv1.weight")
+
+    error = conversion_error(converter, "extract_lora", world / "pipeline", folder, tmp_path / "lora")
+
+    assert error.startswith(f"{folder} or {world / 'pipeline'} contains NaN or inf in ")
+    assert error.endswith("conv1.weight.")
 
 
 def test_folders_without_a_unet_are_refused(converter, world, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import command_line, run
 from cpu_cluster import run_ranks
 from diffusers import StableDiffusionXLPipeline
@@ -210,6 +211,17 @@ def test_rejects_a_broken_photo(maker, photo_flags, loaded_pipelines):
     assert not loaded_pipelines
 
 
+def test_a_caption_without_text_is_refused_with_photos(maker, photo_flags, loaded_pipelines, tmp_path):
+    """Left out, it would move all later captions to other photos."""
+    prompts = tmp_path / "captions.txt"
+    prompts.write_text("a red circle\n\na blue square\n")
+
+    sentence = error_of(maker, {**photo_flags, "prompts": prompts, "max_prompts": None})
+
+    assert sentence.startswith(f"--prompts {prompts} cannot be loaded: row 1 has no text")
+    assert not loaded_pipelines
+
+
 # Flags ---------------------------------------------------------------------------------------------------------------
 REQUIRED = ["--pretrained_model_name_or_path", "x", "--prompts", "p.txt"]
 STYLE = ["--style_prefix", "x"]
@@ -233,7 +245,7 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--scorer", "clip"], "--scorer requires --num_candidates or --min_score"),
         ([*STYLE, "--min_score", "1"], "--min_score requires --scorer"),
         ([*STYLE, "--scorer", "clip", "--min_score", "nan"], "--min_score: nan is not a finite number"),
-        ([*PHOTOS, "--rejected_images", "x"], "--rejected_images and --chosen_images are the same"),
+        ([*PHOTOS, "--rejected_images", "./x/"], "--rejected_images and --chosen_images are the same"),
         ([*PHOTOS, "--rejected_images", "y"], "--rejected_images cannot be combined with --pretrained_model"),
         ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),
         ([*PHOTOS, "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
@@ -512,7 +524,8 @@ def test_rejects_pairs_of_a_scorer_with_other_weights(maker, scorers, candidate_
 def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded_pipelines, file):
     path = pair_flags["output_dir"] / file
     path.parent.mkdir(parents=True)
-    path.write_text("mine")
+    mine = "in another encoding: é".encode("latin-1")
+    path.write_bytes(mine)
 
     sentence = error_of(maker, pair_flags)
 
@@ -522,7 +535,7 @@ def test_rejects_an_output_folder_with_files_of_others(maker, pair_flags, loaded
     assert (
         sentence == f"--output_dir {pair_flags['output_dir']} contains {path.name}, {reason}. Choose another folder."
     )
-    assert path.read_text() == "mine"
+    assert path.read_bytes() == mine
     assert not loaded_pipelines
 
 
@@ -534,6 +547,25 @@ def test_rejects_other_settings_if_only_the_card_is_left(maker, pairs, pair_flag
     sentence = error_of(maker, {**pair_flags, "seed": 1})
 
     assert " contains README.md, made with --seed 0, now 1." in sentence
+
+
+def test_an_error_of_the_gpu_is_one_sentence_and_pairs_are_kept(maker, pair_flags, monkeypatch):
+    generate = maker.generate_images
+    calls = []
+
+    def run_out_of_memory(*args):
+        calls.append(args)
+        if len(calls) > 2:  # in the second block
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*args)
+
+    monkeypatch.setattr(maker, "generate_images", run_out_of_memory)
+
+    sentence = error_of(maker, pair_flags)
+
+    folder = pair_flags["output_dir"]
+    assert sentence == f"A pair cannot be made; those in {folder} are kept: OutOfMemoryError: CUDA out of memory"
+    assert [path.name for path in unfinished_pairs(folder)] == [f"{number:06d}.parquet" for number in range(3)]
 
 
 def test_half_made_pairs_are_not_a_dataset(maker, pair_flags, monkeypatch):

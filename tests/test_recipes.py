@@ -46,14 +46,14 @@ exec python "$@"
 """
 
 
-def commands(recipe, folder, *flags, dataset="my/pairs", results=False):
+def commands(recipe, folder, *flags, dataset="my/pairs", prompts="prompts.txt", results=False):
     """Run a recipe in another folder with a stand-in for `accelerate`: the words of its launches of each script."""
     launcher = folder / "bin" / "accelerate"
     launcher.parent.mkdir()
     launcher.write_text(LAUNCHER)
     launcher.chmod(0o755)
     env = {**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}", "WORDS": str(folder / "words")}
-    env |= {"DATASET": dataset, "PHOTOS": "photos", "CAPTIONS": "captions.txt", "PROMPTS": "prompts.txt"}
+    env |= {"DATASET": dataset, "PHOTOS": "photos", "CAPTIONS": "captions.txt", "PROMPTS": prompts}
     if results:
         (folder / "published-models-50").mkdir()
         (folder / "published-models-50" / "results.json").write_text('{"results": []}')
@@ -163,9 +163,12 @@ def test_published_differences_stand_beside_those_found(tmp_path, capsys, monkey
     assert "| mapo | pickscore | +0.120 ± 0.034 | +0.160 | +0.240 |" in capsys.readouterr().out
 
 
-def test_published_models_are_those_of_the_hub(tmp_path):
-    launches = commands(PUBLISHED_MODELS, tmp_path, "--max_prompts", "5", results=True)
+@pytest.mark.parametrize("prompts", ["", "prompts.csv"])
+def test_published_models_are_those_of_the_hub(tmp_path, prompts):
+    launches = commands(PUBLISHED_MODELS, tmp_path, "--max_prompts", "5", prompts=prompts, results=True)
     args = load(launches["evaluate"][1]).parse_args(launches["evaluate"][2])
+    assert args.prompts == (prompts or "pickapic_v2")
+    assert args.prompt_column == ("caption" if prompts else "prompt")
     assert dict(args.candidates) == PUBLISHED and args.max_prompts == 5
     assert args.num_inference_steps == 50 and args.guidance_scale == 5
     assert args.scorers == ["pickscore", "hps_no_antialias", "hps", "imagereward", "aesthetic"]

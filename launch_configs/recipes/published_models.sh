@@ -22,7 +22,7 @@ accelerate launch --config_file "$HERE/launch_configs/single_gpu.yaml" "$HERE/ev
     --candidates dpo=mhdang/dpo-sdxl-text2image-v1 mapo=mapo-t2i/mapo-beta \
     spo=SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep inpo=JaydenLu666/InPO-SDXL smpo=JaydenLu666/SmPO-SDXL \
     linear_dpo=whynot0128/Linear-DPO-SDXL \
-    --prompts "${PROMPTS:-pickapic_v2}" --prompt_column caption --max_prompts 500 \
+    --prompts "${PROMPTS:-pickapic_v2}" ${PROMPTS:+--prompt_column caption} --max_prompts 500 \
     --num_inference_steps "$STEPS" --guidance_scale 5 \
     --scorers pickscore hps_no_antialias hps imagereward aesthetic \
     --mixed_precision bf16 --seed 0 --output_dir "$OUTPUT" "$@"
