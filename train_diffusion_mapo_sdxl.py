@@ -41,7 +41,7 @@ The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pa
 #   Objective        the loss of a pair, as pure functions
 #   SDXL             what is specific to the model: loading, encoding, denoising errors, sampling
 #   Training         one step, and the loop around it
-#   Errors           exceptions, and how several processes fail together
+#   Errors           exceptions, and how an error of one process reaches the others
 #   Arguments        the command line
 #   Pairs            from rows of a dataset to batches, in an order that can be resumed
 #   Trained weights  full UNet or LoRA: creating, loading and saving; optimizer and learning rate
@@ -52,9 +52,9 @@ The full UNet, as in the paper (4 GPUs x 4 pairs x 8 accumulation steps = 128 pa
 #   Main             puts everything together
 
 import argparse
+import atexit
 import collections
 import contextlib
-import gc
 import glob
 import hashlib
 import importlib.util
@@ -68,8 +68,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
-import traceback
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -599,10 +599,10 @@ class Run:
     parameters: list  # the trainable parameters of the model
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    held_out: Dataset  # a PairDataset
+    held_out: "PairDataset"
     base_images: list  # of the validation prompts, before training
     pairs_per_step: int
-    progress: object  # a Progress
+    progress: "Progress"
 
 
 @dataclass
@@ -655,7 +655,8 @@ class StopSignal:
         self.requested = True
         if number == signal.SIGINT:
             # `print` could be interrupted in the middle of its own work, so write directly.
-            os.write(2, b"\nFinishing and saving. Press Ctrl-C again to quit immediately.\n")
+            pid = os.getpid()
+            os.write(2, b"\nFinishing and saving. Press Ctrl-C again or `kill %d` to quit immediately.\n" % pid)
             # torchrun passes the second Ctrl-C on as SIGTERM.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -866,7 +867,7 @@ def train(run, batches, stop):
 #
 # A failure that can hit a single process, such as a full disk or an unreadable file, is raised on all of them
 # (`raise_on_all_ranks`) where the others would otherwise wait for it in a collective. Elsewhere `explain` is enough:
-# the process ends, and the launcher ends the others.
+# the process ends (`abandon_process_group`), and the launcher ends the others.
 class TrainingError(Exception):
     """An error that one sentence explains; printed without a traceback."""
 
@@ -876,14 +877,15 @@ class UnusableRow(Exception):
 
 
 def describe(error):
-    """An error's type and text in one line. The type of our own errors, or of a ValueError, says nothing."""
-    # PyTorch wraps errors of loader workers in text: keep only the last line.
+    """An error's type and text in one line, shortened. The type of our own errors or of a ValueError says nothing."""
+    # PyTorch wraps errors of loader workers in text: keep what follows the last frame of the traceback.
     if "Original Traceback" in str(error):
-        return str(error).strip().splitlines()[-1]
+        last_frame = str(error).rpartition('\n  File "')[2].splitlines()[1:]
+        return textwrap.shorten(" ".join(line for line in last_frame if not line.startswith("    ")), 500)
     # `datasets` hides the reason in the cause of this error, and logs the file.
     if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
+    text = textwrap.shorten(str(error), 500)
     if type(error) in (ValueError, UnusableRow) and text:
         return text
     return f"{type(error).__name__}: {text}"
@@ -939,6 +941,19 @@ def from_main_process(function, *args):
         if PartialState().is_main_process:
             result = function(*args)
     return broadcast_object_list([result])[0]
+
+
+def abandon_process_group():
+    """
+    End a process that failed, as its last exit handler, without taking down its process group.
+
+    Other processes may wait for this one in a collective. NCCL's cleanup would wait for them in turn, so that the
+    launcher would never learn about the failure.
+    """
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def sync_to_disk(path):
@@ -1119,7 +1134,7 @@ def add_training_arguments(parser):
     add("--snr_value", type=POSITIVE, default=0.5, help="Multiplies the errors in mapo_v1.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=SEED, help="Seed of training. Chosen at random and logged if not given.")
+    add("--seed", type=SEED, help="Seed of training. Default: a random one, or that of the checkpoint.")
     add("--train_batch_size", type=COUNT, default=4, help="Pairs per device and forward pass.")
     add("--num_train_epochs", type=COUNT, default=1, help="Passes over the dataset.")
     add("--max_train_steps", type=COUNT, help="Optimizer steps; overrides --num_train_epochs.")
@@ -1498,7 +1513,7 @@ def open_dataset(name, config_name, cache_dir, revision):
     if not os.path.exists(name):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
         if revision is not None and builder.hash != revision:
-            raise TrainingError(f"--dataset_name {name}: the run used commit {revision}, which is not available.")
+            raise TrainingError(f"--dataset_name {name}: the run used commit {revision}, which cannot be reached.")
         return builder
 
     name = os.path.abspath(name)
@@ -1599,7 +1614,7 @@ def load_pairs(args, latent_shape, num_train_timesteps, revision=None):
     if len(index) == 0 or (args.validation_split is not None and len(held_out) == 0):
         raise TrainingError(
             f"--dataset_name {args.dataset_name}: {len(index)} pairs left for training, {len(held_out)} held out. "
-            "Held-out captions are not trained on."
+            "Ties and held-out captions are not trained on."
         )
     return (
         PairDataset(args, split, index, latent_shape, num_train_timesteps),
@@ -1985,25 +2000,25 @@ def name_in_file(part, name):
 def choose_lora_layers(args, name, part, weights):
     """Names of the layers of a part that get a LoRA: those of --init_lora, or else those that the flags name."""
     modules = [module for module, _ in part.named_modules()]
-    layers = [module for module in modules if f"{name}.{name_in_file(part, module)}.lora_A.weight" in weights]
-    if layers:
-        return layers
-
+    given = [module for module in modules if f"{name}.{name_in_file(part, module)}.lora_A.weight" in weights]
+    if given:
+        return given
     if name == "unet" and weights:
         raise TrainingError(f"--init_lora {args.init_lora}: no layer matches the UNet.")
 
     # peft takes these as endings of names.
+    endings = []
     if name == "unet":
         for choice in args.lora_layers:
             if choice not in LORA_LAYERS and not any(f".{module}".endswith(f".{choice}") for module in modules):
                 raise TrainingError(f"--lora_layers {choice} is neither a layer nor one of {list(LORA_LAYERS)}.")
-            layers += LORA_LAYERS.get(choice, [choice])
+            endings += LORA_LAYERS.get(choice, [choice])
     else:
         # The last layer of the first text encoder is not used: SDXL takes the hidden states before it.
-        number = part.config.num_hidden_layers - (1 if name == "text_encoder" else 0)
-        for n in range(number):
-            layers += [f"layers.{n}.self_attn.{layer}" for layer in TEXT_LORA_LAYERS]
-    return layers
+        num_layers = part.config.num_hidden_layers - (1 if name == "text_encoder" else 0)
+        for layer in range(num_layers):
+            endings += [f"layers.{layer}.self_attn.{projection}" for projection in TEXT_LORA_LAYERS]
+    return endings
 
 
 def freeze_last_layer(text_encoder):
@@ -2245,9 +2260,9 @@ def read_cached(path, flipped):
 @torch.no_grad()
 def encode_to_file(pipeline, item, path, vae_batch_size):
     """Encode a pair of PairsToEncode, and write it, or the reason why it is unusable."""
+    device = pipeline.vae.device
     unusable = item.get("unusable")
     if unusable is None:
-        device = pipeline.vae.device
         pixel_values = item["pixel_values"].to(device)
         moments = encode_images(pipeline.vae, pixel_values.flatten(0, 1), vae_batch_size)
         if not moments.isfinite().all():
@@ -2289,7 +2304,6 @@ def describe_encoders(args, pipeline):
 
 def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     """Encode the pairs of a dataset that are not yet in its cache: a folder per setting, with a file per pair."""
-    # All processes need the same list of missing pairs, so list them before any process writes.
     key = Hasher.hash(
         {
             "encoders": encoder_key,
@@ -2299,11 +2313,13 @@ def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
         }
     )
     pairs.cache = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "mapo_latents", key)
+
+    # All processes need the same list of missing pairs, so list them before any process writes.
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
-    # Split them between the processes, and again between the workers of each, so that no two of them read the same
-    # row groups of a stream. The loader asks its workers in turn, so their shares are interleaved. Both cuts give
-    # the remainder to the first workers.
+    # Split them between the processes, and again between the workers of each, in stretches, so that few row groups of
+    # a stream are read twice. The loader asks its workers in turn, so their shares are interleaved. Both cuts give the
+    # remainder to the first workers.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
     num_workers = max(args.dataloader_num_workers, 1)
     order = np.empty(len(own), dtype=np.int64)
@@ -2446,7 +2462,7 @@ def find_checkpoint(output_dir, name):
 
 
 def refuse_other_runs(output_dir, existing, run_id, step):
-    """Refuse a folder that contains the work of another run, or checkpoints of later steps of this run."""
+    """Refuse a folder with results or checkpoints of another run, or with checkpoints of later steps of this run."""
     own = []
     obstacles = []
     for other in existing:
@@ -2910,40 +2926,57 @@ def only_run_in(output_dir, accelerator):
         lock.release()
 
 
+def configure_fsdp(args, plugin):
+    """Refuse what FSDP cannot do, and sum gradients over batches and processes in float32, as DDP does."""
+    if plugin.fsdp_version == 1:
+        raise TrainingError("FSDP version 1 is not supported. Use launch_configs/fsdp2.yaml.")
+    if args.use_8bit_adam:
+        raise TrainingError("--use_8bit_adam cannot update FSDP's weights. Use launch_configs/deepspeed_zero2.yaml.")
+    if plugin.state_dict_type.name != "SHARDED_STATE_DICT":
+        raise TrainingError(
+            f"fsdp_state_dict_type {plugin.state_dict_type.name}: a run cannot resume from it. Use SHARDED_STATE_DICT."
+        )
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def configure_deepspeed(args, mixed_precision, plugin):
+    """Refuse what DeepSpeed cannot do, and keep gradients and trained weights in float32."""
+    config = plugin.deepspeed_config
+    if plugin.zero_stage == 0:
+        raise TrainingError("DeepSpeed's ZeRO stage 0 is not supported. Use launch_configs/multi_gpu.yaml.")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise TrainingError(f"The DeepSpeed config must not set the {section}; the script's flags do.")
+    if args.full_bf16:
+        raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
+    if mixed_precision == "fp16":
+        raise TrainingError("--mixed_precision fp16: DeepSpeed would clip gradients that are still scaled.")
+
+    # DeepSpeed's own half-precision modes would round the trained weights as well; torch's autocast does not.
+    config["fp16"] = {"enabled": False}
+    config["bf16"] = {"enabled": False}
+    config["torch_autocast"] = {
+        "enabled": mixed_precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
+    config["gradient_clipping"] = 0.0 if math.isinf(args.max_grad_norm) else args.max_grad_norm
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    config["train_batch_size"] = "auto"
+    # Without this, ZeRO-3 cannot save trained weights.
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
 def configure_sharding(args, accelerator):
-    """Refuse what FSDP and DeepSpeed cannot do, and keep their gradients and trained weights in float32."""
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.train_text_encoder:
         raise TrainingError("--train_text_encoder cannot be sharded. Use launch_configs/multi_gpu.yaml.")
-
     if kind == DistributedType.FSDP:
-        if accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise TrainingError("FSDP version 1 is not supported. Use launch_configs/fsdp2.yaml.")
-        if args.use_8bit_adam:
-            raise TrainingError(
-                "--use_8bit_adam cannot update FSDP's weights. Use launch_configs/deepspeed_zero2.yaml."
-            )
-        # Sum gradients over batches and processes in float32, as with DDP.
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.mixed_precision_policy is not None:
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-
+        configure_fsdp(args, accelerator.state.fsdp_plugin)
     if kind == DistributedType.DEEPSPEED:
-        if args.full_bf16:
-            raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
-        if accelerator.mixed_precision == "fp16":
-            raise TrainingError("--mixed_precision fp16: DeepSpeed would clip gradients that are still scaled.")
-        # DeepSpeed's own half-precision modes would round the trained weights as well; torch's autocast does not.
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["fp16"] = {"enabled": False}
-        config["bf16"] = {"enabled": False}
-        config["torch_autocast"] = {
-            "enabled": accelerator.mixed_precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
-        config["gradient_clipping"] = 0.0 if math.isinf(args.max_grad_norm) else args.max_grad_norm
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        configure_deepspeed(args, accelerator.mixed_precision, accelerator.state.deepspeed_plugin)
 
 
 def build_accelerator(args):
@@ -3134,7 +3167,16 @@ def set_up(args, accelerator):
     if args.cache_latents:
         fill_caches(args, accelerator, pipeline, pairs, held_out)
 
-    run = build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_step, progress, checkpoint)
+    run = build_run(
+        args,
+        accelerator,
+        pipeline,
+        noise_scheduler=noise_scheduler,
+        held_out=held_out,
+        pairs_per_step=pairs_per_step,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
     batches = data_iterator(
         pairs,
         args.dataloader_num_workers,
@@ -3179,21 +3221,14 @@ def main(args):
 
 
 if __name__ == "__main__":
+    atexit.register(abandon_process_group)  # before all other handlers, so that it runs after them
     try:
         status = main(parse_args())
     except TrainingError as error:
         status = f"error: {error}"
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except Exception:
-        traceback.print_exc()
-        status = 1
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # a loader's workers ignore the SIGTERM with which Python would end them
-
-    # After an error, DDP's reducer and gloo's threads must be gone while the interpreter still runs.
-    gc.collect()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     sys.exit(status)

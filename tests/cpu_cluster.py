@@ -96,6 +96,7 @@ PLACES = {
     "reading": (Path, "read_text"),
     "repository": (huggingface_hub, "create_repo"),
     "upload": (huggingface_hub, "upload_folder"),
+    "process group": (torch.distributed, "destroy_process_group"),
 }
 # Places at which only calls with, or only calls without gradients count.
 WITH_GRADIENTS = {"step": True, "evaluation": False, "held out": False}

@@ -8,6 +8,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import command_line, run
 from runs import train_error
 from safetensors.torch import load_file, save_file
@@ -257,6 +258,24 @@ def test_vae_may_leave_defaults_out_of_its_config(script, flags, world, tmp_path
     (channels, _, _), _ = script.load_configs(args, script.find_models(args, None))
 
     assert channels == 4
+
+
+def test_error_of_a_loader_worker_is_described_like_any_other(script):
+    class BrokenPairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, number):
+            try:
+                raise ValueError("a cause")
+            except ValueError as error:
+                raise OSError("503 Server Error for url\n\nInternal Error, we are working on it") from error
+
+    with pytest.raises(OSError) as error:
+        next(iter(torch.utils.data.DataLoader(BrokenPairs(), num_workers=1)))
+
+    assert "Original Traceback" in str(error.value)
+    assert script.describe(error.value) == "OSError: 503 Server Error for url Internal Error, we are working on it"
 
 
 @pytest.mark.parametrize("component", ["vae", "unet"])

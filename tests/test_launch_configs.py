@@ -1,6 +1,8 @@
 """Every launch config. GPU configs run on two CPU processes over gloo, machines are launchers on loopback."""
 
+import base64
 import itertools
+import json
 import os
 import re
 import signal
@@ -462,9 +464,33 @@ def test_accumulation_in_a_launch_config_is_refused(short_flags, tmp_path):
     assert "error: --gradient_accumulation_steps: the launch config sets a different number" in output
 
 
+@pytest.mark.matrix
+def test_flags_replace_what_a_deepspeed_file_says(flags, tmp_path):
+    """A file of one's own, which has other steps, and which does not let ZeRO-3 save the weights."""
+    flags.update(train_batch_size=1, gradient_accumulation_steps=2, max_train_steps=3, report_to="none")
+    words = [*with_faults({}), SCRIPT]
+    env = deepspeed_file(stage=3, gradient_accumulation_steps=1, train_batch_size=7)
+    own = {**flags, "output_dir": tmp_path / "own"}
+
+    expected = cluster.run_ranks([*words, *command_line(flags)], env=cluster.SHARDED["zero3"])
+    statuses, outputs = cluster.run_ranks([*words, *command_line(own)], env={"ACCELERATE_USE_CPU": "false", **env})
+
+    assert expected[0] == statuses == [0, 0], outputs
+    assert_equal(trained(own["output_dir"]), trained(flags["output_dir"]))
+
+
+def deepspeed_file(stage, **settings):
+    """Environment variables for a DeepSpeed config of one's own."""
+    content = json.dumps({"zero_optimization": {"stage": stage}, **settings})
+    encoded = base64.urlsafe_b64encode(content.encode()).decode()
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": encoded}
+
+
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+STAGE_0 = {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}
 FSDP1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FULL_STATE = {**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 FULL_BF16 = {"rank": None, "use_8bit_adam": True, "mixed_precision": "bf16", "full_bf16": True}
 
 
@@ -474,9 +500,20 @@ FULL_BF16 = {"rank": None, "use_8bit_adam": True, "mixed_precision": "bf16", "fu
         (FSDP2, {"use_8bit_adam": True}, "--use_8bit_adam cannot update FSDP's weights"),
         (FSDP2, {"train_text_encoder": True}, "--train_text_encoder cannot be sharded"),
         (FSDP1, {}, "FSDP version 1 is not supported"),
+        (FULL_STATE, {}, "fsdp_state_dict_type FULL_STATE_DICT: a run cannot resume from it"),
         (DEEPSPEED, FULL_BF16, "--full_bf16: DeepSpeed keeps float32 weights"),
+        (STAGE_0, {}, "DeepSpeed's ZeRO stage 0 is not supported"),
+        (deepspeed_file(stage=2, optimizer={}), {}, "The DeepSpeed config must not set the optimizer"),
     ],
-    ids=["fsdp2-8bit", "fsdp2-text-encoder", "fsdp1", "deepspeed-full-bf16"],
+    ids=[
+        "fsdp2-8bit",
+        "fsdp2-text-encoder",
+        "fsdp1",
+        "fsdp2-full-state",
+        "deepspeed-full-bf16",
+        "deepspeed-stage-0",
+        "deepspeed-optimizer",
+    ],
 )
 def test_unsupported_combination_is_refused(short_flags, env, changes, reason):
     words = [*with_faults({}), SCRIPT, *command_line({**short_flags, **changes})]

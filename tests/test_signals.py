@@ -294,6 +294,19 @@ def test_launched_run_ends_without_hanging_or_crashing(flags, end, repetitions):
         shutil.rmtree(flags["output_dir"])
 
 
+def test_failed_rank_does_not_take_down_its_process_group(flags):
+    """NCCL would wait for the other ranks, which wait for this one."""
+    flags.update(train_batch_size=2)
+    fault = Fault("step", (2,), partial(raising, OUT_OF_MEMORY))
+    waiting = Fault("process group", cluster.EVERY_CALL, partial(raising, AssertionError("waits for the others")))
+
+    statuses, outputs = run_ranks(flags, {1: [fault, waiting]})
+
+    assert statuses[1] == 1, outputs
+    assert "out of memory" in outputs[1]
+    assert "waits for the others" not in outputs[1]
+
+
 @pytest.mark.matrix
 def test_unexpected_error_ends_a_run_with_loader_workers(flags):
     """The workers ignore the signal with which Python ends its children, so it would wait for them forever."""

@@ -380,7 +380,7 @@ def test_dataset_of_the_hub_is_used_from_the_cache(script, hub_cache):
 @pytest.mark.parametrize(
     ("flags", "revision", "expected"),
     [
-        ({}, 40 * "b", "the run used commit b+, which is not available"),
+        ({}, 40 * "b", "the run used commit b+, which cannot be reached"),
         ({"streaming": True}, None, "--streaming: me/pairs cannot be reached"),
     ],
     ids=["other commit", "streaming"],
