@@ -2085,7 +2085,9 @@ def write_results(args, systems, prompts, records, settings):
     write_text(output_dir / "results.json", json.dumps({**summary, "settings": settings}, indent=2) + "\n")
     write_text(output_dir / "results.md", results_as_markdown(args, summary, settings))
 
-    records_of = {name: [record for record in records if record["model"] == name] for name in names}
+    records_of = {name: [] for name in names}
+    for record in records:
+        records_of[record["model"]].append(record)
     for name in names[1:]:
         grid = draw_grid(args.scorers[0], zip(records_of[names[0]], records_of[name], strict=True))
         write_atomically(output_dir / f"grid-{name}.png", functools.partial(grid.save, format="PNG"))

@@ -3109,6 +3109,16 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_
     )
 
 
+def log_row_groups(row_groups, shuffle_shards):
+    """Log how much memory a stream needs."""
+    sizes = sorted(num_bytes / 2**20 for _, _, num_bytes in row_groups)
+    largest = sizes[-shuffle_shards:]
+    logger.info(
+        f"Streaming {len(sizes)} row groups of {sum(sizes) / len(sizes):.3g} MiB on average. Each process (or each of "
+        f"its loader workers) keeps {len(largest)} of them in memory (--shuffle_shards), up to {sum(largest):.3g} MiB."
+    )
+
+
 def set_up(args, accelerator):
     """Check and load everything that training needs. Returns a Run and its StepBatches."""
     # Find out where to start. Only the main process looks, so that all processes agree.
@@ -3136,13 +3146,7 @@ def set_up(args, accelerator):
     check_steps(args, progress.step)
     logger.info(f"{len(pairs.index)} pairs to train on, {len(held_out.index)} held out.")
     if args.streaming:
-        sizes = sorted(num_bytes / 2**20 for _, _, num_bytes in pairs.rows.row_groups)
-        largest = sizes[-args.shuffle_shards :]
-        logger.info(
-            f"Streaming {len(sizes)} row groups, on average {sum(sizes) / len(sizes):.3g} MiB. Each process (or each "
-            f"of its loader workers) keeps {len(largest)} of them in memory, see --shuffle_shards: up to "
-            f"{sum(largest):.3g} MiB."
-        )
+        log_row_groups(pairs.rows.row_groups, args.shuffle_shards)
 
     # Try the first pair before any weights are loaded.
     visits = training_batches(
