@@ -322,8 +322,8 @@ def open_unet(name):
         if (folder / "unet").is_dir():
             folder = folder / "unet"
 
-        single_file, shards = (sorted(folder.glob(pattern)) for pattern in UNET_FILES)
-        for path in single_file or shards:
+        whole, sharded = UNET_FILES
+        for path in [*folder.glob(whole)] or folder.glob(sharded):
             file = safe_open(path, "pt")
             files.update(dict.fromkeys(file.keys(), file))
     if not files:

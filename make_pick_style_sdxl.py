@@ -734,18 +734,18 @@ def stream_prompts(source, split, columns):
 
 
 def read_captions(args):
-    """The first --max_prompts captions. Rows without text are left out, except if each row belongs to a photo."""
+    """The first --max_prompts captions. Rows without text are left out; with photos, only at the end."""
     captions = []
     num_empty = 0
     with explain(f"--prompts {args.prompts} cannot be loaded"):
         for row in stream_prompts(args.prompts, args.prompt_split, {"--prompt_column": args.prompt_column}):
             text = row["--prompt_column"]
-            if isinstance(text, str) and text.strip():
-                captions.append(text.strip())
-            elif args.chosen_images is not None:
-                raise ValueError(f"row {len(captions)} has no text, and rows are captions of --chosen_images in order")
-            else:
+            if not isinstance(text, str) or not text.strip():
                 num_empty += 1
+                continue
+            if num_empty > 0 and args.chosen_images is not None:
+                raise ValueError(f"a row above {text.strip()!r} has no text, so this caption would get another photo")
+            captions.append(text.strip())
             if len(captions) == args.max_prompts:
                 break
     if not captions:

@@ -68,7 +68,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -379,9 +378,10 @@ def find_models(args, checkpoint):
         if name is None:
             continue
         revision = args.revision if kind == "model" else None
-        if checkpoint is not None and checkpoint.settings[flag] == name:
-            if kind != "model" or checkpoint.settings["revision"] == revision:
-                revision = getattr(checkpoint.progress, f"{kind}_commit") or revision
+        settings = {} if checkpoint is None else checkpoint.settings
+        is_unchanged = kind != "model" or settings.get("revision") == revision
+        if settings.get(flag) == name and is_unchanged:
+            revision = getattr(checkpoint.progress, f"{kind}_commit") or revision
         with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
             models[kind] = find_model(kind, name, args.cache_dir, revision)
     return models
@@ -394,21 +394,24 @@ def find_model(kind, name, cache_dir, revision):
     A UNet or VAE is in the subfolder of a pipeline, or in a folder or repository of its own.
     """
     location = {"pretrained_model_name_or_path": name, "cache_dir": cache_dir, "revision": None}
-    subfolder = "unet" if kind == "model" else kind
+    part = "unet" if kind == "model" else kind
     if os.path.exists(name):
-        if not os.path.isdir(os.path.join(name, subfolder)):
-            subfolder = None
+        in_subfolder = os.path.isdir(os.path.join(name, part))
     else:
         # Any config of a repository names its commit.
-        model_class = COMPONENTS[subfolder]
         location["revision"] = revision
         try:
-            _, commit = model_class.load_config(**location, subfolder=subfolder, return_commit_hash=True)
+            _, commit = COMPONENTS[part].load_config(**location, subfolder=part, return_commit_hash=True)
+            in_subfolder = True
         except OSError:
-            subfolder = None
-            _, commit = model_class.load_config(**location, return_commit_hash=True)
+            _, commit = COMPONENTS[part].load_config(**location, return_commit_hash=True)
+            in_subfolder = False
         location["revision"] = commit
-    return location if kind == "model" else {**location, "subfolder": subfolder}
+
+    # Each part of the base model is in a subfolder of its own.
+    if kind != "model":
+        location["subfolder"] = part if in_subfolder else None
+    return location
 
 
 def load_configs(args, models):
@@ -876,16 +879,24 @@ class UnusableRow(Exception):
     """Raised for a row that cannot be used; the message says why."""
 
 
+def in_one_line(text):
+    """The text on one line. Of a long one, the beginning and the end."""
+    text = " ".join(text.split())
+    if len(text) > 600:
+        return f"{text[:300]} [...] {text[-300:]}"
+    return text
+
+
 def describe(error):
-    """An error's type and text in one line, shortened. The type of our own errors or of a ValueError says nothing."""
+    """An error's type and text in one line. The type of our own errors, or of a ValueError, says nothing."""
     # PyTorch wraps errors of loader workers in text: keep what follows the last frame of the traceback.
     if "Original Traceback" in str(error):
         last_frame = str(error).rpartition('\n  File "')[2].splitlines()[1:]
-        return textwrap.shorten(" ".join(line for line in last_frame if not line.startswith("    ")), 500)
+        return in_one_line("\n".join(line for line in last_frame if not line.startswith("    ")))
     # `datasets` hides the reason in the cause of this error, and logs the file.
     if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
         error = error.__cause__
-    text = textwrap.shorten(str(error), 500)
+    text = in_one_line(str(error))
     if type(error) in (ValueError, UnusableRow) and text:
         return text
     return f"{type(error).__name__}: {text}"
@@ -945,15 +956,17 @@ def from_main_process(function, *args):
 
 def abandon_process_group():
     """
-    End a process that failed, as its last exit handler, without taking down its process group.
+    Exit handler: if the process group still exists, the run has failed. Exit without destroying it.
 
     Other processes may wait for this one in a collective. NCCL's cleanup would wait for them in turn, so that the
     launcher would never learn about the failure.
     """
     if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
 
 
 def sync_to_disk(path):
@@ -2970,6 +2983,7 @@ def configure_deepspeed(args, mixed_precision, plugin):
 
 
 def configure_sharding(args, accelerator):
+    """Configure FSDP or DeepSpeed, and refuse what they cannot do."""
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.train_text_encoder:
         raise TrainingError("--train_text_encoder cannot be sharded. Use launch_configs/multi_gpu.yaml.")
@@ -3135,7 +3149,7 @@ def set_up(args, accelerator):
         dataset_commit = checkpoint.progress.dataset_commit
     message = f"--dataset_name {args.dataset_name} cannot be read"
     if not os.path.exists(args.dataset_name):
-        message += ", and is not a local folder"
+        message += ", and is not a local folder or file"
     with raise_on_all_ranks(message):
         pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, dataset_commit)
     progress = start_progress(args, accelerator, checkpoint, pairs, models)
@@ -3225,7 +3239,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    atexit.register(abandon_process_group)  # before all other handlers, so that it runs after them
+    atexit.register(abandon_process_group)  # before trackers register theirs, so that it runs after them
     try:
         status = main(parse_args())
     except TrainingError as error:

@@ -6,6 +6,7 @@ DDP, DeepSpeed and FSDP work over gloo as they do over NCCL. `run_ranks` forks t
 imported the libraries, which saves most of a short run's time.
 """
 
+import atexit
 import contextlib
 import copy
 import faulthandler
@@ -96,7 +97,6 @@ PLACES = {
     "reading": (Path, "read_text"),
     "repository": (huggingface_hub, "create_repo"),
     "upload": (huggingface_hub, "upload_folder"),
-    "process group": (torch.distributed, "destroy_process_group"),
 }
 # Places at which only calls with, or only calls without gradients count.
 WITH_GRADIENTS = {"step": True, "evaluation": False, "held out": False}
@@ -408,7 +408,11 @@ def gloo_backend(self, *args, **kwargs):
     return "gloo", DistributedType.MULTI_CPU
 
 
+CLEANS_UP = "The interpreter cleans up."
+
+
 def main():
+    atexit.register(print, CLEANS_UP)  # of the script's exit handlers, the last one
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = gloo_backend
     faults = pickle.loads(bytes.fromhex(sys.argv[1]))

@@ -260,6 +260,16 @@ def test_vae_may_leave_defaults_out_of_its_config(script, flags, world, tmp_path
     assert channels == 4
 
 
+def test_a_long_error_keeps_its_beginning_and_its_end(script):
+    error = OSError(f"Max retries exceeded with url: {600 * 'x'} (Caused by a timeout)")
+
+    sentence = script.describe(error)
+
+    assert sentence.startswith("OSError: Max retries exceeded with url: xxx")
+    assert sentence.endswith("xxx (Caused by a timeout)")
+    assert len(sentence) < 650
+
+
 def test_error_of_a_loader_worker_is_described_like_any_other(script):
     class BrokenPairs(torch.utils.data.Dataset):
         def __len__(self):

@@ -504,6 +504,7 @@ FULL_BF16 = {"rank": None, "use_8bit_adam": True, "mixed_precision": "bf16", "fu
         (DEEPSPEED, FULL_BF16, "--full_bf16: DeepSpeed keeps float32 weights"),
         (STAGE_0, {}, "DeepSpeed's ZeRO stage 0 is not supported"),
         (deepspeed_file(stage=2, optimizer={}), {}, "The DeepSpeed config must not set the optimizer"),
+        (deepspeed_file(stage=2, scheduler={}), {}, "The DeepSpeed config must not set the scheduler"),
     ],
     ids=[
         "fsdp2-8bit",
@@ -513,6 +514,7 @@ FULL_BF16 = {"rank": None, "use_8bit_adam": True, "mixed_precision": "bf16", "fu
         "deepspeed-full-bf16",
         "deepspeed-stage-0",
         "deepspeed-optimizer",
+        "deepspeed-scheduler",
     ],
 )
 def test_unsupported_combination_is_refused(short_flags, env, changes, reason):

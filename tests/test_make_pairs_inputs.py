@@ -212,14 +212,17 @@ def test_rejects_a_broken_photo(maker, photo_flags, loaded_pipelines):
 
 
 def test_a_caption_without_text_is_refused_with_photos(maker, photo_flags, loaded_pipelines, tmp_path):
-    """Left out, it would move all later captions to other photos."""
+    """Left out, it would move all later captions to other photos. At the end, it is harmless."""
     prompts = tmp_path / "captions.txt"
     prompts.write_text("a red circle\n\na blue square\n")
 
     sentence = error_of(maker, {**photo_flags, "prompts": prompts, "max_prompts": None})
 
-    assert sentence.startswith(f"--prompts {prompts} cannot be loaded: row 1 has no text")
+    assert sentence.startswith(f"--prompts {prompts} cannot be loaded: a row above 'a blue square' has no text")
     assert not loaded_pipelines
+    prompts.write_text("a red circle\n\n \n")
+    (row,) = rows_of(run(maker, {**photo_flags, "prompts": prompts, "max_prompts": None}))
+    assert row["caption"] == "a red circle"
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------

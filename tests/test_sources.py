@@ -416,7 +416,7 @@ def test_size_of_the_row_groups_in_memory_is_logged(script, flags, tmp_path, cap
 
     run(script, {**flags, "streaming": True, "shuffle_shards": 4})
 
-    found = re.search(r"2 row groups, on average (\S+) MiB\. .* keeps 2 of them .*: up to (\S+) MiB", caplog.text)
+    found = re.search(r"2 row groups of (\S+) MiB on average\. .* keeps 2 of them .*, up to (\S+) MiB", caplog.text)
     assert float(found[1]) == pytest.approx(mebibytes / 2, rel=0.05)
     assert float(found[2]) == pytest.approx(mebibytes, rel=0.05)
 

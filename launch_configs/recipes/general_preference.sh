@@ -25,7 +25,7 @@ accelerate launch --config_file "$HERE/launch_configs/deepspeed_zero2.yaml" --nu
     --num_validation_pairs 256 --validation_steps 200 --checkpointing_steps 500 \
     --seed 0 --output_dir "$OUTPUT" "$@"
 
-# 500 prompts of Pick-a-Pic, whose own test prompts are gone with it: not those of the paper's Table 2.
+# 500 prompts of Pick-a-Pic. They are not the test prompts of the paper's Table 2.
 accelerate launch --config_file "$HERE/launch_configs/multi_gpu.yaml" --num_processes 4 \
     "$HERE/evaluate_diffusion_mapo_sdxl.py" \
     --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
