@@ -602,10 +602,10 @@ class Run:
     parameters: list  # the trainable parameters of the model
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    held_out: "PairDataset"
+    held_out: Dataset  # a PairDataset
     base_images: list  # of the validation prompts, before training
     pairs_per_step: int
-    progress: "Progress"
+    progress: object  # a Progress
 
 
 @dataclass
