@@ -3022,7 +3022,8 @@ def build_accelerator(args):
             f"accelerate cannot start (check --mixed_precision and the launch config): {error}"
         ) from error
 
-    # Refuse what would fail later.
+    # Refuse what would fail later. First wait for processes that still connect to this one.
+    accelerator.wait_for_everyone()
     if accelerator.mixed_precision not in DTYPES:
         raise TrainingError(f"mixed_precision {accelerator.mixed_precision} is not supported: use no, fp16 or bf16.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
