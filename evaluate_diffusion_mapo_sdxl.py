@@ -8,7 +8,7 @@
 #     "torch>=2.9.1",
 #     "diffusers>=0.40",
 #     "transformers>=5.24",
-#     "accelerate>=1.12",
+#     "accelerate>=1.13",
 #     "datasets>=5.1",
 #     "sentencepiece",
 #     "protobuf",
