@@ -528,7 +528,7 @@ def win_rate(candidate, base):
     num_prompts = len(wins)
     rate = wins.mean()
 
-    # As many independent images would have this variance.
+    # The effective sample size: how many independent images would have this variance.
     variance = 0
     if num_prompts > 1:
         variance = wins.mean(axis=1).var(ddof=1) / num_prompts
@@ -1648,7 +1648,7 @@ def describe_images(settings, base, system, prompts):
     Everything that the images of a system depend on, for its settings.json.
 
     The batch size and the number of processes only affect rounding. So should versions of libraries; a change is
-    reported. Keys read as in an error message.
+    reported. Error messages contain the keys.
     """
     names = [
         "vae",

@@ -734,7 +734,7 @@ def stream_prompts(source, split, columns):
 
 
 def read_captions(args):
-    """The first --max_prompts captions. Rows without text are left out; with photos, only at the end."""
+    """The first --max_prompts captions. Rows without text are left out; with photos, they may only be at the end."""
     captions = []
     num_empty = 0
     with explain(f"--prompts {args.prompts} cannot be loaded"):
@@ -769,7 +769,8 @@ def captions_beside(images):
 def captions_by_file_name(args):
     """{name: caption} from --prompts, by its column `file_name`."""
     captions = {}
-    columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}  # no flag renames file_name
+    # No flag renames the column file_name, so errors name --prompts.
+    columns = {"--prompt_column": args.prompt_column, "--prompts": "file_name"}
     with explain(f"--prompts {args.prompts} cannot be loaded"):
         for row in stream_prompts(args.prompts, args.prompt_split, columns):
             file_name = row["--prompts"]

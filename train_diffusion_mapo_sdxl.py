@@ -372,15 +372,17 @@ def find_models(args, checkpoint):
 
     A resumed run keeps the commits of those on the hub, so that a later push does not change it.
     """
+    settings = {} if checkpoint is None else checkpoint.settings
     models = {}
     for kind, flag in MODEL_FLAGS.items():
         name = getattr(args, flag)
         if name is None:
             continue
+
+        # --revision is of the base model only.
         revision = args.revision if kind == "model" else None
-        settings = {} if checkpoint is None else checkpoint.settings
-        is_unchanged = kind != "model" or settings.get("revision") == revision
-        if settings.get(flag) == name and is_unchanged:
+        has_same_revision = kind != "model" or settings.get("revision") == revision
+        if settings.get(flag) == name and has_same_revision:
             revision = getattr(checkpoint.progress, f"{kind}_commit") or revision
         with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
             models[kind] = find_model(kind, name, args.cache_dir, revision)
@@ -3022,7 +3024,7 @@ def build_accelerator(args):
             f"accelerate cannot start (check --mixed_precision and the launch config): {error}"
         ) from error
 
-    # Refuse what would fail later. First wait for processes that still connect to this one.
+    # Refuse what would fail later. A process that ends while others still connect to it would make them fail first.
     accelerator.wait_for_everyone()
     if accelerator.mixed_precision not in DTYPES:
         raise TrainingError(f"mixed_precision {accelerator.mixed_precision} is not supported: use no, fp16 or bf16.")

@@ -412,7 +412,7 @@ CLEANS_UP = "The interpreter cleans up."
 
 
 def main():
-    atexit.register(print, CLEANS_UP)  # of the script's exit handlers, the last one
+    atexit.register(print, CLEANS_UP)  # runs after the exit handlers of the script
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = gloo_backend
     faults = pickle.loads(bytes.fromhex(sys.argv[1]))

@@ -279,7 +279,7 @@ ENDS = {
 )
 def test_launched_run_ends_without_hanging_or_crashing(flags, end, repetitions):
     """
-    However a run ends, the interpreter then takes down threads and sockets.
+    After a run, the interpreter takes down threads and sockets.
 
     A rank that failed leaves without that: NCCL would wait for the other ranks, which may wait for this one.
     """
