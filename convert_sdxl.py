@@ -26,6 +26,7 @@ Extract a LoRA from a fully fine-tuned UNet:
 import argparse
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import sys
@@ -100,7 +101,11 @@ def parse_args(input_args=None):
     add("unet", type=PATH, help="Fine-tuned UNet: hub id or folder, e.g. the output_dir of a run.")
     add("folder", type=PATH, help="New folder for the LoRA.")
     add("--rank", type=COUNT, default=64, help="Rank of the LoRA. Default: %(default)s.")
-    return parser.parse_args(input_args)
+
+    args = parser.parse_args(input_args)
+    if args.command == "extract_lora" and importlib.util.find_spec("peft") is None:
+        parser.error("extract_lora requires peft: pip install peft")
+    return args
 
 
 # Errors and files ----------------------------------------------------------------------------------------------------
@@ -131,9 +136,9 @@ def write_atomically(path, save):
     """Let `save` write a file or folder that appears under its name only when it is complete."""
     with explain(f"{path} could not be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
-            save(Path(aside, path.name))
-            os.replace(Path(aside, path.name), path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary_folder:
+            save(Path(temporary_folder, path.name))
+            os.replace(Path(temporary_folder, path.name), path)
 
 
 # Single files --------------------------------------------------------------------------------------------------------
@@ -225,10 +230,12 @@ def load_complete(model_class, source, **options):
 def load_vae(name, scaling_factor):
     """The VAE of --vae, from a pipeline's folder or from one of its own."""
     with explain(f"--vae {name} cannot be loaded"):
+        subfolder = "vae"
         try:
-            vae = load_complete(AutoencoderKL, name, subfolder="vae")
+            AutoencoderKL.load_config(name, subfolder=subfolder)
         except OSError:
-            vae = load_complete(AutoencoderKL, name)
+            subfolder = None
+        vae = load_complete(AutoencoderKL, name, subfolder=subfolder)
 
     # Nothing else tells a VAE of SDXL from one of SD 1.5.
     if vae.config.scaling_factor != scaling_factor:
@@ -308,7 +315,8 @@ RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 LORA_LAYERS = TRANSFORMER + RESNET
 
 # A UNet may be sharded. The files of variants, like fp16, have other names.
-UNET_FILES = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors"]
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+UNET_SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
 
 
 def open_unet(name):
@@ -317,17 +325,20 @@ def open_unet(name):
     with explain(f"{name} cannot be loaded"):
         folder = Path(name)
         if not folder.is_dir():
-            patterns = UNET_FILES + [f"unet/{pattern}" for pattern in UNET_FILES]
+            patterns = [UNET_FILE, UNET_SHARDS, f"unet/{UNET_FILE}", f"unet/{UNET_SHARDS}"]
             folder = Path(snapshot_download(name, allow_patterns=patterns))
         if (folder / "unet").is_dir():
             folder = folder / "unet"
 
-        whole, sharded = UNET_FILES
-        for path in [*folder.glob(whole)] or folder.glob(sharded):
+        paths = [folder / UNET_FILE]
+        if not paths[0].exists():
+            paths = list(folder.glob(UNET_SHARDS))
+        for path in paths:
             file = safe_open(path, "pt")
-            files.update(dict.fromkeys(file.keys(), file))
+            for tensor_name in file.keys():
+                files[tensor_name] = file
     if not files:
-        raise ConversionError(f"{name} has no UNet: {folder} contains no {UNET_FILES[0]}.")
+        raise ConversionError(f"{name} has no UNet: {folder} contains no {UNET_FILE}.")
     return files
 
 
@@ -337,10 +348,10 @@ def shapes_of(files):
 
 def factorize(change, rank):
     """Best approximation of a change with this rank (SVD): down, up, and the squared norm of their product."""
-    u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
     kept = s[:rank]
     up = u[:, :rank] * kept.sqrt()
-    down = kept.sqrt()[:, None] * v[:rank]
+    down = kept.sqrt()[:, None] * vh[:rank]
 
     # A layer may be narrower than the rank.
     up = F.pad(up, (0, rank - up.shape[1]))
@@ -411,6 +422,9 @@ def main(args):
     folder = Path(args.folder)
     if folder.exists():
         raise ConversionError(f"{folder} exists already: choose a new folder.")
+    with explain(f"{folder} cannot be written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
 
     if args.command == "single_file":
         pipeline = load_single_file(args)

@@ -140,8 +140,8 @@ class Scorer:
     """
 
     sources = {}
-    # Files of which each source must have one (default: config.json), for `find_source`.
-    files = {"model": ("model.safetensors", "model.safetensors.index.json")}
+    # {source: files of which it must have one}. Default: config.json.
+    required_files = {"model": ("model.safetensors", "model.safetensors.index.json")}
     architecture = CLIPModel
     reads_text = True
     package = None  # an optional package that the scorer needs
@@ -289,7 +289,7 @@ class HPS(Scorer):
     """
 
     sources = {"model": CLIP_H, "weights": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
-    files = {}  # only the config and the vocabulary of `model` are used
+    required_files = {}  # only the config and the vocabulary of `model` are used
     package = "ftfy"
     antialias = True
 
@@ -524,17 +524,17 @@ def win_rate(candidate, base):
     Images of one prompt are correlated. The effective sample size, between the number of prompts and the number of
     images, is estimated from the variance between prompts.
     """
-    wins = (candidate > base) + 0.5 * (candidate == base)
-    num_prompts = len(wins)
-    rate = wins.mean()
+    points = (candidate > base) + 0.5 * (candidate == base)
+    num_prompts = len(points)
+    rate = points.mean()
 
     # The effective sample size: how many independent images would have this variance.
     variance = 0
     if num_prompts > 1:
-        variance = wins.mean(axis=1).var(ddof=1) / num_prompts
+        variance = points.mean(axis=1).var(ddof=1) / num_prompts
     effective_size = num_prompts
     if variance > 0:
-        effective_size = np.clip(rate * (1 - rate) / variance, num_prompts, wins.size)
+        effective_size = np.clip(rate * (1 - rate) / variance, num_prompts, points.size)
 
     z_squared = 1.959964**2
     center = (rate + z_squared / (2 * effective_size)) / (1 + z_squared / effective_size)
@@ -747,7 +747,7 @@ def add_prompt_arguments(parser):
         "stands for it in paths of --candidates and --reference_images.",
     )
     add("--prompt_split", default="test", help="Split of the hub dataset or local folder.")
-    add("--max_prompts", type=COUNT, help="Use only the first prompts.")
+    add("--max_prompts", type=COUNT, help="Use only this many prompts, from the start. hpdv2 is sorted by style.")
     add("--images_per_prompt", type=COUNT, default=1, help="Number of images per prompt.")
     add("--batch_size", type=COUNT, default=4, help="Images per process and forward pass.")
     add("--output_dir", type=PATH, default="evaluation", help="Output folder.")
@@ -905,7 +905,7 @@ def find_file(source, name):
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
-    with explain(f"{name} of {source} cannot be downloaded"):
+    with explain(f"{source} is not a local folder, and its {name} cannot be downloaded"):
         try:
             return Path(hf_hub_download(source, name))
         except HFValidationError:
@@ -1013,13 +1013,13 @@ def write_atomically(path, save):
     """Let `save` write a file that appears under its name only when it is complete."""
     with explain(f"--output_dir: {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".incomplete-{path.name}")
-        save(aside)
-        os.replace(aside, path)
+        temporary_path = path.with_name(f".incomplete-{path.name}")
+        save(temporary_path)
+        os.replace(temporary_path, path)
 
 
 def write_text(path, text):
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary_path: temporary_path.write_text(text, encoding="utf-8"))
 
 
 def in_batches(items, size):
@@ -1052,9 +1052,10 @@ class Prompt(NamedTuple):
 
 def stream_prompts(source, split, columns):
     """
-    Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset, with columns {flag: name}.
+    Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset.
 
-    The lines of a text file, and the strings of a JSON list, are prompts regardless of the name of their column.
+    `columns` is {flag: name of its column}; errors name the flag. The lines of a text file, and the strings of a JSON
+    list, are prompts regardless of the name of their column.
     """
     suffix = Path(source).suffix.lower()
     options = {"path": source}
@@ -1430,8 +1431,8 @@ def find_lora_file(source):
         return find_file(*os.path.split(source))
 
     file = find_file(source, LORA_FILE)
-    if file is None and not Path(source, "config.json").exists():  # a folder with config.json is a UNet
-        # The only weights file of a local folder may have any name.
+    # A local folder with a config.json is a UNet's. In any other, the only weights file may have any name.
+    if file is None and not Path(source, "config.json").exists():
         files = list(Path(source).glob("*.safetensors"))
         if len(files) == 1:
             file = files[0]
@@ -1483,7 +1484,7 @@ def apply_alphas(weights, config):
             matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    # What is left over: `up` without `down`, and alphas without a layer.
+    # What is left over: `up` without `down`, and `alphas`, which contains only those without a layer now.
     num_others = len(matrices) - 2 * num_layers + len(alphas)
     if num_others > 0 or num_layers == 0:
         raise ValueError(f"it has {num_layers} layers of two weights, and {num_others} other weights")
@@ -1518,7 +1519,7 @@ def read_lora(file, unet_config):
     layers = {}
     for name, down in peft_weights.items():
         if name.endswith(".lora_A.weight"):
-            # LoRA files name the text encoders' layers as before transformers 5.
+            # LoRA files have `text_model.` in the names of text encoder layers, which transformers 5 dropped.
             layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
             layers[layer] = (down, peft_weights[name.replace(".lora_A.", ".lora_B.")])
     return layers
@@ -1689,8 +1690,8 @@ def check_images(system, description):
             before = json.loads(path.read_text(encoding="utf-8"))
     if before.keys() != description.keys():
         raise EvaluationError(
-            f"{system.folder} contains images without a settings.json of this version of the script. Delete the "
-            "folder or change --output_dir."
+            f"{system.folder} contains images, but its settings.json is missing or was written by another version of "
+            "this script. Delete the folder or change --output_dir."
         )
 
     for part in ("settings", "models", "prompts"):
@@ -1864,19 +1865,19 @@ def find_source(args, name, part):
     """The version of one source of a scorer; an error if it lacks a file."""
     flag = source_flags(name)[part]
     source = getattr(args, flag)
-    names = SCORERS[name].files.get(part, ("config.json",))
+    names = SCORERS[name].required_files.get(part, ("config.json",))
     if part == "weights":
         source, file_name = os.path.split(source)
         names = (file_name,)
     for file_name in names:
         file = find_file(source, file_name)
         if file is not None:
-            files = []
+            used = []
             if part != "weights":
-                files = [path for path in Path(source).glob("*") if path.suffix in CONFIG_SUFFIXES]
+                used = [path for path in Path(source).glob("*") if path.suffix in CONFIG_SUFFIXES]
             if "model.safetensors" in names:
-                files += Path(source).glob("*.safetensors")
-            return version_of(source, file, files)
+                used += Path(source).glob("*.safetensors")
+            return version_of(source, file, used)
     raise EvaluationError(f"--{flag} {getattr(args, flag)}: there is no {names[0]} in this folder or hub repository.")
 
 
@@ -1992,10 +1993,9 @@ def score_images(args, accelerator, records, versions):
                 missing.setdefault(reference_images, {})[key] = record
         for reference_images, records_to_score in missing.items():
             scores.update(score_records(args, accelerator, name, reference_images, records_to_score))
-
-        with raise_on_all_ranks("The scores cannot be written"):
-            if missing and accelerator.is_main_process:
-                write_text(path, json.dumps({"versions": versions[name], "scores": scores}, indent=0))
+            with raise_on_all_ranks("The scores cannot be written"):
+                if accelerator.is_main_process:
+                    write_text(path, json.dumps({"versions": versions[name], "scores": scores}, indent=0))
         for record, key in zip(records, keys, strict=True):
             record[name] = scores[key]
 

@@ -271,10 +271,11 @@ def make_block(args, pipeline, scorer, inputs, block):
     number and --seed. Blocks are always the same, because an image's last bits depend on the others in its batch.
     """
     captions = [inputs.captions[number] for number in block]
+    num_samples = args.num_candidates or 2
     chosen_first = []
     seeds = []
     for number in block:
-        is_first, seeds_of_pair = order_and_seeds(args.seed, number, args.num_candidates or 2)
+        is_first, seeds_of_pair = order_and_seeds(args.seed, number, num_samples)
         chosen_first.append(is_first)
         seeds.append(seeds_of_pair)
 
@@ -430,7 +431,7 @@ def add_pair_arguments(parser):
     )
     add("--prompt_column", "--caption_column", default="prompt", help="Column with the captions of a table.")
     add("--prompt_split", default="train", help="Split of the hub dataset or local folder.")
-    add("--max_prompts", type=COUNT, help="Use only the first captions.")
+    add("--max_prompts", type=COUNT, help="Use only this many captions, from the start.")
     add("--style_prefix", type=words, help="Words before the captions of the chosen images only.")
     add("--rejected_prefix", type=words, help="Words before the captions of the rejected images only.")
     add(
@@ -443,7 +444,8 @@ def add_pair_arguments(parser):
         "--chosen_images",
         type=PATH,
         metavar="FOLDER",
-        help="Photos to use in turn as chosen images. Without --rejected_images, samples are rejected.",
+        help="Photos to use as chosen images. Without --rejected_images, samples are rejected, and captions get the "
+        "photos in the order of their names, each in turn; all photos are kept in memory.",
     )
     add(
         "--rejected_images",
@@ -472,7 +474,8 @@ def add_generation_arguments(parser):
     add(
         "--unet",
         type=PATH,
-        help="Another UNet than the base model's: hub id or local folder, e.g. an output_dir of training.",
+        help="Another UNet than the base model's: hub id or local folder, e.g. an output_dir of training. The base "
+        "model's scheduler is used, so both must have the same prediction type.",
     )
     add("--lora", type=PATH, help="LoRA: hub id, local folder, e.g. an output_dir of training, or .safetensors file.")
     add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps.")
@@ -594,7 +597,7 @@ def find_file(source, name):
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
-    with explain(f"{name} of {source} cannot be downloaded"):
+    with explain(f"{source} is not a local folder, and its {name} cannot be downloaded"):
         try:
             return Path(hf_hub_download(source, name))
         except HFValidationError:
@@ -680,13 +683,13 @@ def write_atomically(path, save):
     """Let `save` write a file that appears under its name only when it is complete."""
     with explain(f"--output_dir: {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".incomplete-{path.name}")
-        save(aside)
-        os.replace(aside, path)
+        temporary_path = path.with_name(f".incomplete-{path.name}")
+        save(temporary_path)
+        os.replace(temporary_path, path)
 
 
 def write_text(path, text):
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary_path: temporary_path.write_text(text, encoding="utf-8"))
 
 
 # Captions ------------------------------------------------------------------------------------------------------------
@@ -696,9 +699,10 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # files whose columns have name
 
 def stream_prompts(source, split, columns):
     """
-    Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset, with columns {flag: name}.
+    Yield {flag: value} for each row of a prompts file, a local folder or a hub dataset.
 
-    The lines of a text file, and the strings of a JSON list, are prompts regardless of the name of their column.
+    `columns` is {flag: name of its column}; errors name the flag. The lines of a text file, and the strings of a JSON
+    list, are prompts regardless of the name of their column.
     """
     suffix = Path(source).suffix.lower()
     options = {"path": source}
@@ -966,14 +970,17 @@ def load_pipeline(args, device, dtype, model_files):
     if vae is not None:
         with explain(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded"):
             components["vae"] = load_complete(AutoencoderKL, vae)
+    else:
+        with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+            components["vae"] = load_component("vae", base, args.variant, torch.float32)
     if args.unet is not None:
         subfolder = None
         if find_file(args.unet, "unet/config.json") is not None:
             subfolder = "unet"
         with explain(f"--unet {args.unet} cannot be loaded"):
-            components["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=subfolder)
+            components["unet"] = load_complete(UNet2DConditionModel, args.unet, subfolder=subfolder, dtype=dtype)
     with explain(f"--pretrained_model_name_or_path {base} cannot be loaded"):
-        pipeline = load_sdxl(base, args.variant, **components)
+        pipeline = load_sdxl(base, args.variant, dtype, **components)
     try_scheduler(pipeline.scheduler, args.num_inference_steps)
     if args.lora is not None:
         with explain(f"--lora {args.lora} cannot be loaded"):
@@ -982,9 +989,10 @@ def load_pipeline(args, device, dtype, model_files):
         flag = "pretrained_model_name_or_path" if vae is None else "pretrained_vae_model_name_or_path"
         raise PairsError(f"--{flag}: the VAE's config has latents_mean or shift_factor, which SDXL does not use.")
 
-    pipeline.vae.to(device, torch.float32 if pipeline.vae.config.force_upcast else dtype).enable_slicing()
-    for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
-        model.to(device, dtype)
+    if not pipeline.vae.config.force_upcast:
+        pipeline.vae.to(dtype)
+    pipeline.vae.enable_slicing()
+    pipeline.to(device)
     if args.compile:
         # Blocks are compiled for each shape; beyond this limit they would run eagerly.
         torch._dynamo.config.recompile_limit = 64
@@ -1008,8 +1016,8 @@ def find_lora_file(source):
         return find_file(*os.path.split(source))
 
     file = find_file(source, LORA_FILE)
-    if file is None and not Path(source, "config.json").exists():  # a folder with config.json is a UNet
-        # The only weights file of a local folder may have any name.
+    # A local folder with a config.json is a UNet's. In any other, the only weights file may have any name.
+    if file is None and not Path(source, "config.json").exists():
         files = list(Path(source).glob("*.safetensors"))
         if len(files) == 1:
             file = files[0]
@@ -1061,7 +1069,7 @@ def apply_alphas(weights, config):
             matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    # What is left over: `up` without `down`, and alphas without a layer.
+    # What is left over: `up` without `down`, and `alphas`, which contains only those without a layer now.
     num_others = len(matrices) - 2 * num_layers + len(alphas)
     if num_others > 0 or num_layers == 0:
         raise ValueError(f"it has {num_layers} layers of two weights, and {num_others} other weights")
@@ -1096,7 +1104,7 @@ def read_lora(file, unet_config):
     layers = {}
     for name, down in peft_weights.items():
         if name.endswith(".lora_A.weight"):
-            # LoRA files name the text encoders' layers as before transformers 5.
+            # LoRA files have `text_model.` in the names of text encoder layers, which transformers 5 dropped.
             layer = name.removesuffix(".lora_A.weight").replace(".text_model.", ".")
             layers[layer] = (down, peft_weights[name.replace(".lora_A.", ".lora_B.")])
     return layers
@@ -1237,8 +1245,9 @@ def collect_settings(args, dtype, inputs, model_files):
         value = getattr(args, flag)
         if value is not None:
             settings[f"--{flag}"] = value
-    for library in (torch, diffusers, transformers):
-        settings[library.__name__] = library.__version__
+    if not inputs.files:
+        for library in (torch, diffusers, transformers):
+            settings[library.__name__] = library.__version__
     return settings
 
 
@@ -1376,10 +1385,11 @@ def write_shards(output_dir, numbers):
     return table.schema, num_bytes, download_size
 
 
-def license_of(base):
-    """The fields of a base model's card that state its license."""
+def license_of(args):
+    """The fields of the base model's card that state its license. Images of other models may have another license."""
+    base = args.pretrained_model_name_or_path
     fields = {"license": "other"}
-    if base is None:
+    if base is None or args.unet is not None or args.lora is not None:
         return fields
     # There may be no card, or no network.
     with contextlib.suppress(Exception):
@@ -1411,7 +1421,7 @@ def assemble(args, num_pairs, settings):
     if args.rejected_images is None:
         tags += ["stable-diffusion-xl", "synthetic"]
     card = DatasetCardData(
-        **license_of(args.pretrained_model_name_or_path),
+        **license_of(args),
         task_categories=["text-to-image"],
         tags=tags,
         dataset_info={
@@ -1480,7 +1490,12 @@ def find_inputs(args):
     photo_paths = []
     if args.chosen_images is not None:
         photo_paths = find_given_images("chosen_images", args.chosen_images)
-    return captions, photo_paths, []
+        if len(photo_paths) > len(captions):
+            logger.warning(
+                f"--chosen_images {args.chosen_images}: only the first {len(captions)} of {len(photo_paths)} photos "
+                "are used, one for each caption."
+            )
+    return captions, photo_paths[: len(captions)], []
 
 
 def check_prompts(args, captions):

@@ -168,7 +168,8 @@ def mapo_v1_loss(chosen_errors, rejected_errors, beta, snr_value, num_train_time
 
         L = l_w - beta * log sigmoid(T * (phi(s * l_w) - phi(s * l_l))),   phi(l) = l / (exp(l) - 1)
 
-    Args and returns as in `mapo_loss`; `snr_value` is s and `num_train_timesteps` is T. The returned margin is not
+    Args and returns as in `mapo_loss`, except that `beta` weights the preference term: as it approaches 0, this
+    becomes supervised fine-tuning. `snr_value` is s and `num_train_timesteps` is T. The returned margin is not
     multiplied by T.
     """
     chosen = chosen_errors.double()
@@ -187,12 +188,13 @@ METRICS = ("loss", "chosen_mse", "rejected_mse", "margin", "accuracy")
 # belong to them. To train another model, change this section first, and then everything else that knows SDXL:
 #
 #   Training         the types of `Run`
-#   Arguments        the default of --resolution, and its multiple of 8
+#   Arguments        the default of --resolution, its multiple of 8, and the flags of MODEL_FLAGS
 #   Pairs            `load_pair` and `PairDataset.load` know SDXL's sizes and crops; `load` samples integer timesteps
 #   Trained weights  `trained_parts`, `build_model` and `compile_blocks`; the layers and names of `choose_lora_layers`,
 #                    `freeze_last_layer`, `read_lora`, `name_in_file`, `save_unet`, `save_lora` and
 #                    `load_trained_weights`; the key "unet"
 #   Cache            `encode_to_file`, `read_cached`, `describe_encoders` and `fill_caches` know the encoders
+#   Checkpoints      the commits of `Progress`, and the folder "unet" of `refuse_other_runs`
 #   Validation       ranges of integer timesteps; `warn_if_diverging` knows the error of predicting zero
 #   Results          MODEL_CARD and `write_model_card` load a pipeline; the license, and the names of the Kohya format
 #   Main             the scheduler of `set_up` and `build_run`
@@ -380,9 +382,12 @@ def find_models(args, checkpoint):
             continue
 
         # --revision is of the base model only.
-        revision = args.revision if kind == "model" else None
-        has_same_revision = kind != "model" or settings.get("revision") == revision
-        if settings.get(flag) == name and has_same_revision:
+        revision = None
+        is_same = settings.get(flag) == name
+        if kind == "model":
+            revision = args.revision
+            is_same = is_same and settings["revision"] == revision
+        if is_same:
             revision = getattr(checkpoint.progress, f"{kind}_commit") or revision
         with explain(f"--{flag} {name} cannot be loaded, and is not a local folder"):
             models[kind] = find_model(kind, name, args.cache_dir, revision)
@@ -499,7 +504,11 @@ def load_complete(model_class, **options):
 
 
 def load_component(model_class, location, dtype, variant, variant_required):
-    """A part of the pipeline, in the variant if it has one."""
+    """
+    A part of the pipeline, in the variant if it has one.
+
+    `variant_required` is for the base model's UNet, so that a missing variant is not silently a larger download.
+    """
     name = location["pretrained_model_name_or_path"]
     if os.path.isdir(name):
         # Name the exact folder, otherwise diffusers reports missing files in the parent folder.
@@ -647,7 +656,7 @@ class StopSignal:
     Records Ctrl-C, SIGTERM or SIGUSR1 (SLURM, cloud preemption), so that the current step is completed first.
 
     Once the last step is done, the results are saved despite a signal; only a second Ctrl-C quits. torchrun kills its
-    processes 30 s after forwarding a signal, so a step and a checkpoint must fit into that time.
+    processes 30 s after forwarding a signal, so a step or a validation, and a checkpoint, must fit into that time.
     """
 
     def __init__(self):
@@ -760,7 +769,8 @@ def train_step(run, batches, stop):
             batches.read()
     grad_norm = clip_gradients(accelerator, run.parameters, args.max_grad_norm)
 
-    # Agree. With DDP, this is the step's only communication apart from the gradients, and the only wait for the GPU.
+    # Agree. With DDP, this is the step's only communication apart from the gradients (and from the position ids of
+    # trained text encoders), and the only wait for the GPU.
     counts = metrics.new_tensor([bad_rows, batches.error is not None, stop.requested])
     totals = accelerator.reduce(torch.cat([metrics, grad_norm.reshape(1), counts])).tolist()
     total_bad_rows, failed, stopped = totals[-3:]
@@ -832,8 +842,11 @@ def train(run, batches, stop):
         bar.update()
         is_last_step = progress.step == args.max_train_steps
 
+        fault = find_fault(progress, args.max_bad_steps, args.max_bad_rows)
+        ends_early = fault is not None or result.source_failed or result.stop_requested
+
         # Log.
-        if is_last_step or progress.step % args.logging_steps == 0:
+        if is_last_step or ends_early or progress.step % args.logging_steps == 0:
             logs = summarize(steps, run.pairs_per_step)
             steps.clear()
             logs["skipped_steps"] = progress.skipped_steps
@@ -843,9 +856,7 @@ def train(run, batches, stop):
             with ignoring_tracker_errors(accelerator):
                 accelerator.log(logs, step=progress.step)
 
-        # Save, also before the run ends early. After the last step, the weights are saved first (see `finish`).
-        fault = find_fault(progress, args.max_bad_steps, args.max_bad_rows)
-        ends_early = fault is not None or result.source_failed or result.stop_requested
+        # Save, also before the run ends early. After the last step, `finish` saves the weights and then a checkpoint.
         if ends_early or (progress.step % args.checkpointing_steps == 0 and not is_last_step):
             save_checkpoint(run)
         if fault is not None:
@@ -935,12 +946,12 @@ def raise_on_all_ranks(message):
             raise TrainingError(sentence)
 
 
-def explain_on_all_ranks(accelerator, message):
+def raise_on_all_ranks_if_unsharded(accelerator, message):
     """
     `raise_on_all_ranks` for a body that gathers weights with FSDP or DeepSpeed.
 
     If one process fails while they gather, the others wait inside the body, and never learn about the failure. With
-    these two, the error is only explained: the process ends, and the launcher ends the others.
+    FSDP and DeepSpeed, the error is only explained: the process ends, and the launcher ends the others.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return explain(message)
@@ -985,14 +996,14 @@ def sync_to_disk(path):
 def write_atomically(path, save):
     """Let `save` write a file that appears under its name only when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    temporary_path = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        save(aside)
-        sync_to_disk(aside)
-        os.replace(aside, path)
+        save(temporary_path)
+        sync_to_disk(temporary_path)
+        os.replace(temporary_path, path)
         sync_to_disk(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -1144,7 +1155,8 @@ def add_training_arguments(parser):
     add(
         "--beta_mapo",
         type=POSITIVE_OR_INF,
-        help="Beta; `inf` trains on chosen images only (SFT). Defaults to 8 (mapo_v1: 0.1).",
+        help="Beta. Larger values approach supervised fine-tuning on the chosen images (`inf`); with mapo_v1, smaller "
+        "values do. Defaults to 8 (mapo_v1: 0.1).",
     )
     add("--snr_value", type=POSITIVE, default=0.5, help="Multiplies the errors in mapo_v1.")
 
@@ -1360,8 +1372,8 @@ class Layout:
 
     With --streaming, each reader (a loader worker, or a process without workers) should download its own row groups.
     So the shards are divided into lanes, one per reader. In a lane, the pairs of `shards_mixed` shards at a time are
-    shuffled together. The lanes take turns of `turn` pairs. After a restart with fewer readers, one of them reads
-    several lanes.
+    shuffled together. The lanes take turns of `turn` pairs: the batch size at the first start, so that each batch
+    comes from one reader. After a restart with fewer readers, one of them reads several lanes.
 
     A shard is a row group of a stream. A prepared dataset is a single shard, with a single lane.
     """
@@ -1409,6 +1421,7 @@ def open_parquet(file):
         yield parquet
 
 
+# The rows of a dataset are PreparedRows or StreamedRows, which have the same methods.
 class PreparedRows:
     """Rows of a dataset on disk, as one memory-mapped shard. Their images are still encoded."""
 
@@ -1518,7 +1531,7 @@ def load_index(rows, fingerprint, remove_ties, cache_dir):
     with FileLock(f"{path}.lock"):
         if not path.exists():
             tensors = build_index(rows, remove_ties)
-            write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside))
+            write_atomically(path, lambda temporary_path: safetensors.torch.save_file(tensors, temporary_path))
     tensors = safetensors.torch.load_file(path)
     return tensors["index"].numpy(), tensors["row_groups"].tolist()
 
@@ -1803,7 +1816,7 @@ class PairDataset(Dataset):
     def load(self, visit):
         """The tensors of a visit. Raises UnusableRow."""
         # Sample everything regardless of the flags, so that no flag changes what the others get. Held-out pairs get
-        # the same numbers under any seed.
+        # the same numbers under any seed; the leading 0 separates them from those of training.
         entropy = (0, visit.position) if self.held_out else (1, self.seed, visit.position)
         seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         label_noise, tie, flip, crop_top, crop_left = np.random.default_rng(seed).random(5)
@@ -2012,25 +2025,25 @@ def name_in_file(part, name):
     return name
 
 
-def choose_lora_layers(args, name, part, weights):
+def choose_lora_layers(args, part_name, part, weights):
     """Names of the layers of a part that get a LoRA: those of --init_lora, or else those that the flags name."""
-    modules = [module for module, _ in part.named_modules()]
-    given = [module for module in modules if f"{name}.{name_in_file(part, module)}.lora_A.weight" in weights]
+    names = [name for name, _ in part.named_modules()]
+    given = [name for name in names if f"{part_name}.{name_in_file(part, name)}.lora_A.weight" in weights]
     if given:
         return given
-    if name == "unet" and weights:
+    if part_name == "unet" and weights:
         raise TrainingError(f"--init_lora {args.init_lora}: no layer matches the UNet.")
 
     # peft takes these as endings of names.
     endings = []
-    if name == "unet":
+    if part_name == "unet":
         for choice in args.lora_layers:
-            if choice not in LORA_LAYERS and not any(f".{module}".endswith(f".{choice}") for module in modules):
+            if choice not in LORA_LAYERS and not any(f".{name}".endswith(f".{choice}") for name in names):
                 raise TrainingError(f"--lora_layers {choice} is neither a layer nor one of {list(LORA_LAYERS)}.")
             endings += LORA_LAYERS.get(choice, [choice])
     else:
         # The last layer of the first text encoder is not used: SDXL takes the hidden states before it.
-        num_layers = part.config.num_hidden_layers - (1 if name == "text_encoder" else 0)
+        num_layers = part.config.num_hidden_layers - (1 if part_name == "text_encoder" else 0)
         for layer in range(num_layers):
             endings += [f"layers.{layer}.self_attn.{projection}" for projection in TEXT_LORA_LAYERS]
     return endings
@@ -2283,7 +2296,7 @@ def encode_to_file(pipeline, item, path, vae_batch_size):
         if not moments.isfinite().all():
             unusable = "has an image that the VAE encodes to NaN"
     if unusable is not None:
-        write_atomically(unusable_file(path), lambda aside: aside.write_text(json.dumps(unusable)))
+        write_atomically(unusable_file(path), lambda temporary_path: temporary_path.write_text(json.dumps(unusable)))
         return
 
     input_ids = tokenize(pipeline, [item["caption"]]).to(device)
@@ -2295,7 +2308,7 @@ def encode_to_file(pipeline, item, path, vae_batch_size):
         "pooled_prompt_embeds": pooled_prompt_embeds[0],
     }
     metadata = {"labels": json.dumps(item["labels"])}
-    write_atomically(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
+    write_atomically(path, lambda temporary_path: safetensors.torch.save_file(tensors, temporary_path, metadata))
 
 
 def hash_weights(module):
@@ -2333,8 +2346,7 @@ def fill_cache(args, accelerator, pipeline, pairs, encoder_key):
     missing = from_main_process(lambda: [n for n in range(len(pairs.index)) if not pairs.cached_file(n).exists()])
 
     # Split them between the processes, and again between the workers of each, in stretches, so that few row groups of
-    # a stream are read twice. The loader asks its workers in turn, so their shares are interleaved. Both cuts give the
-    # remainder to the first workers.
+    # a stream are read twice. The loader asks its workers in turn, so item i of `order` is of worker i % num_workers.
     own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index]
     num_workers = max(args.dataloader_num_workers, 1)
     order = np.empty(len(own), dtype=np.int64)
@@ -2364,7 +2376,7 @@ def fill_caches(args, accelerator, pipeline, *data):
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 #
 # A checkpoint is complete exactly when its state file can be read: it is written last, after everything else is on the
-# disk, and removed first. It contains the progress and the flags. The other files are the trained weights, in
+# disk, and removed first. It contains the progress and the settings. The other files are the trained weights, in
 # diffusers' format, and the optimizer's state, in accelerate's (FSDP and DeepSpeed add sharded weights).
 STATE_FILE = "mapo_state.json"
 # Settings whose change is refused when a run resumes, and those that may change silently. All others are logged.
@@ -2420,7 +2432,7 @@ class Progress:
 class Checkpoint(NamedTuple):
     folder: Path
     progress: Progress
-    settings: dict  # the flags it was written with
+    settings: dict  # see `checkpoint_settings`
 
 
 def read_checkpoint(folder):
@@ -2485,7 +2497,7 @@ def refuse_other_runs(output_dir, existing, run_id, step):
             own.append(other.folder)
         else:
             obstacles.append(other.folder)
-    if not own:
+    if not own:  # results without a checkpoint of this run belong to another run
         for path in (Path(output_dir, LORA_FILE), Path(output_dir, "unet")):
             if path.exists():
                 obstacles.append(path)
@@ -2497,10 +2509,15 @@ def refuse_other_runs(output_dir, existing, run_id, step):
         raise TrainingError(f"--output_dir {output_dir} already contains {obstacles[0].name}. {advice}.")
 
 
+def count_pairs_per_step(args, accelerator):
+    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+
+
 def checkpoint_settings(args, accelerator):
-    """The flags, and how weights are sharded. Without sharding, a run resumes on any number of processes."""
+    """The flags, pairs per step, and how weights are sharded. Without sharding, the number of processes is free."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     settings["mixed_precision"] = accelerator.mixed_precision
+    settings["pairs_per_step"] = count_pairs_per_step(args, accelerator)
     settings["sharding"] = "none"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
@@ -2511,7 +2528,7 @@ def checkpoint_settings(args, accelerator):
 
 
 def check_settings(checkpoint, settings):
-    """Refuse or report flags that differ from those of the checkpoint."""
+    """Refuse or report settings that differ from those of the checkpoint."""
     for name, old in checkpoint.settings.items():
         new = settings.get(name)
         if new == old:
@@ -2548,7 +2565,7 @@ def save_checkpoint(run):
     folder = Path(args.output_dir, f"checkpoint-{run.progress.step}")
     settings = checkpoint_settings(args, run.accelerator)
     message = f"{folder} could not be written; older checkpoints are untouched"
-    with explain_on_all_ranks(run.accelerator, message):
+    with raise_on_all_ranks_if_unsharded(run.accelerator, message):
         folder.mkdir(exist_ok=True)
         save_trained_weights(run, folder)
         run.accelerator.save_state(folder)
@@ -2560,7 +2577,7 @@ def save_checkpoint(run):
             for path in (*folder.rglob("*"), folder):
                 sync_to_disk(path)
             state = json.dumps({**asdict(run.progress), "settings": settings}, indent=2)
-            write_atomically(folder / STATE_FILE, lambda aside: aside.write_text(state))
+            write_atomically(folder / STATE_FILE, lambda temporary_path: temporary_path.write_text(state))
             sync_to_disk(folder.parent)
     if run.accelerator.is_main_process and args.checkpoints_total_limit is not None:
         remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
@@ -2583,10 +2600,11 @@ def load_checkpoint(accelerator, parts, optimizer, checkpoint):
     """Load trained weights and optimizer states. Learning rate, betas and decay come from the flags instead."""
     from_flags = []
     for group in optimizer.param_groups:
-        # Keep `fused` as saved: fused and unfused AdamW have their step counters on different devices.
+        # `fused` stays as saved: it says on which device the saved step counters are.
         from_flags.append({name: value for name, value in group.items() if name not in ("params", "fused")})
 
-    with explain_on_all_ranks(accelerator, f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"):
+    message = f"--resume_from_checkpoint {checkpoint.folder} cannot be loaded"
+    with raise_on_all_ranks_if_unsharded(accelerator, message):
         if read_checkpoint(checkpoint.folder) is None:
             raise TrainingError(f"{checkpoint.folder} is not on all machines: checkpoints must be on shared storage.")
         if checkpoint.settings["sharding"] == "none":
@@ -2664,19 +2682,25 @@ def evaluate_pairs(run):
     return results
 
 
-def warn_if_diverging(first, last):
+def warn_if_diverging(args, first, last):
     """Warn if the model diverges, judging by its first and its last held-out metrics."""
+    advice = "try a smaller --learning_rate"
+    if args.loss_type == "mapo_v1":
+        advice += " or a smaller --beta_mapo"
+    elif args.beta_mapo != math.inf:
+        advice += " or a larger --beta_mapo"
+
     chosen = last["eval_chosen_mse"]
     if not chosen <= 1.01 * first["eval_chosen_mse"]:  # or NaN
         logger.warning(
             f"eval_chosen_mse has risen ({chosen:.4g} at step {last['step']}, {first['eval_chosen_mse']:.4g} at step "
-            f"{first['step']}): try a smaller --learning_rate or a larger --beta_mapo."
+            f"{first['step']}): {advice}."
         )
     rejected = last["eval_rejected_mse"]
     if not rejected <= max(1, first["eval_rejected_mse"]):
         logger.warning(
             f"eval_rejected_mse is {rejected:.4g} at step {last['step']}. Predicting zero already gives 1, so samples "
-            "are broken: try a smaller --learning_rate or a larger --beta_mapo."
+            f"are broken: {advice}."
         )
 
 
@@ -2693,7 +2717,7 @@ def validate(run):
         point = {"step": step, **metrics}
         if run.progress.first_eval is None:
             run.progress.first_eval = point
-        warn_if_diverging(run.progress.first_eval, point)
+        warn_if_diverging(args, run.progress.first_eval, point)
 
     # At step 0, both would be the same.
     if run.base_images and step > 0:
@@ -2798,10 +2822,12 @@ def write_model_card(args, metrics, progress):
 
     # The hub refuses a local folder as the base model. Models that derive from SDXL may have other licenses.
     base = args.pretrained_model_name_or_path
+    derived_from = [args.pretrained_unet_name_or_path, args.init_lora]
+    is_plain_sdxl = base == "stabilityai/stable-diffusion-xl-base-1.0" and derived_from == [None, None]
     kind_tag = "unet" if args.rank is None else "lora"
     data = ModelCardData(
         base_model=None if os.path.exists(base) else base,
-        license="openrail++" if base == "stabilityai/stable-diffusion-xl-base-1.0" else None,
+        license="openrail++" if is_plain_sdxl else None,
         library_name="diffusers",
         tags=["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag],
     )
@@ -2834,23 +2860,24 @@ def write_kohya_lora(folder):
 def save_results(run):
     """Write the trained weights to the output folder. Files are moved into place when they are complete."""
     output_dir = Path(run.args.output_dir)
-    aside = output_dir / ".incomplete"
-    with explain_on_all_ranks(run.accelerator, f"{output_dir} could not be written; the checkpoints are untouched"):
+    temporary_folder = output_dir / ".incomplete"
+    message = f"{output_dir} could not be written; the checkpoints are untouched"
+    with raise_on_all_ranks_if_unsharded(run.accelerator, message):
         if run.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-        save_trained_weights(run, aside)
+            shutil.rmtree(temporary_folder, ignore_errors=True)
+            temporary_folder.mkdir()
+        save_trained_weights(run, temporary_folder)
         if run.accelerator.is_main_process:
             if run.args.rank is not None and not run.args.no_kohya_format:
-                write_kohya_lora(aside)
-            for path in aside.rglob("*"):
+                write_kohya_lora(temporary_folder)
+            for path in temporary_folder.rglob("*"):
                 sync_to_disk(path)
             (output_dir / KOHYA_FILE).unlink(missing_ok=True)  # that of an earlier run
-            for path in sorted(aside.iterdir()):
+            for path in sorted(temporary_folder.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
-            aside.rmdir()
+            temporary_folder.rmdir()
             sync_to_disk(output_dir)
 
 
@@ -3040,7 +3067,8 @@ def build_accelerator(args):
         )
     configure_sharding(args, accelerator)
 
-    # Checkpoints contain the trained weights in diffusers' format instead of accelerate's copy of the model.
+    # accelerate saves and loads the models in these lists. Empty them: checkpoints contain the trained weights in
+    # diffusers' format instead.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
@@ -3094,7 +3122,8 @@ def build_run(args, accelerator, pipeline, noise_scheduler, held_out, pairs_per_
     logger.info(f"***** Running training of {number:,} parameters for {args.max_train_steps} steps *****")
     optimizer = build_optimizer(args, parameters_of_parts, pairs_per_step)
     model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    prepared_optimizer.defaults = optimizer.defaults  # for the polynomial schedule; DeepSpeed's optimizer lacks them
+    # The polynomial schedule reads the learning rate in `defaults`, which DeepSpeed's optimizer lacks.
+    prepared_optimizer.defaults = optimizer.defaults
 
     # Collected before any forward pass, after which FSDP shows unsharded copies of some of them.
     parameters = trainable(model)
@@ -3156,7 +3185,7 @@ def set_up(args, accelerator):
     with raise_on_all_ranks(message):
         pairs, held_out = load_pairs(args, latent_shape, noise_scheduler.config.num_train_timesteps, dataset_commit)
     progress = start_progress(args, accelerator, checkpoint, pairs, models)
-    pairs_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    pairs_per_step = count_pairs_per_step(args, accelerator)
     if args.max_train_steps is None:
         remaining = max(args.num_train_epochs * len(pairs.index) - progress.pairs_seen, 0)
         args.max_train_steps = progress.step + math.ceil(remaining / pairs_per_step)

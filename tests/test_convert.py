@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +193,18 @@ def test_given_vae_is_used_instead_of_the_one_in_the_file(converter, monkeypatch
     assert AutoencoderKL.load_config(tmp_path / "model" / "vae")["scaling_factor"] == 0.13025
 
 
+def test_broken_vae_of_a_pipeline_is_refused_with_the_reason(converter, checkpoint, world, tmp_path):
+    shutil.copytree(world / "pipeline" / "vae", tmp_path / "other" / "vae")
+    os.truncate(tmp_path / "other" / VAE, 1000)
+    words = ("--config", world / "pipeline", "--vae", tmp_path / "other")
+
+    error = conversion_error(converter, "single_file", checkpoint, tmp_path / "model", *words)
+
+    assert error.startswith(f"--vae {tmp_path / 'other'} cannot be loaded")
+    assert "config.json" not in error
+    assert Path(VAE).name in error
+
+
 def test_vae_without_some_weights_is_refused(converter, checkpoint, world, tmp_path):
     vae = shutil.copytree(world / "pipeline" / "vae", tmp_path / "vae")
     weight = remove_weight(vae)
@@ -348,13 +361,13 @@ def test_interrupted_write_leaves_nothing(converter, monkeypatch, checkpoint, wo
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_rejects_unwritable_output_folder(converter, checkpoint, world, tmp_path):
+def test_rejects_unwritable_output_folder_before_anything_is_read(converter, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "model"
 
-    error = conversion_error(converter, "single_file", checkpoint, folder, "--config", world / "pipeline")
+    error = conversion_error(converter, "single_file", tmp_path / "nowhere", folder)
 
-    assert error.startswith(f"{folder} could not be written")
+    assert error.startswith(f"{folder} cannot be written")
 
 
 # LoRA extraction ----------------------------------------------------------------------------------------------------
@@ -497,6 +510,15 @@ def test_unet_of_another_kind_is_refused(converter, world, tmp_path, difference)
     error = conversion_error(converter, "extract_lora", world / "pipeline", folder, tmp_path / "lora")
 
     assert error.startswith(f"{folder} was not trained from {world / 'pipeline'}")
+
+
+def test_extraction_requires_peft(converter, monkeypatch, capsys):
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(SystemExit):
+        converter.parse_args(["extract_lora", "base", "unet", "folder"])
+
+    assert "extract_lora requires peft: pip install peft" in capsys.readouterr().err
 
 
 def test_unchanged_unet_is_refused(converter, world, tmp_path):

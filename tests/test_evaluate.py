@@ -197,6 +197,33 @@ def test_subjects_have_their_own_models_and_photos(evaluation, inputs, generatio
     assert categories == {"dog", "cat", "mean of categories"}
 
 
+def test_scores_of_a_subject_are_kept_if_the_next_one_fails(
+    evaluation, inputs, scoring_flags, tmp_path, monkeypatch, record_calls
+):
+    (tmp_path / "prompts.csv").write_text("subject,prompt\nred,a circle\nblue,a star\n")
+    changes = {
+        "prompts": tmp_path / "prompts.csv",
+        "category_column": "subject",
+        "reference_images": f"{inputs}/{{category}}",
+        "scorers": ["dinov2"],
+    }
+    flags = {**scoring_flags, **changes}
+    build_scorer = evaluation.build_scorer
+
+    def broken_scorer(args, name, device, reference_images):
+        if reference_images.endswith("blue"):
+            raise OSError("the disk is gone")
+        return build_scorer(args, name, device, reference_images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "build_scorer", broken_scorer)
+        error_of(evaluation, flags)
+    builds = record_calls(evaluation, "build_scorer")
+    run(evaluation, flags)
+
+    assert [build.args[3] for build in builds] == [f"{inputs}/blue"]
+
+
 # Settings of generation ----------------------------------------------------------------------------------------------
 def test_each_image_has_its_own_seed(evaluation):
     ids = list(itertools.product(range(3), range(20), range(20)))
@@ -360,7 +387,7 @@ def test_rejects_images_without_their_settings(evaluation, generation_flags, cop
 
     sentence = error_of(evaluation, generation_flags)
 
-    assert sentence.startswith(f"{copied / 'images' / 'base'} contains images without a settings.json")
+    assert sentence.startswith(f"{copied / 'images' / 'base'} contains images, but its settings.json is missing")
 
 
 def test_rejects_images_of_one_model_for_a_model_per_category(evaluation, inputs, one_image, tmp_path):

@@ -108,7 +108,9 @@ def test_steps_with_a_non_finite_gradient_are_skipped(script, flags, monkeypatch
 
 
 def test_bad_steps_are_counted_and_stop_the_run_also_across_restarts(script, flags, monkeypatch):
-    """Step 2 is not in a row with the others, step 4 is the last one before the restart."""
+    """
+    Step 2 is not in a row with the others, step 4 is the last one before the restart. The step of the fault is logged.
+    """
     flags.update(max_train_steps=7, checkpointing_steps=4, max_bad_steps=2)
     bad = partial(not_finite, "loss")
     with monkeypatch.context() as patch:
@@ -116,7 +118,7 @@ def test_bad_steps_are_counted_and_stop_the_run_also_across_restarts(script, fla
         run(script, {**flags, "max_train_steps": 4})
 
     install(Fault("step", (1,), bad), monkeypatch.setattr)
-    error = train_error(script, {**flags, "resume_from_checkpoint": "latest"})
+    error = train_error(script, {**flags, "resume_from_checkpoint": "latest", "logging_steps": 100})
 
     assert "--max_bad_steps 2: no finite gradient in the last 2 steps (the checkpoint of step 5" in error
     assert checkpoints(flags["output_dir"]) == [4, 5]

@@ -207,9 +207,10 @@ def noise_is_the_same_in_half_precision():
     ("force_upcast", "vae_dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["upcast", "half"]
 )
 def test_half_precision_leaves_a_vae_that_would_overflow_in_float32(
-    maker, pairs, pair_flags, base, loaded_pipelines, force_upcast, vae_dtype
+    maker, pairs, pair_flags, base, loaded_pipelines, record_calls, force_upcast, vae_dtype
 ):
     edit_config(base / "vae", force_upcast=force_upcast)
+    loads = record_calls(maker, "load_complete")
 
     output_dir = run(maker, {**pair_flags, BASE: base, "mixed_precision": "bf16", "max_prompts": 2})
 
@@ -217,6 +218,8 @@ def test_half_precision_leaves_a_vae_that_would_overflow_in_float32(
     for model in (loaded.unet, loaded.text_encoder, loaded.text_encoder_2):
         assert model.dtype == torch.bfloat16
     assert loaded.vae.dtype == vae_dtype
+    # Only the VAE is loaded in float32.
+    assert [load.kwargs["dtype"] for load in loads] == [torch.float32, *3 * [torch.bfloat16]]
     for row, exact in zip(rows_of(output_dir), rows_of(pairs)):
         difference = max_difference(images_of(row)[0], images_of(exact)[0])
         assert difference > 0
@@ -462,6 +465,14 @@ def test_license_of_a_local_base_model_is_read_from_its_card(
     output_dir = run(maker, {**pair_flags, BASE: "some/sdxl", "max_prompts": 1})
 
     assert card_of(output_dir)[0]["license"] == license_of_pairs
+
+
+def test_images_of_another_unet_do_not_get_the_license_of_the_base_model(maker, inputs, base, pair_flags):
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
+
+    output_dir = run(maker, {**pair_flags, BASE: base, "unet": inputs / "trained", "max_prompts": 1})
+
+    assert card_of(output_dir)[0]["license"] == "other"
 
 
 def test_base_model_from_the_hub_is_named_with_its_license_and_commit(

@@ -146,7 +146,9 @@ def test_images_of_the_same_name_are_paired(maker, folder_flags, loaded_pipeline
             assert image.shape == (30, 40, 3)
             assert max_difference(image, np.full_like(image, colour)) < 3
     assert "2 names lack an image or a caption and are left out: c, d." in caplog.text
-    assert "synthetic" not in (folder_flags["output_dir"] / "README.md").read_text()
+    card = (folder_flags["output_dir"] / "README.md").read_text()
+    assert "synthetic" not in card
+    assert "diffusers" not in card  # no model is involved, so an upgrade does not matter
     assert not loaded_pipelines
 
 
@@ -501,6 +503,16 @@ def test_rejects_pairs_of_other_weights_in_the_same_folder(maker, inputs, base, 
     sentence = error_of(maker, flags)
 
     assert f"made with --{flag} a local path, version " in sentence
+
+
+def test_more_photos_than_captions_are_left_out_with_a_warning(maker, photo_flags, caplog):
+    """The pairs do not depend on them."""
+    run(maker, photo_flags)
+    Image.new("RGB", (64, 64), "blue").save(photo_flags["chosen_images"] / "b.png")
+
+    run(maker, photo_flags)
+
+    assert "only the first 1 of 2 photos are used, one for each caption." in caplog.text
 
 
 def test_rejects_pairs_of_other_photos(maker, photo_flags):

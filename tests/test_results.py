@@ -192,16 +192,18 @@ def test_replaced_part_on_the_hub_stays_at_the_commit_of_the_first_start(
     assert details["commits"] == {"model": None, "unet": None, "vae": None, "dataset": None, part: 40 * "a"}
 
 
-def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flags, tmp_path):
+def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flags, hub_model, tmp_path):
+    """That UNet may have another license than SDXL."""
     full = run(script, {**flags, "rank": None, "max_train_steps": 1, "output_dir": tmp_path / "full"})
 
     out = run(script, {**flags, "pretrained_unet_name_or_path": full, "max_train_steps": 1})
 
-    _, text, _ = read_model_card(out)
+    metadata, text, _ = read_model_card(out)
+    assert "license" not in metadata
     assert 'pipeline.unet = UNet2DConditionModel.from_pretrained("full", subfolder="unet")' in text
     with safe_open(out / LORA_WEIGHTS, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert metadata["unet.base_model_name_or_path"] == "full"
+        lora_config = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert lora_config["unet.base_model_name_or_path"] == "full"
 
 
 @pytest.mark.parametrize(

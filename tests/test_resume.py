@@ -295,6 +295,7 @@ def test_changed_flags_and_pairs_are_reported_once(script, flags, caplog, tmp_pa
         "num_validation_pairs": 4,
         "resolution": 32,
         "beta_mapo": 0.5,
+        "gradient_accumulation_steps": 2,
     }
     flags.update(changes, **{"no-remove_ties": True})
 
@@ -304,7 +305,7 @@ def test_changed_flags_and_pairs_are_reported_once(script, flags, caplog, tmp_pa
     resume(script, {**flags, "max_train_steps": 3}, "latest", resumed)
 
     changed = re.findall(r"--resume_from_checkpoint: (\w+) changed from .* to .*\.", reports)
-    assert sorted(changed) == sorted([*changes, "remove_ties"])
+    assert sorted(changed) == sorted([*changes, "remove_ties", "pairs_per_step"])
     assert "checkpoint-1 was trained on different pairs" in reports
     assert "--resume_from_checkpoint" not in caplog.text
 

@@ -252,7 +252,8 @@ def test_an_unreachable_hub_is_an_error_unless_offline(evaluation, monkeypatch):
         evaluation.find_file("me/mine", "unet/config.json")
 
     assert file is None
-    assert re.match("unet/config.json of me/mine cannot be downloaded: .*the network", str(error.value))
+    message = "me/mine is not a local folder, and its unet/config.json cannot be downloaded: .*the network"
+    assert re.match(message, str(error.value))
 
 
 def test_rejects_a_scheduler_without_its_package(evaluation, monkeypatch):

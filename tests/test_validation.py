@@ -1,7 +1,9 @@
 """Validation: held-out metrics, images of the validation prompts, warnings, and trackers."""
 
+import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import wandb
@@ -127,7 +129,7 @@ def test_warns_if_training_destroys_the_model(script, caplog, name, at_start, la
     first = {"step": 0, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1, name: at_start}
     last = {"step": 8, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1, name: later}
 
-    script.warn_if_diverging(first, last)
+    script.warn_if_diverging(SimpleNamespace(loss_type="mapo", beta_mapo=8), first, last)
 
     messages = [record.getMessage() for record in caplog.records]
     if warning is None:
@@ -135,6 +137,22 @@ def test_warns_if_training_destroys_the_model(script, caplog, name, at_start, la
     else:
         assert len(messages) == 1
         assert warning in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "advice"),
+    [("mapo", 8, " or a larger --beta_mapo"), ("mapo", math.inf, ""), ("mapo_v1", 0.1, " or a smaller --beta_mapo")],
+)
+def test_advice_for_a_model_that_diverges_depends_on_the_objective(script, caplog, loss_type, beta, advice):
+    PartialState()
+    args = SimpleNamespace(loss_type=loss_type, beta_mapo=beta)
+    first = {"step": 0, "eval_chosen_mse": 0.1, "eval_rejected_mse": 0.1}
+
+    script.warn_if_diverging(args, first, {"step": 8, "eval_chosen_mse": 0.2, "eval_rejected_mse": 1.2})
+
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == 2 * [
+        f"try a smaller --learning_rate{advice}."
+    ]
 
 
 def test_resumed_run_is_compared_with_the_first_validation_of_all(script, flags, tmp_path, caplog):
