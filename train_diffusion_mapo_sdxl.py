@@ -94,6 +94,7 @@ from accelerate.utils import (
     DistributedType,
     broadcast_object_list,
     gather_object,
+    is_torch_version,
     send_to_device,
 )
 from datasets.fingerprint import Hasher
@@ -2990,6 +2991,8 @@ def configure_deepspeed(args, mixed_precision, plugin):
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise TrainingError(f"The DeepSpeed config must not set the {section}; the script's flags do.")
+    if args.compile and plugin.zero_stage == 3 and is_torch_version("<", "2.12"):
+        raise TrainingError("--compile with ZeRO-3 needs torch 2.12: earlier versions crash, or compute other losses.")
     if args.full_bf16:
         raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
     if mixed_precision == "fp16":

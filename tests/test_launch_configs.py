@@ -11,6 +11,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import cpu_cluster as cluster
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_torch_version
 from conftest import ROOT, SCRIPT, command_line, matrix, run
 from cpu_cluster import Fault, full_disk, not_finite, noting_weights, signalled, with_faults
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
@@ -412,6 +413,8 @@ def test_compiler_of_the_launcher_keeps_one_reduction_per_step(flags, uninterrup
 @pytest.mark.parametrize("kind", ["multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_compiled_blocks_with_recomputation_equal_eager_ones(uninterrupted, flags, kind, training):
     """With generated code, which rounds differently."""
+    if kind == "deepspeed_zero3" and is_torch_version("<", "2.12"):
+        pytest.skip("refused, see the test below")
     flags = flags_of_case(flags, kind, training)
     flags.update(run_validation=None, gradient_checkpointing=True, adam_epsilon=1e-5)
     eager = uninterrupted({**flags, "train_batch_size": 4})
@@ -421,6 +424,20 @@ def test_compiled_blocks_with_recomputation_equal_eager_ones(uninterrupted, flag
     metric, weight = measure_differences(compiled, eager)
     assert metric < 1e-5
     assert weight < 0.01 * flags["learning_rate"]
+
+
+@pytest.mark.parametrize(("stage", "is_old", "refused"), [(3, True, True), (2, True, False), (3, False, False)])
+def test_compiled_blocks_under_zero_3_need_torch_2_12(script, monkeypatch, stage, is_old, refused):
+    monkeypatch.setattr(script, "is_torch_version", lambda operation, version: is_old)
+    args = SimpleNamespace(compile=True, full_bf16=False, max_grad_norm=1, train_batch_size=1)
+    args.gradient_accumulation_steps = 1
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {}})
+
+    if refused:
+        with pytest.raises(script.TrainingError, match="--compile with ZeRO-3 needs torch 2.12"):
+            script.configure_deepspeed(args, "no", plugin)
+    else:
+        script.configure_deepspeed(args, "no", plugin)
 
 
 # Faults -------------------------------------------------------------------------------------------------------------
