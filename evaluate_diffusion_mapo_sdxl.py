@@ -873,6 +873,8 @@ def check_arguments(parser, args):  # noqa: C901
             if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag} cannot be combined with --prompts {args.prompts}")
 
+    if args.output_dir == "":
+        parser.error("--output_dir is empty")
     if args.resolution % 8 != 0:
         parser.error("--resolution must be a multiple of 8")
     if "dinov2" in args.scorers and not args.reference_images:

@@ -530,6 +530,8 @@ def check_arguments(parser, args):  # noqa: C901
     """Reject combinations of flags that cannot work."""
     base = args.pretrained_model_name_or_path
     has_prefix = args.style_prefix is not None or args.rejected_prefix is not None
+    if args.output_dir == "":
+        parser.error("--output_dir is empty")
 
     # One way of making pairs.
     if [has_prefix, args.num_candidates is not None, args.chosen_images is not None].count(True) != 1:

@@ -158,6 +158,7 @@ def test_rejects_prompts_without_a_category(evaluation, scoring_flags, tmp_path)
         ("--images a", "'a' is not NAME=PATH"),
         ("--images a=b a=c", "need different names, not a, a"),
         ("--pretrained_model_name_or_path m --images base=b", "need different names, not base, base"),
+        ("--images a=b --output_dir=", "--output_dir is empty"),
         ("--images a=b --resolution 100", "--resolution must be a multiple of 8"),
         ("--images a=b --scorers dinov2", "--scorers dinov2 requires --reference_images"),
         ("--images a=b --scheduler EDMEulerScheduler", "--scheduler: invalid choice: 'EDMEulerScheduler'"),

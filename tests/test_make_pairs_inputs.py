@@ -255,6 +255,7 @@ ONE_KIND = "give one of --style_prefix (and/or --rejected_prefix), --num_candida
         ([*STYLE, "--rejected_images", "x"], "--rejected_images requires --chosen_images"),
         ([*PHOTOS, "--scorer", "clip"], "--scorer cannot be combined with --chosen_images"),
         ([*PHOTOS, "--different_seeds"], "--different_seeds requires --style_prefix"),
+        ([*STYLE, "--output_dir", ""], "--output_dir is empty"),
         ([*STYLE, "--resolution", "100"], "--resolution must be a multiple of 8"),
         ([*STYLE, "--resolution", "0"], "--resolution: 0 is not a positive whole number"),
         ([*STYLE, "--batch_size", "0"], "--batch_size: 0 is not a positive whole number"),
