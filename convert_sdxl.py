@@ -135,7 +135,6 @@ def explain(message):
 def write_atomically(path, save):
     """Let `save` write a file or folder that appears under its name only when it is complete."""
     with explain(f"{path} could not be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary_folder:
             save(Path(temporary_folder, path.name))
             os.replace(Path(temporary_folder, path.name), path)

@@ -1071,7 +1071,7 @@ def apply_alphas(weights, config):
             matrices[up] *= alpha / len(weight)
         num_layers += 1
 
-    # What is left over: `up` without `down`, and `alphas`, which contains only those without a layer now.
+    # What is left over: `up` without `down`, and alphas without a layer. Those with a layer were removed above.
     num_others = len(matrices) - 2 * num_layers + len(alphas)
     if num_others > 0 or num_layers == 0:
         raise ValueError(f"it has {num_layers} layers of two weights, and {num_others} other weights")

@@ -857,7 +857,7 @@ def train(run, batches, stop):
             with ignoring_tracker_errors(accelerator):
                 accelerator.log(logs, step=progress.step)
 
-        # Save, also before the run ends early. After the last step, `finish` saves the weights and then a checkpoint.
+        # Save, also before the run ends early. If it does not, `finish` saves the last step: the weights come first.
         if ends_early or (progress.step % args.checkpointing_steps == 0 and not is_last_step):
             save_checkpoint(run)
         if fault is not None:
@@ -2823,12 +2823,13 @@ def write_model_card(args, metrics, progress):
 
     # The hub refuses a local folder as the base model. Models that derive from SDXL may have other licenses.
     base = args.pretrained_model_name_or_path
-    derived_from = [args.pretrained_unet_name_or_path, args.init_lora]
-    is_plain_sdxl = base == "stabilityai/stable-diffusion-xl-base-1.0" and derived_from == [None, None]
+    license_name = None
+    if base == "stabilityai/stable-diffusion-xl-base-1.0" and other_unet is None and args.init_lora is None:
+        license_name = "openrail++"
     kind_tag = "unet" if args.rank is None else "lora"
     data = ModelCardData(
         base_model=None if os.path.exists(base) else base,
-        license="openrail++" if is_plain_sdxl else None,
+        license=license_name,
         library_name="diffusers",
         tags=["stable-diffusion-xl", "text-to-image", "diffusers-training", "mapo", kind_tag],
     )
@@ -2992,7 +2993,7 @@ def configure_deepspeed(args, mixed_precision, plugin):
         if section in config:
             raise TrainingError(f"The DeepSpeed config must not set the {section}; the script's flags do.")
     if args.compile and plugin.zero_stage == 3 and is_torch_version("<", "2.12"):
-        raise TrainingError("--compile with ZeRO-3 needs torch 2.12: earlier versions crash, or compute other losses.")
+        raise TrainingError("--compile with ZeRO-3 needs torch 2.12: earlier versions crash or give other results.")
     if args.full_bf16:
         raise TrainingError("--full_bf16: DeepSpeed keeps float32 weights. Use launch_configs/multi_gpu.yaml.")
     if mixed_precision == "fp16":

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType, is_torch_version
+from accelerate.utils import DistributedType, compare_versions, is_torch_version
 from conftest import ROOT, SCRIPT, command_line, matrix, run
 from cpu_cluster import Fault, full_disk, not_finite, noting_weights, signalled, with_faults
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from packaging.version import Version
 from runs import (
     VALIDATION,
     assert_continues,
@@ -426,9 +427,11 @@ def test_compiled_blocks_with_recomputation_equal_eager_ones(uninterrupted, flag
     assert weight < 0.01 * flags["learning_rate"]
 
 
-@pytest.mark.parametrize(("stage", "is_old", "refused"), [(3, True, True), (2, True, False), (3, False, False)])
-def test_compiled_blocks_under_zero_3_need_torch_2_12(script, monkeypatch, stage, is_old, refused):
-    monkeypatch.setattr(script, "is_torch_version", lambda operation, version: is_old)
+@pytest.mark.parametrize(
+    ("stage", "installed", "refused"), [(3, "2.11.0", True), (2, "2.11.0", False), (3, "2.12.0", False)]
+)
+def test_compiled_blocks_under_zero_3_need_torch_2_12(script, monkeypatch, stage, installed, refused):
+    monkeypatch.setattr(script, "is_torch_version", partial(compare_versions, Version(installed)))
     args = SimpleNamespace(compile=True, full_bf16=False, max_grad_norm=1, train_batch_size=1)
     args.gradient_accumulation_steps = 1
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {}})

@@ -467,10 +467,13 @@ def test_license_of_a_local_base_model_is_read_from_its_card(
     assert card_of(output_dir)[0]["license"] == license_of_pairs
 
 
-def test_images_of_another_unet_do_not_get_the_license_of_the_base_model(maker, inputs, base, pair_flags):
+@pytest.mark.parametrize(("flag", "folder"), [("unet", "trained"), ("lora", "lora")])
+def test_images_of_another_model_do_not_get_the_license_of_the_base_model(
+    maker, inputs, base, pair_flags, flag, folder
+):
     (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
 
-    output_dir = run(maker, {**pair_flags, BASE: base, "unet": inputs / "trained", "max_prompts": 1})
+    output_dir = run(maker, {**pair_flags, BASE: base, flag: inputs / folder, "max_prompts": 1})
 
     assert card_of(output_dir)[0]["license"] == "other"
 

@@ -206,6 +206,15 @@ def test_model_card_of_a_lora_loads_the_unet_that_it_was_trained_on(script, flag
     assert lora_config["unet.base_model_name_or_path"] == "full"
 
 
+def test_model_card_of_a_continued_lora_does_not_claim_the_license_of_sdxl(script, flags, hub_model, tmp_path):
+    lora = run(script, {**flags, "max_train_steps": 1, "output_dir": tmp_path / "lora"})
+
+    out = run(script, {**flags, "init_lora": lora, "max_train_steps": 1})
+
+    assert read_model_card(lora)[0]["license"] == "openrail++"
+    assert "license" not in read_model_card(out)[0]
+
+
 @pytest.mark.parametrize(
     "text",
     ["# My project\n", "tags:\n- mapo\n", "tags:\n- diffusers-training\n"],
